@@ -1,0 +1,40 @@
+//! Annotation keys and fixed values of a Service, as `PureLB` users know them.
+
+/// Who assigned the addresses in the Service's status; [`BRAND`] when it was this project.
+pub const ALLOCATED_BY: &str = "purelb.io/allocated-by";
+/// The ServiceGroups the addresses came from: one name, or several joined with `, `.
+pub const ALLOCATED_FROM: &str = "purelb.io/allocated-from";
+/// `local` or `remote`, written for v2 groups only: a v1 group decides when the address is announced.
+pub const POOL_TYPE: &str = "purelb.io/pool-type";
+/// Which node and interface announce the Service's IPv4 addresses. See [`announcing`].
+pub const ANNOUNCING_IPV4: &str = "purelb.io/announcing-IPv4";
+/// Which node and interface announce the Service's IPv6 addresses. See [`announcing`].
+pub const ANNOUNCING_IPV6: &str = "purelb.io/announcing-IPv6";
+/// The ServiceGroup a user asks for.
+pub const SERVICE_GROUP: &str = "purelb.io/service-group";
+/// One address, or one of each family separated by a comma, that a user asks for.
+pub const ADDRESSES: &str = "purelb.io/addresses";
+/// Services with equal, non-empty keys may share one address on different ports.
+pub const ALLOW_SHARED_IP: &str = "purelb.io/allow-shared-ip";
+/// Present (any value): `externalTrafficPolicy: Local` is kept on local addresses.
+pub const ALLOW_LOCAL: &str = "purelb.io/allow-local";
+/// `true`: no duplicate address detection for the Service's IPv6 addresses.
+pub const SKIP_IPV6_DAD: &str = "purelb.io/skip-ipv6-dad";
+
+/// Value of [`ALLOCATED_BY`], and of the environment variable `DEFAULT_ANNOUNCER` that makes Services
+/// without a load-balancer class ours.
+pub const BRAND: &str = "PureLB";
+/// The load-balancer classes we answer to: upstream renamed its class between v1 and v2 and broke the
+/// Services that carried the old one, so both are ours.
+pub const LOAD_BALANCER_CLASSES: [&str; 2] = ["purelb.io/purelb", "purelb.io/purelbv2"];
+
+/// The annotation that says who announces the addresses of a family.
+///
+/// Its value is `<node>,<interface>` for the single address of a v1 group, and for v2 groups or several
+/// addresses `<node>,<interface>,<ip>` entries, separated by spaces and sorted by address.
+pub const fn announcing(ip: std::net::IpAddr) -> &'static str {
+    match ip {
+        std::net::IpAddr::V4(_) => ANNOUNCING_IPV4,
+        std::net::IpAddr::V6(_) => ANNOUNCING_IPV6,
+    }
+}

@@ -1,0 +1,93 @@
+//! Events as `kubectl describe` shows them.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::jiff::Timestamp;
+
+/// `reportingController` of the allocator's events: `kubectl describe` shows it under From.
+pub const ALLOCATOR: &str = "purelb-allocator";
+/// `reportingController` of the node agents' events.
+pub const LBNODEAGENT: &str = "purelb-lbnodeagent";
+
+/// Whether an event tells of the usual or asks for attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The usual.
+    Normal,
+    /// Something its reader should act on.
+    Warning,
+}
+
+/// One thing to tell the author of an object.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Notice {
+    /// Usual or not.
+    pub kind: Kind,
+    /// A word in `UpperCamelCase` for programs.
+    pub reason: &'static str,
+    /// A sentence for people. The API server refuses more than 1 KiB, so [`Notice::event`] cuts it there.
+    pub message: String,
+}
+
+impl Notice {
+    /// A notice of the usual.
+    pub fn normal(reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::Normal,
+            reason,
+            message: message.into(),
+        }
+    }
+
+    /// A notice that asks for attention.
+    pub fn warning(reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            kind: Kind::Warning,
+            reason,
+            message: message.into(),
+        }
+    }
+
+    /// The API object that tells `regarding` of this notice, in the object's own namespace.
+    ///
+    /// `controller` is [`ALLOCATOR`] or [`LBNODEAGENT`]; `instance` the Pod or node it comes from.
+    pub fn event(&self, regarding: ObjectReference, controller: &str, instance: &str) -> Event {
+        // kube-runtime's recorder keys its cache without the message, so a second notice of the same
+        // reason would repeat the text of the first; we emit each fact once and need no cache.
+        let now = Timestamp::now();
+        Event {
+            metadata: ObjectMeta {
+                namespace: Some(regarding.namespace.clone().unwrap_or_else(|| "default".into())),
+                name: Some(format!(
+                    "{}.{:x}",
+                    regarding.name.as_deref().unwrap_or(controller),
+                    now.as_nanosecond()
+                )),
+                ..ObjectMeta::default()
+            },
+            action: Some(self.reason.into()),
+            reason: Some(self.reason.into()),
+            note: Some(cut(&self.message, 1024)),
+            type_: Some(
+                match self.kind {
+                    Kind::Normal => "Normal",
+                    Kind::Warning => "Warning",
+                }
+                .into(),
+            ),
+            event_time: Some(MicroTime(now)),
+            regarding: Some(regarding),
+            reporting_controller: Some(controller.into()),
+            reporting_instance: Some(cut(instance, 128)),
+            ..Event::default()
+        }
+    }
+}
+
+/// `text`, cut at a character boundary to at most `bytes` bytes.
+fn cut(text: &str, bytes: usize) -> String {
+    text.get(..text.floor_char_boundary(bytes))
+        .unwrap_or_default()
+        .to_owned()
+}

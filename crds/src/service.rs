@@ -1,0 +1,79 @@
+//! The parts of a Service that both processes read the same way.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::Service;
+use kube::ResourceExt;
+
+use crate::annotations;
+
+/// Namespace and name of a Service, ordered as `kubectl` lists them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// The namespace.
+    pub namespace: String,
+    /// The name in it.
+    pub name: String,
+}
+
+impl ServiceKey {
+    /// A key from its parts.
+    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+        Self {
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+
+    /// The key of an object from the API server.
+    pub fn of(service: &Service) -> Self {
+        Self::new(service.namespace().unwrap_or_default(), service.name_any())
+    }
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// The value of an annotation, if present.
+pub fn annotation<'a>(service: &'a Service, key: &str) -> Option<&'a str> {
+    service.metadata.annotations.as_ref()?.get(key).map(String::as_str)
+}
+
+/// Whether `spec.type` is `LoadBalancer`.
+pub fn is_load_balancer(service: &Service) -> bool {
+    service.spec.as_ref().and_then(|s| s.type_.as_deref()) == Some("LoadBalancer")
+}
+
+/// Whether the addresses in the Service's status were assigned by our allocator.
+pub fn is_ours(service: &Service) -> bool {
+    annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND)
+}
+
+/// The addresses in `status.loadBalancer.ingress`, in order; entries without a valid IP are skipped.
+pub fn ingress(service: &Service) -> Vec<IpAddr> {
+    service
+        .status
+        .iter()
+        .filter_map(|status| status.load_balancer.as_ref()?.ingress.as_ref())
+        .flatten()
+        .filter_map(|entry| entry.ip.as_deref()?.parse().ok())
+        .collect()
+}
+
+/// Whether `spec.externalTrafficPolicy` is `Local`.
+pub fn is_traffic_local(service: &Service) -> bool {
+    service.spec.as_ref().and_then(|s| s.external_traffic_policy.as_deref()) == Some("Local")
+}
+
+/// The groups named by `purelb.io/allocated-from`.
+pub fn allocated_from(service: &Service) -> impl Iterator<Item = &str> {
+    annotation(service, annotations::ALLOCATED_FROM)
+        .into_iter()
+        .flat_map(|names| names.split(','))
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+}
