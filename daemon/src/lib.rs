@@ -1,0 +1,101 @@
+//! What both processes need to run: flags they share, logs, the API client, watches, events, signals.
+//!
+//! Nothing here knows what an allocator or a node agent does.
+
+mod report;
+mod watch;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+pub use report::{CONCURRENCY, Reporter};
+pub use watch::{Change, Key, Mirror, watch};
+
+/// Flags both processes have.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// File to reach the API server with; absent in a Pod, where the ServiceAccount serves.
+    #[arg(long, env = "KUBECONFIG")]
+    pub kubeconfig: Option<PathBuf>,
+    /// The install namespace: ServiceGroups and LBNodeAgents are read from here only.
+    #[arg(long, env = "PURELB_NAMESPACE", default_value = "purelb")]
+    pub namespace: String,
+    /// What is logged: error, warn, info, debug, or a filter such as `info,kube=debug`.
+    #[arg(long, env = "PURELB_LOG_LEVEL", default_value = "info")]
+    pub log_level: String,
+    /// How it is logged.
+    #[arg(long, env = "PURELB_LOG_FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+impl Common {
+    /// Starts logging to standard error.
+    ///
+    /// # Errors
+    /// When the level is no filter, naming it.
+    pub fn start_log(&self) -> anyhow::Result<()> {
+        let filter = EnvFilter::try_new(&self.log_level)
+            .with_context(|| format!("PURELB_LOG_LEVEL \"{}\" is no level: use info or debug", self.log_level))?;
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log
+                .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+                .init(),
+            LogFormat::Json => log.json().init(),
+        }
+        Ok(())
+    }
+
+    /// A client for the API server.
+    ///
+    /// # Errors
+    /// When the kubeconfig does not read, or outside a Pod without one.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        let config = match &self.kubeconfig {
+            Some(path) => from_file(path).await?,
+            None => Config::infer()
+                .await
+                .context("no API server: set --kubeconfig, or run in a Pod with a ServiceAccount")?,
+        };
+        Ok(Client::try_from(config)?)
+    }
+}
+
+async fn from_file(path: &Path) -> anyhow::Result<Config> {
+    let file = Kubeconfig::read_from(path).with_context(|| format!("kubeconfig {}", path.display()))?;
+    Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("kubeconfig {}", path.display()))
+}
+
+/// Waits for one of the signals that ask a process to stop: SIGTERM, SIGINT, SIGQUIT.
+///
+/// # Errors
+/// When the signals cannot be waited for.
+pub async fn asked_to_stop() -> std::io::Result<&'static str> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut quit = signal(SignalKind::quit())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        _ = quit.recv() => "SIGQUIT",
+    })
+}

@@ -1,0 +1,217 @@
+//! A kind of object, mirrored: watch events in, what changed out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use kube::api::Api;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Resource, ResourceExt};
+use tokio::sync::mpsc;
+
+/// Watches a kind and sends its events, wrapped, for as long as someone listens. It recovers by itself;
+/// the parts of objects that nothing here reads are dropped.
+pub fn watch<K, Input>(api: Api<K>, inputs: &mpsc::UnboundedSender<Input>, wrap: fn(watcher::Event<K>) -> Input)
+where
+    K: Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
+    Input: Send + 'static,
+{
+    let events = watcher(api, watcher::Config::default())
+        .modify(|object| object.managed_fields_mut().clear())
+        .default_backoff();
+    tokio::spawn(forward(events, inputs.clone(), wrap));
+}
+
+async fn forward<K, Input>(
+    events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>,
+    inputs: mpsc::UnboundedSender<Input>,
+    wrap: fn(watcher::Event<K>) -> Input,
+) {
+    let mut events = std::pin::pin!(events);
+    let mut is_interrupted = false;
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(event) => {
+                is_interrupted = false;
+                if inputs.send(wrap(event)).is_err() {
+                    return;
+                }
+            }
+            // One line per interruption, however long it lasts.
+            Err(error) if is_interrupted => tracing::debug!(%error, "watch still interrupted"),
+            Err(error) => {
+                is_interrupted = true;
+                tracing::warn!(%error, "watch interrupted, will go on");
+            }
+        }
+    }
+}
+
+/// Namespace and name of an object; the namespace is empty for kinds without.
+pub type Key = (String, String);
+
+/// What a watch event changed.
+#[derive(Debug)]
+pub enum Change<K> {
+    /// An object is new or different.
+    Set(Key, Arc<K>),
+    /// An object is gone.
+    Gone(Key, Arc<K>),
+    /// The first listing is complete.
+    Ready,
+}
+
+/// All objects of a kind, as far as the watch has told.
+#[derive(Debug)]
+pub struct Mirror<K> {
+    objects: BTreeMap<Key, Arc<K>>,
+    /// Keys seen by a listing under way: what it does not see is gone.
+    listed: Option<BTreeSet<Key>>,
+    is_ready: bool,
+}
+
+impl<K> Default for Mirror<K> {
+    fn default() -> Self {
+        Self {
+            objects: BTreeMap::new(),
+            listed: None,
+            is_ready: false,
+        }
+    }
+}
+
+impl<K: Resource<DynamicType = ()>> Mirror<K> {
+    /// Whether the first listing is complete.
+    pub const fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// An object by key.
+    pub fn get(&self, key: &Key) -> Option<&Arc<K>> {
+        self.objects.get(key)
+    }
+
+    /// All objects, by key.
+    pub const fn objects(&self) -> &BTreeMap<Key, Arc<K>> {
+        &self.objects
+    }
+
+    /// Applies a watch event and returns what it changed.
+    pub fn apply(&mut self, event: watcher::Event<K>) -> Vec<Change<K>> {
+        match event {
+            watcher::Event::Init => {
+                self.listed = Some(BTreeSet::new());
+                Vec::new()
+            }
+            watcher::Event::InitApply(object) => {
+                if let Some(listed) = &mut self.listed {
+                    listed.insert(key_of(&object));
+                }
+                self.set(object).into_iter().collect()
+            }
+            watcher::Event::InitDone => {
+                let listed = self.listed.take().unwrap_or_default();
+                let gone: Vec<Key> = self
+                    .objects
+                    .keys()
+                    .filter(|key| !listed.contains(*key))
+                    .cloned()
+                    .collect();
+                let mut changes: Vec<Change<K>> = gone.into_iter().filter_map(|key| self.remove(key)).collect();
+                if !self.is_ready {
+                    self.is_ready = true;
+                    changes.push(Change::Ready);
+                }
+                changes
+            }
+            watcher::Event::Apply(object) => self.set(object).into_iter().collect(),
+            watcher::Event::Delete(object) => self.remove(key_of(&object)).into_iter().collect(),
+        }
+    }
+
+    /// Stores an object, unless a newer version of it is known: a watch may still deliver what was true
+    /// before our own write of the same object.
+    pub fn set(&mut self, object: K) -> Option<Change<K>> {
+        let key = key_of(&object);
+        if let Some(known) = self.objects.get(&key)
+            && known.meta().uid == object.meta().uid
+            && version(known.as_ref()) > version(&object)
+        {
+            return None;
+        }
+        let object = Arc::new(object);
+        self.objects.insert(key.clone(), object.clone());
+        Some(Change::Set(key, object))
+    }
+
+    fn remove(&mut self, key: Key) -> Option<Change<K>> {
+        self.objects.remove(&key).map(|object| Change::Gone(key, object))
+    }
+}
+
+fn key_of<K: Resource>(object: &K) -> Key {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// The resourceVersion as a number: those of one kind are comparable (KEP-5504); 0 where it is not.
+fn version<K: Resource>(object: &K) -> u64 {
+    object
+        .meta()
+        .resource_version
+        .as_deref()
+        .and_then(|version| version.parse().ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use watcher::Event::{Apply, Delete, Init, InitApply, InitDone};
+
+    fn object(name: &str, version: u64) -> ConfigMap {
+        let mut object = ConfigMap::default();
+        object.metadata.namespace = Some("ns".into());
+        object.metadata.name = Some(name.into());
+        object.metadata.uid = Some(name.into());
+        object.metadata.resource_version = Some(version.to_string());
+        object
+    }
+
+    fn told(changes: Vec<Change<ConfigMap>>) -> Vec<String> {
+        changes
+            .into_iter()
+            .map(|change| match change {
+                Change::Set(key, _) => format!("set {}", key.1),
+                Change::Gone(key, _) => format!("gone {}", key.1),
+                Change::Ready => "ready".into(),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_a_second_listing_does_not_see_is_gone() {
+        let mut mirror = Mirror::default();
+        let mut apply = |event| told(mirror.apply(event));
+        apply(Init);
+        assert_eq!(apply(InitApply(object("a", 1))), ["set a"]);
+        assert_eq!(apply(InitApply(object("b", 2))), ["set b"]);
+        assert_eq!(apply(InitDone), ["ready"]);
+        assert_eq!(apply(Apply(object("c", 3))), ["set c"]);
+        apply(Init);
+        apply(InitApply(object("b", 2)));
+        assert_eq!(apply(InitDone), ["gone a", "gone c"]);
+    }
+
+    #[test]
+    fn an_older_version_does_not_overwrite_a_newer_one() {
+        let mut mirror = Mirror::default();
+        mirror.set(object("a", 5));
+        assert!(mirror.set(object("a", 4)).is_none());
+        assert_eq!(told(mirror.apply(Delete(object("a", 6)))), ["gone a"]);
+        assert!(
+            mirror.set(object("a", 4)).is_some(),
+            "another object of the name may come later"
+        );
+    }
+}
