@@ -1,0 +1,155 @@
+//! Which ServiceGroups count: each read, judged, and put in order against the others.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crds::ServiceGroup;
+use crds::event::Notice;
+use crds::servicegroup::{Group, GroupError};
+use kube::ResourceExt;
+
+/// Namespace and name of a ServiceGroup.
+pub type GroupKey = (String, String);
+
+/// What became of one ServiceGroup.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Its pools are given out.
+    Valid(Group),
+    /// It cannot be read.
+    Invalid(GroupError),
+    /// An older group has some of its addresses.
+    Overlaps(String),
+    /// It is not in the install namespace. With that namespace, and its own.
+    OutOfScope(String),
+}
+
+impl Verdict {
+    /// What its author is told.
+    pub fn notice(&self, key: &GroupKey) -> Notice {
+        let (namespace, name) = key;
+        match self {
+            Self::Valid(_) => Notice::normal("Parsed", "ServiceGroup parsed successfully"),
+            Self::Invalid(error) => Notice::warning("ParseFailed", format!("Failed to parse: {error}")),
+            Self::Overlaps(other) => Notice::warning(
+                "ParseFailed",
+                format!("Pool overlaps with already defined pool \"{other}\""),
+            ),
+            Self::OutOfScope(install) => Notice::warning(
+                "ServiceGroupOutOfScope",
+                format!(
+                    "Ignored: ServiceGroups are read only from the PureLB install namespace, and {namespace} is not it. \
+                     Its pool is not allocatable. Move it: kubectl get servicegroup {name} -n {namespace} -o yaml | \
+                     sed 's/namespace: {namespace}/namespace: {install}/' | kubectl apply -f -"
+                ),
+            ),
+        }
+    }
+}
+
+/// Judges all ServiceGroups. Where two overlap, the older one counts, so that a new group can never take
+/// addresses from one in use.
+pub fn judge(objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>, install_namespace: &str) -> BTreeMap<GroupKey, Verdict> {
+    let mut by_age: Vec<(&GroupKey, &Arc<ServiceGroup>)> = objects.iter().collect();
+    by_age.sort_by_key(|(key, group)| (group.creation_timestamp().map(|t| t.0), (*key).clone()));
+    let mut valid: Vec<(&GroupKey, Group)> = Vec::new();
+    let mut verdicts = BTreeMap::new();
+    for (key, object) in by_age {
+        let verdict = if key.0 == install_namespace {
+            match object.spec.parse() {
+                Err(error) => Verdict::Invalid(error),
+                Ok(group) => {
+                    let taken = valid.iter().find(|(_, other)| overlap(other, &group));
+                    let overlapped = taken.map(|(other, _)| other.1.clone());
+                    if overlapped.is_none() {
+                        valid.push((key, group.clone()));
+                    }
+                    overlapped.map_or(Verdict::Valid(group), Verdict::Overlaps)
+                }
+            }
+        } else {
+            Verdict::OutOfScope(install_namespace.to_owned())
+        };
+        verdicts.insert(key.clone(), verdict);
+    }
+    verdicts
+}
+
+fn overlap(one: &Group, other: &Group) -> bool {
+    one.pools()
+        .iter()
+        .any(|a| other.pools().iter().any(|b| a.range.overlaps(&b.range)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn objects(groups: &[(&str, &str, &str, &str)]) -> BTreeMap<GroupKey, Arc<ServiceGroup>> {
+        groups
+            .iter()
+            .map(|(namespace, name, created, pool)| {
+                let object = json!({
+                    "apiVersion": "purelb.io/v2",
+                    "kind": "ServiceGroup",
+                    "metadata": {"namespace": namespace, "name": name, "creationTimestamp": created},
+                    "spec": {"local": {"v4pool": {"pool": pool, "subnet": "10.0.0.0/8"}}},
+                });
+                (
+                    ((*namespace).into(), (*name).into()),
+                    Arc::new(serde_json::from_value(object).unwrap()),
+                )
+            })
+            .collect()
+    }
+
+    fn notices(groups: &[(&str, &str, &str, &str)]) -> Vec<String> {
+        judge(&objects(groups), "purelb")
+            .iter()
+            .map(|(key, verdict)| format!("{}: {}", key.1, verdict.notice(key).message))
+            .collect()
+    }
+
+    const OLD: &str = "2026-01-01T00:00:00Z";
+    const NEW: &str = "2026-01-02T00:00:00Z";
+
+    #[test]
+    fn the_older_of_two_overlapping_groups_counts_however_they_overlap() {
+        for (older, younger) in [
+            ("10.0.0.0/24", "10.0.0.0/24"),
+            ("10.0.0.0/24", "10.0.0.10-10.0.0.20"),
+            ("10.0.0.10-10.0.0.20", "10.0.0.0/24"),
+            ("10.0.0.10-10.0.0.20", "10.0.0.20-10.0.0.30"),
+        ] {
+            assert_eq!(
+                notices(&[("purelb", "a-young", NEW, younger), ("purelb", "b-old", OLD, older)]),
+                [
+                    "a-young: Pool overlaps with already defined pool \"b-old\"",
+                    "b-old: ServiceGroup parsed successfully"
+                ]
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_group_spoils_no_other() {
+        assert_eq!(
+            notices(&[
+                ("purelb", "bad", OLD, "10.0.0.9-10.0.0.1"),
+                ("purelb", "good", NEW, "10.0.0.0/24")
+            ]),
+            [
+                "bad: Failed to parse: invalid IP range \"10.0.0.9-10.0.0.1\": the start lies behind the end; swap them",
+                "good: ServiceGroup parsed successfully"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_group_outside_the_install_namespace_is_ignored_and_told_where_to_go() {
+        let told = notices(&[("elsewhere", "g", OLD, "10.0.0.0/24")]);
+        assert!(told[0].contains("read only from the PureLB install namespace, and elsewhere is not it"));
+        assert!(told[0].contains("kubectl get servicegroup g -n elsewhere"));
+    }
+}

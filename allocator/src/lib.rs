@@ -1,0 +1,15 @@
+//! The allocator: which Service gets which address.
+//!
+//! The way of a Service: `controller` (watch) → [`request`] → [`decide`] (over [`ledger`], [`pool`]) →
+//! `controller` (one PATCH) → events and [`status`]. Everything but the controller, the status and the bootstrap is
+//! plain data and functions, without Kubernetes, clock or network.
+
+pub mod bootstrap;
+pub mod controller;
+pub mod decide;
+pub mod groups;
+pub mod ledger;
+pub mod pool;
+pub mod refusal;
+pub mod request;
+pub mod status;

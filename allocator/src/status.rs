@@ -1,0 +1,51 @@
+//! The status of ServiceGroups: how full they are.
+
+use crds::event::ALLOCATOR;
+use crds::servicegroup::Source;
+use crds::{Family, ServiceGroup, ServiceGroupStatus};
+use kube::api::{Api, Patch, PatchParams};
+use kube::{Client, Resource};
+use serde_json::json;
+
+use crate::groups::{GroupKey, Verdict};
+use crate::ledger::Ledger;
+
+/// The status of a group: blank when it was rejected.
+pub fn status(verdict: &Verdict, name: &str, ledger: &Ledger) -> ServiceGroupStatus {
+    let Verdict::Valid(group) = verdict else {
+        return ServiceGroupStatus::default();
+    };
+    let [v4, v6] = [Family::V4, Family::V6].map(|family| ledger.usage(name, family));
+    let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let (ipam, known) = match &group.source {
+        Source::Pools(_) => ("Cluster".to_owned(), true),
+        Source::External(pool) => (pool.provider.clone(), false),
+        Source::Netbox(_) => ("Netbox".to_owned(), false),
+    };
+    let has = |family| group.pools().iter().any(|pool| pool.range.family() == family);
+    ServiceGroupStatus {
+        bound_namespaces: None,
+        announce: Some(group.announce.word().to_owned()),
+        ipam: Some(ipam),
+        addresses: Some(group.pools().iter().map(|pool| pool.text.clone()).collect()),
+        allocated_ipv4: signed(v4.used),
+        allocated_ipv6: signed(v6.used),
+        available_ipv4: (known && has(Family::V4)).then(|| signed(v4.free)),
+        available_ipv6: (known && has(Family::V6)).then(|| signed(v6.free)),
+    }
+}
+
+/// Writes a group's status with server-side apply, so that fields that became absent go away.
+///
+/// # Errors
+/// What the API server answered.
+pub async fn write_status(client: Client, key: &GroupKey, status: &ServiceGroupStatus) -> kube::Result<ServiceGroup> {
+    let api: Api<ServiceGroup> = Api::namespaced(client, &key.0);
+    let patch = json!({
+        "apiVersion": ServiceGroup::api_version(&()),
+        "kind": ServiceGroup::kind(&()),
+        "status": status,
+    });
+    api.patch_status(&key.1, &PatchParams::apply(ALLOCATOR).force(), &Patch::Apply(patch))
+        .await
+}
