@@ -1,0 +1,219 @@
+//! What the LBNodeAgent that applies to this node says, read once.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crds::LBNodeAgent;
+use crds::lbnodeagent::LocalConfig;
+use kube::core::{Selector, SelectorExt};
+use kube::{Resource, ResourceExt};
+use regex::Regex;
+
+use crate::neighbor::Repetition;
+
+/// Rounds of announcements where none are configured.
+const ROUNDS: u8 = 3;
+/// Time between them, in milliseconds, where none is configured.
+const INTERVAL_MS: u64 = 500;
+
+/// Which interfaces hold local VIPs.
+#[derive(Clone, Debug)]
+pub enum Choice {
+    /// That of the default route, for each family.
+    Default,
+    /// All whose names match, unanchored.
+    Matching(Regex),
+}
+
+/// How this node announces.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// The interfaces for local VIPs.
+    pub local: Choice,
+    /// Further interfaces by exact name.
+    pub extra: Vec<String>,
+    /// Name of the interface for routed VIPs.
+    pub dummy: String,
+    /// When ARP and neighbour announcements are sent; `None`: never.
+    pub announcements: Option<Repetition>,
+    /// Whether ownership is looked at again before each.
+    pub verifies: bool,
+    /// Whether local VIPs come without the kernel's prefix route.
+    pub local_without_route: bool,
+    /// Whether routed VIPs come without the kernel's prefix route.
+    pub routed_without_route: bool,
+}
+
+/// What is wrong with an LBNodeAgent, in words for its author.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Its selector does not read.
+    #[error("nodeSelector could not be evaluated ({0}); this LBNodeAgent applies to no node")]
+    Selector(String),
+    /// Its interface pattern does not read.
+    #[error("localInterface \"{name}\" is neither default nor a regular expression ({cause})")]
+    Pattern {
+        /// As written.
+        name: String,
+        /// What the parser says.
+        cause: String,
+    },
+}
+
+/// The LBNodeAgent that applies to a node with these labels, of those in the install namespace: one that
+/// selects the node before one without a selector, then by name. Those with a bad selector apply nowhere
+/// and are returned with what is wrong with them.
+pub fn select<'a>(
+    agents: impl IntoIterator<Item = &'a LBNodeAgent>,
+    labels: &BTreeMap<String, String>,
+) -> (Option<&'a LBNodeAgent>, Vec<(&'a LBNodeAgent, ConfigError)>) {
+    let mut fitting = Vec::new();
+    let mut bad = Vec::new();
+    for agent in agents {
+        if agent.spec.local.is_none() {
+            continue;
+        }
+        let selector = agent.spec.node_selector.clone().unwrap_or_default();
+        let is_catch_all = selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
+            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty);
+        match Selector::try_from(selector) {
+            Ok(selector) if selector.matches(labels) => fitting.push((is_catch_all, agent.name_any(), agent)),
+            Ok(_) => {}
+            Err(error) => bad.push((agent, ConfigError::Selector(error.to_string()))),
+        }
+    }
+    let best = fitting.into_iter().min_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    (best.map(|(_, _, agent)| agent), bad)
+}
+
+impl NodeConfig {
+    /// Reads the part of an LBNodeAgent that says how to announce.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn read(config: &LocalConfig) -> Result<Self, ConfigError> {
+        let local = match config.local_interface() {
+            "default" => Choice::Default,
+            pattern => Choice::Matching(Regex::new(pattern).map_err(|error| ConfigError::Pattern {
+                name: pattern.to_owned(),
+                cause: error.to_string().lines().last().unwrap_or_default().to_owned(),
+            })?),
+        };
+        let garp = config.garp_config.clone().unwrap_or_default();
+        let options = config.address_config.clone().unwrap_or_default();
+        let without_route = |options: Option<crds::lbnodeagent::AddressOptions>| {
+            options.and_then(|o| o.no_prefix_route).unwrap_or(false)
+        };
+        Ok(Self {
+            local,
+            extra: config.interfaces.clone().unwrap_or_default(),
+            dummy: config.dummy_interface().to_owned(),
+            announcements: garp.enabled.unwrap_or(true).then(|| Repetition {
+                initial_delay: garp.initial_delay(),
+                count: garp.count.unwrap_or(ROUNDS).into(),
+                interval: if garp.interval.is_some() {
+                    garp.interval()
+                } else {
+                    Duration::from_millis(INTERVAL_MS)
+                },
+            }),
+            verifies: garp.verify_before_send.unwrap_or(true),
+            local_without_route: without_route(options.local_interface),
+            routed_without_route: without_route(options.dummy_interface),
+        })
+    }
+}
+
+/// A name for messages: namespace and name of an LBNodeAgent.
+pub fn title(agent: &LBNodeAgent) -> String {
+    format!(
+        "{}/{}",
+        agent.meta().namespace.as_deref().unwrap_or_default(),
+        agent.name_any()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn agent(name: &str, spec: &serde_json::Value) -> LBNodeAgent {
+        serde_json::from_value(json!({
+            "apiVersion": "purelb.io/v2", "kind": "LBNodeAgent",
+            "metadata": {"namespace": "purelb", "name": name}, "spec": spec,
+        }))
+        .unwrap()
+    }
+
+    fn labels(text: &str) -> BTreeMap<String, String> {
+        text.split(',')
+            .filter_map(|l| l.split_once('='))
+            .map(|(k, v)| (k.into(), v.into()))
+            .collect()
+    }
+
+    #[test]
+    fn an_agent_that_selects_the_node_comes_before_one_for_all() {
+        let all = agent("a-all", &json!({"local": {}}));
+        let rack = agent(
+            "rack",
+            &json!({"local": {}, "nodeSelector": {"matchLabels": {"rack": "1"}}}),
+        );
+        let empty = agent("nothing", &json!({}));
+        let agents = [&all, &rack, &empty];
+        let name = |text: &str| select(agents, &labels(text)).0.map(ResourceExt::name_any);
+        assert_eq!(name("rack=1").as_deref(), Some("rack"));
+        assert_eq!(name("rack=2").as_deref(), Some("a-all"));
+        assert_eq!(select([&rack, &empty], &labels("rack=2")).0, None);
+    }
+
+    #[test]
+    fn a_bad_selector_applies_nowhere_and_is_reported() {
+        let expression = json!([{"key": "rack", "operator": "Near", "values": ["1"]}]);
+        let bad = agent(
+            "bad",
+            &json!({"local": {}, "nodeSelector": {"matchExpressions": expression}}),
+        );
+        let (chosen, wrong) = select([&bad], &labels("rack=1"));
+        assert_eq!(chosen, None);
+        assert!(
+            wrong[0]
+                .1
+                .to_string()
+                .starts_with("nodeSelector could not be evaluated (")
+        );
+    }
+
+    #[test]
+    fn announcements_are_on_unless_turned_off() {
+        let read = |spec| {
+            NodeConfig::read(&serde_json::from_value(spec).unwrap())
+                .unwrap()
+                .announcements
+        };
+        let usual = read(json!({})).unwrap();
+        assert_eq!((usual.initial_delay, usual.count), (Duration::ZERO, 3));
+        assert!(
+            read(json!({"sendgarp": false})).is_some(),
+            "earlier releases stored false unasked"
+        );
+        assert!(read(json!({"garpConfig": {"enabled": false}})).is_none());
+        let own = read(json!({"garpConfig": {"initialDelay": "100ms", "interval": "1s", "count": 5}})).unwrap();
+        assert_eq!(
+            (own.initial_delay.as_millis(), own.interval.as_secs(), own.count),
+            (100, 1, 5)
+        );
+    }
+
+    #[test]
+    fn a_bad_pattern_is_named() {
+        let error = NodeConfig::read(&serde_json::from_value(json!({"localint": "eth["})).unwrap()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("localInterface \"eth[\" is neither default nor"),
+            "{error}"
+        );
+    }
+}

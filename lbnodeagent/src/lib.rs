@@ -1,0 +1,13 @@
+//! The node agent: puts the addresses of Services on this node's interfaces and tells the neighbours.
+//!
+//! The binary only wires; everything it uses is here, so that tests can.
+
+pub mod annotation;
+pub mod config;
+pub mod controller;
+pub mod election;
+pub mod kernel;
+pub mod members;
+pub mod neighbor;
+pub mod picture;
+pub mod plan;

@@ -1,0 +1,61 @@
+//! The node agent's process: flags, wiring, shutdown.
+
+use std::net::IpAddr;
+
+use anyhow::Context;
+use clap::Parser;
+use lbnodeagent::controller::{self, Settings};
+use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
+
+/// Announces addresses of Services from this node.
+#[derive(Parser)]
+#[command(version)]
+struct Flags {
+    #[command(flatten)]
+    common: daemon::Common,
+    /// Name of this node, as the API server knows it.
+    #[arg(long, env = "PURELB_NODE_NAME")]
+    node_name: String,
+    /// This node's address, for gossip: TCP and UDP port 7934.
+    #[arg(long, env = "PURELB_HOST")]
+    host: IpAddr,
+    /// Key of the gossip: 16, 24 or 32 bytes, the same on all nodes.
+    #[arg(long, env = "ML_GROUP", hide_env_values = true)]
+    gossip_key: String,
+    /// A second key that is accepted too, while keys are changed.
+    #[arg(long, env = "ML_GROUP_SECONDARY", hide_env_values = true)]
+    second_gossip_key: Option<String>,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let mut flags = Flags::parse();
+    flags.common.log_level = format!("{},{QUIET_DIRECTIVES}", flags.common.log_level);
+    flags.common.start_log()?;
+    let client = flags.common.client().await?;
+    let second = flags
+        .second_gossip_key
+        .iter()
+        .filter(|key| !key.is_empty())
+        .map(String::as_bytes);
+    let settings = Settings {
+        node: flags.node_name,
+        host: flags.host,
+        namespace: flags.common.namespace,
+        keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
+    };
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = settings.node,
+        host = %settings.host,
+        namespace = settings.namespace,
+        "starting"
+    );
+    let stop = async {
+        match daemon::asked_to_stop().await {
+            Ok(signal) => tracing::info!(signal, "stopping"),
+            Err(error) => tracing::error!(%error, "signals cannot be waited for"),
+        }
+    };
+    controller::run(client, settings, stop).await
+}

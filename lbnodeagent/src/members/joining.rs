@@ -1,0 +1,88 @@
+//! Staying joined: peers come from the API server, and whoever is not a member yet is asked again and again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+
+use super::{Members, MembersError};
+
+/// Addresses of the peers by node name.
+pub type Peers = BTreeMap<String, Vec<IpAddr>>;
+
+/// How often missing peers are tried at first, for how long, and how often from then on.
+const EAGER_INTERVAL: Duration = Duration::from_secs(1);
+const EAGER_TIME: Duration = Duration::from_secs(15);
+const CALM_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Peers tried in one round. One is enough to learn of all the others; some more find the parts of a split cluster.
+const AT_A_TIME: usize = 5;
+
+impl Members {
+    /// Joins the peers that are not members, again and again: every second at first and after the peers have changed,
+    /// then every five. A peer that is a member already costs nothing. Ends when this node has left; goes on with the
+    /// peers last known when the sender is gone.
+    ///
+    /// A peer that refuses, as one with another key does, is logged once, not each time.
+    pub async fn keep_joined(&self, mut peers: watch::Receiver<Peers>) {
+        let mut eager_until = Instant::now() + EAGER_TIME;
+        let mut failing = BTreeSet::new();
+        let mut turn = 0;
+        let mut has_left = self.has_left.subscribe();
+        loop {
+            let missing = self.missing(&peers.borrow_and_update());
+            failing.retain(|name| missing.iter().any(|(peer, _)| peer == name));
+            let round = missing.iter().cycle().skip(turn).take(missing.len().min(AT_A_TIME));
+            turn = turn.wrapping_add(AT_A_TIME) % missing.len().max(1);
+            let attempts = round.map(async |(name, addresses)| (name, self.join_any(addresses).await));
+            for (name, result) in join_all(attempts).await {
+                match result {
+                    Ok(()) => _ = failing.remove(name),
+                    Err(MembersError::Left) => return,
+                    Err(error) => {
+                        if failing.insert(name.clone()) {
+                            tracing::warn!(node = name, %error, "peer cannot be joined, trying on");
+                        }
+                    }
+                }
+            }
+            let is_eager = Instant::now() < eager_until;
+            tokio::select! {
+                () = sleep(if is_eager { EAGER_INTERVAL } else { CALM_INTERVAL }) => {}
+                _ = has_left.wait_for(|left| *left) => return,
+                Ok(()) = peers.changed() => eager_until = Instant::now() + EAGER_TIME,
+            }
+        }
+    }
+
+    /// The peers that are not members, each with the addresses this node can reach: those of its own family.
+    fn missing(&self, peers: &Peers) -> Vec<(String, Vec<SocketAddr>)> {
+        let living = self.living.borrow();
+        peers
+            .iter()
+            .filter(|(name, _)| **name != self.name && !living.contains_key(*name))
+            .map(|(name, ips)| {
+                let same_family = ips.iter().filter(|ip| ip.is_ipv4() == self.bind.is_ipv4());
+                (
+                    name.clone(),
+                    same_family.map(|ip| SocketAddr::new(*ip, self.bind.port())).collect(),
+                )
+            })
+            .collect()
+    }
+
+    /// Joins a peer through the first of its addresses that answers.
+    async fn join_any(&self, addresses: &[SocketAddr]) -> Result<(), MembersError> {
+        let mut last = Ok(());
+        for address in addresses {
+            last = self.join_one(*address).await;
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
+    }
+}

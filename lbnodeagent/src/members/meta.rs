@@ -1,0 +1,264 @@
+//! What a node says about itself in gossip: at most 512 bytes, the same on every node that reads them.
+//!
+//! Owns the encoding. Knows nothing of gossip, and of the meaning only the words.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+/// Most bytes a node's metadata may have (`META_MAX_SIZE` of memberlist, as of `HashiCorp`'s).
+pub const MAX_META_LEN: usize = 512;
+
+/// Version of the layout below. To be raised only when older agents must not read what newer ones write.
+const VERSION: u8 = 1;
+const HEADER_LEN: usize = 10;
+const LEAVING: u8 = 0x01;
+const DRAINED: u8 = 0x02;
+/// Added to the prefix length of an IPv6 subnet, so that one byte tells the family too.
+const V6_OFFSET: u8 = 64;
+
+/// What a node says about itself.
+///
+/// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained; the others are ignored), instance generation (8, big
+/// endian), then each subnet as its prefix length (1; 0 to 32 is IPv4, 64 to 192 is IPv6) and as many bytes of the
+/// network as the prefix covers. An IPv4 /24 takes 4 bytes, an IPv6 /64 takes 9: more than fifty dual-stack interfaces
+/// fit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// The agent is about to stop and hands over what it announces.
+    pub is_leaving: bool,
+    /// The node takes no new announcements: cordoned or excluded.
+    pub is_drained: bool,
+    /// Grows with every start of the agent on this node; 0 when not said.
+    pub generation: u64,
+    /// The subnets its interfaces offer, host bits zero.
+    pub subnets: BTreeSet<IpNet>,
+}
+
+/// Metadata as it goes over the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedMeta {
+    /// At most [`MAX_META_LEN`] bytes.
+    pub bytes: Vec<u8>,
+    /// Subnets for which there was no room: the last in the order of [`IpNet`], IPv4 before IPv6.
+    pub left_out: usize,
+}
+
+/// Why bytes are no metadata of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MetaError {
+    /// Too short for version, flags and generation, or cut in a subnet.
+    #[error("metadata is cut short")]
+    Short,
+    /// A layout this agent does not know.
+    #[error("metadata of version {0}, this agent knows version {VERSION}")]
+    Version(u8),
+    /// A prefix length that no family has.
+    #[error("metadata with a prefix of {0}")]
+    Prefix(u8),
+}
+
+impl Meta {
+    /// The bytes to gossip. Subnets that do not fit are left out, the same ones every time.
+    pub fn encode(&self) -> EncodedMeta {
+        let flags = if self.is_leaving { LEAVING } else { 0 } | if self.is_drained { DRAINED } else { 0 };
+        let mut bytes = vec![VERSION, flags];
+        bytes.extend(self.generation.to_be_bytes());
+        let mut written = 0;
+        for subnet in &self.subnets {
+            let encoded = encode_subnet(&subnet.trunc());
+            if bytes.len() + encoded.len() > MAX_META_LEN {
+                break;
+            }
+            bytes.extend(encoded);
+            written += 1;
+        }
+        EncodedMeta {
+            bytes,
+            left_out: self.subnets.len() - written,
+        }
+    }
+
+    /// Reads what another node, or anybody, sent.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MetaError> {
+        let (header, mut rest) = bytes.split_first_chunk::<HEADER_LEN>().ok_or(MetaError::Short)?;
+        let [version, flags, generation @ ..] = *header;
+        if version != VERSION {
+            return Err(MetaError::Version(version));
+        }
+        let mut subnets = BTreeSet::new();
+        while let Some((prefix, after)) = rest.split_first() {
+            let (subnet, after) = decode_subnet(*prefix, after)?;
+            subnets.insert(subnet);
+            rest = after;
+        }
+        Ok(Self {
+            is_leaving: flags & LEAVING != 0,
+            is_drained: flags & DRAINED != 0,
+            generation: u64::from_be_bytes(generation),
+            subnets,
+        })
+    }
+}
+
+fn encode_subnet(subnet: &IpNet) -> Vec<u8> {
+    let length = usize::from(subnet.prefix_len().div_ceil(8));
+    match subnet {
+        IpNet::V4(net) => std::iter::once(net.prefix_len())
+            .chain(net.network().octets().into_iter().take(length))
+            .collect(),
+        IpNet::V6(net) => std::iter::once(net.prefix_len() + V6_OFFSET)
+            .chain(net.network().octets().into_iter().take(length))
+            .collect(),
+    }
+}
+
+fn decode_subnet(prefix: u8, bytes: &[u8]) -> Result<(IpNet, &[u8]), MetaError> {
+    let (prefix_len, is_v6) = match prefix {
+        0..=32 => (prefix, false),
+        64..=192 => (prefix - V6_OFFSET, true),
+        _ => return Err(MetaError::Prefix(prefix)),
+    };
+    let (network, rest) = bytes
+        .split_at_checked(usize::from(prefix_len.div_ceil(8)))
+        .ok_or(MetaError::Short)?;
+    let ip: IpAddr = if is_v6 {
+        Ipv6Addr::from(padded::<16>(network)).into()
+    } else {
+        Ipv4Addr::from(padded::<4>(network)).into()
+    };
+    let subnet = IpNet::new(ip, prefix_len).map_err(|_| MetaError::Prefix(prefix))?;
+    Ok((subnet.trunc(), rest))
+}
+
+fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut octets = [0; N];
+    for (octet, byte) in octets.iter_mut().zip(bytes) {
+        *octet = *byte;
+    }
+    octets
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn meta(subnets: &[&str]) -> Meta {
+        Meta {
+            subnets: subnets.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Meta::default()
+        }
+    }
+
+    #[test]
+    fn metadata_is_encoded_byte_for_byte_as_documented() {
+        let rows: [(&str, Meta, &[u8]); 4] = [
+            ("nothing to say", meta(&[]), &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            (
+                "flags and generation",
+                Meta {
+                    is_leaving: true,
+                    is_drained: true,
+                    generation: 0x0102,
+                    ..Meta::default()
+                },
+                &[1, 3, 0, 0, 0, 0, 0, 0, 1, 2],
+            ),
+            (
+                "only the bytes a prefix covers",
+                meta(&["0.0.0.0/0", "10.0.0.0/9", "192.0.2.0/24"]),
+                &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 0, 24, 192, 0, 2],
+            ),
+            (
+                "IPv6",
+                meta(&["2001:db8::/32", "::/0"]),
+                &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 96, 0x20, 0x01, 0x0d, 0xb8],
+            ),
+        ];
+        for (name, meta, expected) in rows {
+            let encoded = meta.encode();
+            assert_eq!((encoded.bytes.as_slice(), encoded.left_out), (expected, 0), "{name}");
+            assert_eq!(Meta::decode(expected), Ok(meta), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_metadata_is_refused() {
+        let with = |rest: &[u8]| [&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0], rest].concat();
+        let rows = [
+            ("nothing", vec![], MetaError::Short),
+            ("cut in the header", vec![1; 9], MetaError::Short),
+            ("another version", vec![2; 10], MetaError::Version(2)),
+            ("cut in a subnet", with(&[24, 10, 0]), MetaError::Short),
+            (
+                "a prefix between the families",
+                with(&[33, 1, 2, 3, 4]),
+                MetaError::Prefix(33),
+            ),
+            ("a prefix beyond both", with(&[193]), MetaError::Prefix(193)),
+        ];
+        for (name, bytes, expected) in rows {
+            assert_eq!(Meta::decode(&bytes), Err(expected), "{name}");
+        }
+    }
+
+    #[test]
+    fn unknown_flags_and_host_bits_are_ignored() {
+        let bytes = [1, 0xfc, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 0xff];
+        assert_eq!(Meta::decode(&bytes), Ok(meta(&["10.128.0.0/9"])));
+    }
+
+    #[test]
+    fn of_too_many_subnets_the_first_are_kept_and_the_rest_counted() {
+        let all = Meta {
+            subnets: (0..=255)
+                .map(|net| IpNet::new(IpAddr::from([10, 0, net, 0]), 24).unwrap())
+                .collect(),
+            ..Meta::default()
+        };
+        let encoded = all.encode();
+        let kept = Meta::decode(&encoded.bytes).unwrap().subnets;
+        assert_eq!((encoded.bytes.len(), kept.len(), encoded.left_out), (510, 125, 131));
+        assert!(kept.iter().eq(all.subnets.iter().take(125)));
+    }
+
+    fn any_subnet() -> impl Strategy<Value = IpNet> {
+        prop_oneof![
+            (any::<u32>(), 0..=32_u8).prop_map(|(ip, len)| IpNet::new(Ipv4Addr::from(ip).into(), len)),
+            (any::<u128>(), 0..=128_u8).prop_map(|(ip, len)| IpNet::new(Ipv6Addr::from(ip).into(), len)),
+        ]
+        .prop_map(|net| net.unwrap().trunc())
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_read_back_and_never_too_long(
+            is_leaving: bool,
+            is_drained: bool,
+            generation: u64,
+            subnets in proptest::collection::btree_set(any_subnet(), 0..80),
+        ) {
+            let meta = Meta { is_leaving, is_drained, generation, subnets };
+            let encoded = meta.encode();
+            prop_assert!(encoded.bytes.len() <= MAX_META_LEN);
+            let read = Meta::decode(&encoded.bytes).unwrap();
+            prop_assert_eq!(read.subnets.len() + encoded.left_out, meta.subnets.len());
+            prop_assert!(read.subnets.is_subset(&meta.subnets));
+            prop_assert_eq!(Meta { subnets: meta.subnets, ..read.clone() }.encode(), encoded);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let _ = Meta::decode(&bytes);
+        }
+
+        #[test]
+        fn foreign_bytes_behind_a_valid_header_never_panic(rest in proptest::collection::vec(any::<u8>(), 0..600)) {
+            if let Ok(meta) = Meta::decode(&[vec![1; 10], rest].concat()) {
+                prop_assert!(meta.subnets.iter().all(|net| net.trunc() == *net));
+            }
+        }
+    }
+}

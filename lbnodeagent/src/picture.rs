@@ -1,0 +1,296 @@
+//! What the API server says, kept in the form the planner reads.
+//!
+//! Objects are read once, when they change. Owns no connection: watch events come in, values are looked at.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crds::service::{allocated_from, annotation, ingress, is_load_balancer, is_ours, is_traffic_local};
+use crds::servicegroup::Group;
+use crds::{Announce, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
+use daemon::{Change, Mirror};
+use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::ResourceExt;
+use kube::runtime::watcher;
+
+use crate::members::Peers;
+use crate::plan::Announced;
+
+/// A watch event of one of the kinds an agent looks at.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "moved once per watch event")]
+pub enum Seen {
+    /// A Service.
+    Service(watcher::Event<Service>),
+    /// A ServiceGroup of the install namespace.
+    Group(watcher::Event<ServiceGroup>),
+    /// An LBNodeAgent of the install namespace.
+    Agent(watcher::Event<LBNodeAgent>),
+    /// A Node.
+    Node(watcher::Event<Node>),
+    /// An EndpointSlice.
+    Slice(watcher::Event<EndpointSlice>),
+}
+
+/// The label that ties an EndpointSlice to its Service (KEP-752).
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// The API server's side of the picture.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    services: Mirror<Service>,
+    groups: Mirror<ServiceGroup>,
+    agents: Mirror<LBNodeAgent>,
+    nodes: Mirror<Node>,
+    slices: Mirror<EndpointSlice>,
+    announced: BTreeMap<ServiceKey, Announced>,
+    valid_groups: BTreeMap<String, Group>,
+    /// Nodes with usable endpoints, by Service and slice.
+    endpoints: BTreeMap<ServiceKey, BTreeMap<String, BTreeSet<String>>>,
+}
+
+impl Cluster {
+    /// Whether everything has been listed once.
+    pub const fn is_ready(&self) -> bool {
+        self.services.is_ready()
+            && self.groups.is_ready()
+            && self.agents.is_ready()
+            && self.nodes.is_ready()
+            && self.slices.is_ready()
+    }
+
+    /// Services with addresses of ours.
+    pub const fn announced(&self) -> &BTreeMap<ServiceKey, Announced> {
+        &self.announced
+    }
+
+    /// ServiceGroups that read well.
+    pub const fn groups(&self) -> &BTreeMap<String, Group> {
+        &self.valid_groups
+    }
+
+    /// The Service itself, to report on.
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(&(key.namespace.clone(), key.name.clone()))
+    }
+
+    /// All LBNodeAgents.
+    pub fn agents(&self) -> impl Iterator<Item = &LBNodeAgent> {
+        self.agents.objects().values().map(AsRef::as_ref)
+    }
+
+    /// A node's labels.
+    pub fn labels(&self, node: &str) -> BTreeMap<String, String> {
+        let node = self.nodes.get(&(String::new(), node.to_owned()));
+        node.map(|node| node.labels().clone()).unwrap_or_default()
+    }
+
+    /// The other nodes and their InternalIPs.
+    pub fn peers(&self, this: &str) -> Peers {
+        self.nodes
+            .objects()
+            .values()
+            .filter(|node| node.name_any() != this)
+            .map(|node| (node.name_any(), internal_ips(node)))
+            .collect()
+    }
+
+    /// Takes in a watch event.
+    pub fn see(&mut self, seen: Seen) {
+        match seen {
+            Seen::Service(event) => {
+                for change in self.services.apply(event) {
+                    self.service_changed(change);
+                }
+            }
+            Seen::Group(event) => {
+                if !self.groups.apply(event).is_empty() {
+                    let groups = self.groups.objects().values();
+                    self.valid_groups = groups
+                        .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
+                        .collect();
+                }
+            }
+            Seen::Agent(event) => _ = self.agents.apply(event),
+            Seen::Node(event) => _ = self.nodes.apply(event),
+            Seen::Slice(event) => {
+                for change in self.slices.apply(event) {
+                    self.slice_changed(change);
+                }
+            }
+        }
+    }
+
+    /// Takes in the answer to a write, which may be newer than what the watch has told.
+    pub fn service_written(&mut self, service: Service) {
+        if let Some(change) = self.services.set(service) {
+            self.service_changed(change);
+        }
+    }
+
+    fn service_changed(&mut self, change: Change<Service>) {
+        match change {
+            Change::Set(key, service) => {
+                let key = ServiceKey::new(key.0, key.1);
+                match announced(&service) {
+                    Some(mut announced) => {
+                        announced.endpoint_nodes = self.endpoint_nodes(&key);
+                        self.announced.insert(key, announced);
+                    }
+                    None => _ = self.announced.remove(&key),
+                }
+            }
+            Change::Gone(key, _) => _ = self.announced.remove(&ServiceKey::new(key.0, key.1)),
+            Change::Ready => {}
+        }
+    }
+
+    fn slice_changed(&mut self, change: Change<EndpointSlice>) {
+        let (slice, is_gone) = match change {
+            Change::Set(_, slice) => (slice, false),
+            Change::Gone(_, slice) => (slice, true),
+            Change::Ready => return,
+        };
+        let Some(service) = slice.labels().get(SERVICE_NAME) else {
+            return;
+        };
+        let key = ServiceKey::new(slice.namespace().unwrap_or_default(), service);
+        let of_service = self.endpoints.entry(key.clone()).or_default();
+        if is_gone {
+            of_service.remove(&slice.name_any());
+            if of_service.is_empty() {
+                self.endpoints.remove(&key);
+            }
+        } else {
+            of_service.insert(slice.name_any(), usable_nodes(&slice));
+        }
+        let nodes = self.endpoint_nodes(&key);
+        if let Some(announced) = self.announced.get_mut(&key) {
+            announced.endpoint_nodes = nodes;
+        }
+    }
+
+    fn endpoint_nodes(&self, key: &ServiceKey) -> BTreeSet<String> {
+        self.endpoints
+            .get(key)
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .flatten()
+            .cloned()
+            .collect()
+    }
+}
+
+/// A Service's part in the picture; `None` when it has no addresses of ours.
+fn announced(service: &Service) -> Option<Announced> {
+    if !is_ours(service) || !is_load_balancer(service) {
+        return None;
+    }
+    let vips = ingress(service);
+    (!vips.is_empty()).then(|| Announced {
+        vips,
+        groups: allocated_from(service).map(ToOwned::to_owned).collect(),
+        pool_type: match annotation(service, annotations::POOL_TYPE) {
+            Some("local") => Some(Announce::Local),
+            Some("remote") => Some(Announce::Remote),
+            _ => None,
+        },
+        is_traffic_local: is_traffic_local(service),
+        endpoint_nodes: BTreeSet::new(),
+    })
+}
+
+/// Nodes of a slice with an endpoint that is ready, or still serving while it terminates (KEP-1672).
+fn usable_nodes(slice: &EndpointSlice) -> BTreeSet<String> {
+    let endpoints = slice.endpoints.iter();
+    endpoints
+        .filter(|endpoint| {
+            let conditions = endpoint.conditions.as_ref();
+            let is_ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+            is_ready || conditions.and_then(|c| c.serving).unwrap_or(false)
+        })
+        .filter_map(|endpoint| endpoint.node_name.clone())
+        .collect()
+}
+
+fn internal_ips(node: &Node) -> Vec<IpAddr> {
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    addresses
+        .filter(|address| address.type_ == "InternalIP")
+        .filter_map(|address| address.address.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn service(by: &str, type_: &str, policy: &str) -> Service {
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "default", "name": "web", "annotations": {
+                "purelb.io/allocated-by": by, "purelb.io/allocated-from": "a, b", "purelb.io/pool-type": "remote"}},
+            "spec": {"type": type_, "externalTrafficPolicy": policy},
+            "status": {"loadBalancer": {"ingress": [{"ip": "10.0.0.1"}, {"hostname": "x"}, {"ip": "fd00::1"}]}},
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn only_load_balancers_with_addresses_of_ours_are_announced() {
+        let read = announced(&service("PureLB", "LoadBalancer", "Local")).unwrap();
+        assert_eq!(
+            (read.vips.len(), read.groups.len(), read.is_traffic_local),
+            (2, 2, true)
+        );
+        assert_eq!(read.pool_type, Some(Announce::Remote));
+        assert_eq!(announced(&service("other", "LoadBalancer", "Cluster")), None);
+        assert_eq!(announced(&service("PureLB", "ClusterIP", "Cluster")), None);
+    }
+
+    #[test]
+    fn endpoints_count_while_ready_or_serving_and_leave_with_their_slice() {
+        let slice = |name: &str, conditions: serde_json::Value, node: &str| -> EndpointSlice {
+            serde_json::from_value(json!({
+                "metadata": {"namespace": "default", "name": name, "labels": {SERVICE_NAME: "web"}},
+                "addressType": "IPv4",
+                "endpoints": [{"addresses": ["10.244.0.1"], "conditions": conditions, "nodeName": node}],
+            }))
+            .unwrap()
+        };
+        let mut cluster = Cluster::default();
+        cluster.see(Seen::Service(watcher::Event::Apply(service(
+            "PureLB",
+            "LoadBalancer",
+            "Local",
+        ))));
+        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
+            "a",
+            json!({}),
+            "unknown-is-ready",
+        ))));
+        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
+            "b",
+            json!({"ready": false, "serving": true}),
+            "serving",
+        ))));
+        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
+            "c",
+            json!({"ready": false}),
+            "unready",
+        ))));
+        let nodes = |cluster: &Cluster| {
+            let announced = cluster.announced().values().next().unwrap();
+            announced.endpoint_nodes.iter().cloned().collect::<Vec<_>>()
+        };
+        assert_eq!(nodes(&cluster), ["serving", "unknown-is-ready"]);
+        cluster.see(Seen::Slice(watcher::Event::Delete(slice(
+            "a",
+            json!({}),
+            "unknown-is-ready",
+        ))));
+        assert_eq!(nodes(&cluster), ["serving"]);
+    }
+}
