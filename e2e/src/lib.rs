@@ -1,0 +1,35 @@
+//! A real Kubernetes cluster in network namespaces, with clients and routers, for tests to run on.
+//!
+//! Start with [`Lab::run`]; the crate's README has the picture and the API on a page.
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "the lab is test code: where it is wrong it may panic"
+)]
+
+mod anchor;
+mod control_plane;
+mod http;
+mod kubernetes;
+mod lab;
+pub mod net;
+mod pki;
+mod pods;
+mod probe;
+mod process;
+pub mod product;
+pub mod routers;
+mod wait;
+
+pub use anchor::ROOT;
+pub use http::Answer;
+pub use kubernetes::{binaries, own_binaries};
+pub use lab::{Lab, Options, ProxyMode};
+pub use net::Node;
+pub use nix::sys::signal::Signal;
+pub use probe::{Probe, Protocol, Report};
+pub use process::{Output, Process};
+pub use product::Product;
+pub use routers::{Bird, Frr};
+pub use wait::{stays, wait_until};

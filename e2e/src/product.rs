@@ -1,0 +1,105 @@
+//! The programs under test, started as their Pods would be: with the rights of the chart's `ServiceAccounts` and nothing more.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Secret;
+use kube::Api;
+
+use crate::kubernetes::own_binary;
+use crate::lab::Lab;
+use crate::pods;
+use crate::process::Process;
+use crate::wait::wait_until;
+
+/// The namespace the product is installed in.
+pub const NAMESPACE: &str = "purelb";
+/// The network namespace of the allocator, a Pod's on the first node.
+pub const ALLOCATOR_NS: &str = "allocator";
+/// The Secret with the members' common key, which the allocator makes, and the key's name in it.
+const KEY: (&str, &str) = ("purelb-memberlist", "secretkey");
+
+/// The running programs of the product. Dropping the handles leaves them running.
+#[derive(Debug, Clone)]
+pub struct Product {
+    /// The allocator.
+    pub allocator: Process,
+    /// The node agents, by their nodes' namespaces.
+    pub agents: BTreeMap<String, Process>,
+}
+
+impl Lab {
+    /// Applies the repository's install manifest once and returns what kubectl printed.
+    ///
+    /// Its Pods stay pending, as the lab leaves their namespace alone; [`Lab::start_product`] runs what would be in them.
+    pub async fn install(&self) -> Result<String> {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("install.yaml");
+        self.kubectl(["apply", "-f", &manifest.to_string_lossy()]).await
+    }
+
+    /// Starts the allocator and an agent on every node.
+    pub async fn start_product(&self) -> Result<Product> {
+        let allocator = self.start_allocator().await?;
+        let mut agents = BTreeMap::new();
+        for node in self.nodes() {
+            agents.insert(node.ns.clone(), self.start_agent(&node.ns).await?);
+        }
+        Ok(Product { allocator, agents })
+    }
+
+    /// Starts the allocator in the network namespace of a Pod on the first node.
+    pub async fn start_allocator(&self) -> Result<Process> {
+        let program = own_binary("allocator")?;
+        let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "allocator").await?;
+        pods::wire_allocator(self, ALLOCATOR_NS)
+            .await
+            .context("wiring up the allocator's Pod")?;
+        self.start_process(
+            ALLOCATOR_NS,
+            "allocator",
+            [program.to_string_lossy().as_ref()],
+            &[
+                ("KUBECONFIG", &kubeconfig),
+                ("PURELB_NAMESPACE", NAMESPACE),
+                ("DEFAULT_ANNOUNCER", "PureLB"),
+            ],
+        )
+    }
+
+    /// Starts the node agent in a node's own network namespace, once there is a key for it.
+    pub async fn start_agent(&self, node: &str) -> Result<Process> {
+        let node = self.node(node)?;
+        let program = own_binary("lbnodeagent")?;
+        let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "lbnodeagent").await?;
+        let key = wait_until("there is a memberlist key", Duration::from_secs(20), || {
+            self.members_key()
+        })
+        .await?;
+        self.start_process(
+            &node.ns,
+            &format!("lbnodeagent-{}", node.ns),
+            [program.to_string_lossy().as_ref()],
+            &[
+                ("KUBECONFIG", &kubeconfig),
+                ("PURELB_NAMESPACE", NAMESPACE),
+                ("PURELB_NODE_NAME", &node.name),
+                ("PURELB_HOST", &node.ipv4.to_string()),
+                ("ML_GROUP", &key),
+            ],
+        )
+    }
+
+    /// The agents' common key, which a kubelet would hand them from the Secret.
+    async fn members_key(&self) -> Result<String> {
+        let (name, entry) = KEY;
+        let secret = Api::<Secret>::namespaced(self.client(), NAMESPACE).get(name).await?;
+        let key = secret
+            .data
+            .unwrap_or_default()
+            .remove(entry)
+            .with_context(|| format!("{name} has no {entry}"))?;
+        String::from_utf8(key.0).with_context(|| format!("{entry} of {name}"))
+    }
+}
