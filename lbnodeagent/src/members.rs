@@ -244,13 +244,13 @@ impl Members {
 /// | `Options::lan()` | 9.3 – 12.6 s: the probe waits for its TCP fall-back, bounded only by `timeout` (10 s) |
 /// | the same without reliable pings | 2.6 – 3.0 s |
 /// | probe 100/50 ms, suspicion 1, no reliable pings | 0.31 – 0.43 s, none wrongly dead in 45 s with four busy loops |
-/// | probe 100/50 ms, suspicion 4, no reliable pings: these | 0.51 – 0.94 s |
+/// | probe 100/50 ms, suspicion 4, no reliable pings: these | 0.50 – 0.94 s |
 ///
-/// The last line are 80 cuts of one of three or five nodes, half of them with four busy loops, as the ignored test in
-/// `tests/members.rs` prints them; the others were tried before. A node must be silent for a probe (100 ms) and the
-/// suspicion (4 × 100 ms) before it is dead, and can refute all that time: a pause of a quarter of a second, as a
-/// throttled container takes, moves nothing. Faster fail-over is not gossip's task; a standby that watches the owner
-/// does that.
+/// The last line is how long one member took to miss another that was frozen, 120 times with three or five of them on
+/// loopback, half of the times with four busy loops: the ignored test in `tests/members.rs` prints it. The other lines
+/// were measured apart. A node must be silent for a probe (100 ms) and the suspicion (4 × 100 ms) before it is dead, and
+/// can refute all that time: a pause of a quarter of a second, as a throttled container takes, moves nothing. Faster
+/// fail-over is not gossip's task; a standby that watches the owner does that.
 fn options(keys: &Keys) -> Options {
     Options::lan()
         .with_probe_interval(Duration::from_millis(100))

@@ -242,7 +242,7 @@ fn a_member_that_pauses_for_a_quarter_of_a_second_stays() {
 
 /// Where the figures in the settings' comment come from.
 #[test]
-#[ignore = "takes two minutes and all cores; run it alone, in release"]
+#[ignore = "takes two minutes and all cores; run it alone"]
 fn figures_of_silence_noticed_and_of_false_alarms_idle_and_under_load() {
     in_namespace(async || {
         for busy in [0, 4] {
