@@ -12,6 +12,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -59,6 +60,7 @@ impl Anchor {
                 "-c",
                 SCRIPT,
             ])
+            .process_group(0) // Ctrl-C is for this process, which decides what it ends
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -231,6 +232,21 @@ impl Lab {
     /// Runs a program in a namespace, expects it to succeed and returns what it printed.
     pub async fn exec<S: AsRef<str>>(&self, ns: &str, argv: impl IntoIterator<Item = S>) -> Result<String> {
         self.try_exec(ns, argv).await?.success()
+    }
+
+    /// Runs a program in a namespace to its end with this process's own input and output: a shell, for example.
+    pub async fn interact<S: AsRef<str>>(
+        &self,
+        ns: &str,
+        argv: impl IntoIterator<Item = S>,
+        environment: &[(&str, &str)],
+    ) -> Result<ExitStatus> {
+        let mut program = Program::new(argv);
+        for (name, value) in environment {
+            program = program.env(name, *value);
+        }
+        let door = self.door(ns)?;
+        tokio::task::spawn_blocking(move || program.interact(&door)).await?
     }
 
     /// Runs kubectl as the administrator and returns what it printed.

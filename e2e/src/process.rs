@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -66,6 +66,7 @@ impl Program {
     pub(crate) fn output(&self, door: &Door) -> Result<Output> {
         let mut command = self.command()?;
         command
+            .process_group(0) // Ctrl-C is for this process, which decides what it ends
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
@@ -84,6 +85,15 @@ impl Program {
         })
     }
 
+    /// Runs the program to its end with this process's own input and output, for whoever sits at the keyboard.
+    pub(crate) fn interact(&self, door: &Door) -> Result<ExitStatus> {
+        let mut command = self.command()?;
+        let mut child = door
+            .in_all(|| command.spawn())?
+            .with_context(|| format!("starting {}", self.line()))?;
+        child.wait().with_context(|| format!("waiting for {}", self.line()))
+    }
+
     /// Starts the program; what it prints is appended to `log`.
     pub(crate) fn start(&self, door: &Door, name: &str, log: &Path) -> Result<Process> {
         let file = File::options()
@@ -92,7 +102,11 @@ impl Program {
             .open(log)
             .with_context(|| format!("opening {}", log.display()))?;
         let mut command = self.command()?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        command
+            .process_group(0)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
         let mut child = door
             .in_all(|| command.spawn())?
             .with_context(|| format!("starting {name}: {}", self.line()))?;

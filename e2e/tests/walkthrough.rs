@@ -248,7 +248,7 @@ impl Story {
             let mac = self.lab.node(owner)?.mac();
             let neighbours = self.lab.exec("client", ["ip", "neigh", "show", vip]).await?;
             ensure!(
-                neighbours.contains(&mac.to_string()),
+                neighbours.contains(mac.as_str()),
                 "{vip} is not at {owner} ({mac}): {neighbours}"
             );
             self.held_by(vip, "eth0", &[owner]).await?;

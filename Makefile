@@ -1,0 +1,71 @@
+# `make help` lists what there is.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# System packages, Debian's names. `make setup` installs those that are missing.
+PACKAGES := bird2 build-essential ca-certificates conntrack curl frr iproute2 ipset iptables iputils-arping \
+            iputils-ping nftables procps tcpdump
+
+# Tests that start clusters: two at a time is what two cores carry.
+THREADS ?= 2
+
+.PHONY: help setup build kubernetes demo lab test lint unit e2e chart crds manifest deny clean
+
+help: ## This list
+	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## Install the system packages that are missing (apt, as root)
+	@missing=(); for package in $(PACKAGES); do \
+	  dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null | grep -qx installed || missing+=("$$package"); \
+	done; \
+	if (( $${#missing[@]} )); then \
+	  echo "installing $${missing[*]}"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	fi
+	@for tool in cargo go; do command -v $$tool >/dev/null || \
+	  { echo "make: $$tool is missing: install Rust 1.95 (rustup.rs) and Go 1.26 (go.dev/dl)" >&2; exit 1; }; done
+
+build: ## Build the two programs, optimised
+	cargo build --release --locked --package allocator --package lbnodeagent
+
+kubernetes: setup ## Build the Kubernetes programs of the lab, once (some minutes, then cached)
+	@e2e/kubernetes/build >/dev/null
+
+demo: kubernetes ## A cluster, six Services, a cut cable: two minutes (KEEP=1 leaves it up)
+	@cargo build --quiet --locked --workspace --bins
+	@KEEP=$(KEEP) target/debug/demo
+
+lab: kubernetes ## A shell in a cluster with the product installed
+	@cargo build --quiet --locked --workspace --bins
+	@target/debug/demo --shell
+
+test: lint unit chart e2e ## All tests
+
+lint: setup ## Format and clippy, without warnings
+	cargo fmt --all --check
+	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+
+unit: setup ## Unit and property tests, and those of the node agent against the kernel
+	cargo test --quiet --locked --workspace --exclude e2e
+
+chart: ## The chart's tests; the manifest must be what it renders
+	charts/test
+
+e2e: kubernetes ## Tests on real clusters in network namespaces (as root)
+	cargo build --quiet --locked --workspace --bins
+	cargo test --quiet --locked --package e2e -- --test-threads $(THREADS)
+
+crds: ## Write crds/*.yaml from the Rust types, and install.yaml
+	cargo run --quiet --locked --package crds
+	charts/render >install.yaml
+
+manifest: ## Write install.yaml from the chart
+	charts/render >install.yaml
+
+deny: ## Licences, sources and advisories of the dependencies (needs cargo-deny)
+	cargo deny check
+
+clean: ## Remove what was built here (the Kubernetes programs stay in their cache)
+	cargo clean
