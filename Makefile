@@ -41,7 +41,7 @@ lab: kubernetes ## A shell in a cluster with the product installed
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/demo --shell
 
-test: lint unit chart e2e ## All tests
+test: lint deny unit chart e2e ## All tests
 
 lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
@@ -64,8 +64,9 @@ crds: ## Write crds/*.yaml from the Rust types, and install.yaml
 manifest: ## Write install.yaml from the chart
 	charts/render >install.yaml
 
-deny: ## Licences, sources and advisories of the dependencies (needs cargo-deny)
-	cargo deny check
+deny: ## Licences and sources of the dependencies, where cargo-deny is installed
+	@if command -v cargo-deny >/dev/null; then cargo deny --offline --log-level error check licenses bans sources; \
+	else echo "cargo-deny is not installed: skipped (cargo install --locked cargo-deny)"; fi
 
 clean: ## Remove what was built here (the Kubernetes programs stay in their cache)
 	cargo clean

@@ -46,10 +46,9 @@ fn with_allocator(test: impl AsyncFnOnce(&Lab, e2e::Process) -> Result<()> + Sen
 }
 
 async fn create(lab: &Lab, name: &str, annotations: &[(&str, &str)], spec: serde_json::Value) -> Result<()> {
-    let mut whole = json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]});
-    for (key, value) in spec.as_object().into_iter().flatten() {
-        whole[key] = value.clone();
-    }
+    let usual = json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]});
+    let fields = |value: &serde_json::Value| value.as_object().cloned().unwrap_or_default();
+    let whole: serde_json::Map<_, _> = fields(&usual).into_iter().chain(fields(&spec)).collect();
     let annotations: BTreeMap<_, _> = annotations.iter().copied().collect();
     let object = json!({
         "apiVersion": "v1", "kind": "Service",

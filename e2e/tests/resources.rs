@@ -18,138 +18,136 @@ type Row = (&'static str, &'static str, &'static str, Option<&'static str>);
 
 const V4: &str = "{pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24}";
 
-fn rows() -> Vec<Row> {
-    vec![
-        (
-            "flat v1 form",
-            "v1",
-            "{local: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: /32}}",
-            None,
-        ),
-        (
-            "v1 pools of both families",
-            "v1",
-            "{local: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24, aggregation: default}, v6pool: {pool: 'fd00::/64', subnet: 'fd00::/64', aggregation: /128}}}",
-            None,
-        ),
-        (
-            "v1 netbox",
-            "v1",
-            "{netbox: {url: 'http://netbox/', tenant: t, aggregation: default}}",
-            None,
-        ),
-        (
-            "one address, blanks around the dash, a CIDR",
-            "v2",
-            "{remote: {v4pools: [{pool: 10.0.0.1, subnet: 10.0.0.0/24}, {pool: '10.0.0.5 - 10.0.0.9', subnet: 10.0.0.0/24}, {pool: 10.0.0.16/28, subnet: 10.0.0.0/24}]}}",
-            None,
-        ),
-        ("external", "v2", "{external: {provider: p, announce: remote}}", None),
-        (
-            "namespaces",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24}}, namespaces: [a], enforceNamespaces: true, namespaceDefault: true}",
-            None,
-        ),
-        (
-            "reversed",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.9-10.0.0.1, subnet: 10.0.0.0/24}}}",
-            Some("pool must not end before it starts: swap its addresses"),
-        ),
-        (
-            "reversed flat",
-            "v1",
-            "{local: {pool: 10.0.0.9-10.0.0.1, subnet: 10.0.0.0/24}}",
-            Some("pool must not end before it starts"),
-        ),
-        (
-            "outside the subnet",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.1.1-10.0.1.9, subnet: 10.0.0.0/24}}}",
-            Some("pool must lie inside subnet"),
-        ),
-        (
-            "families mixed",
-            "v2",
-            "{local: {v4pool: {pool: '10.0.0.1-fd00::1', subnet: 10.0.0.0/24}}}",
-            Some("pool must lie inside subnet"),
-        ),
-        (
-            "no addresses",
-            "v2",
-            "{local: {v4pool: {pool: here-there, subnet: 10.0.0.0/24}}}",
-            Some("pool must be a range such as 192.168.1.10-192.168.1.99, or a CIDR"),
-        ),
-        (
-            "a comma list",
-            "v2",
-            "{local: {v4pool: {pool: '10.0.0.1,10.0.0.2', subnet: 10.0.0.0/24}}}",
-            Some("pool must be a range"),
-        ),
-        (
-            "no subnet",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.1-10.0.0.2, subnet: 10.0.0.0}}}",
-            Some("subnet must be a CIDR such as 192.168.1.0/24 or fd00:1::/64"),
-        ),
-        (
-            "IPv6 in an IPv4 field",
-            "v2",
-            "{remote: {v4pools: [{pool: 'fd00::/120', subnet: 'fd00::/64'}]}}",
-            Some("v4pools takes IPv4 pools only"),
-        ),
-        (
-            "IPv6 length for IPv4",
-            "v2",
-            "{remote: {v4pool: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: /64}}}",
-            Some("aggregation of an IPv4 pool must be default or a length from /8 to /32"),
-        ),
-        (
-            "aggregation without a slash",
-            "v1",
-            "{local: {v4pool: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: '32'}}}",
-            Some("aggregation in body should match"),
-        ),
-        (
-            "no pool",
-            "v2",
-            "{local: {}}",
-            Some("at least one pool must be specified"),
-        ),
-        (
-            "half a flat pool",
-            "v1",
-            "{local: {pool: 10.0.0.1-10.0.0.9}}",
-            Some("local.pool and local.subnet belong together"),
-        ),
-        (
-            "flat and v4pool",
-            "v1",
-            "{local: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, v4pool: {pool: 10.1.0.1, subnet: 10.1.0.0/24}}}",
-            Some("keep one of the two"),
-        ),
-        ("nothing", "v1", "{}", Some("one of local and netbox must be specified")),
-        (
-            "local and remote",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, remote: {v4pool: {pool: 10.1.0.1, subnet: 10.1.0.0/24}}}",
-            Some("exactly one of local, remote, or external must be specified"),
-        ),
-        (
-            "enforcing nothing",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, enforceNamespaces: true}",
-            Some("enforceNamespaces requires a non-empty namespaces list, otherwise it silently enforces nothing"),
-        ),
-        (
-            "default of nothing",
-            "v2",
-            "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, namespaceDefault: true}",
-            Some("namespaceDefault requires a non-empty namespaces list, otherwise it defaults nothing"),
-        ),
-    ]
-}
+const ROWS: &[Row] = &[
+    (
+        "flat v1 form",
+        "v1",
+        "{local: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: /32}}",
+        None,
+    ),
+    (
+        "v1 pools of both families",
+        "v1",
+        "{local: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24, aggregation: default}, v6pool: {pool: 'fd00::/64', subnet: 'fd00::/64', aggregation: /128}}}",
+        None,
+    ),
+    (
+        "v1 netbox",
+        "v1",
+        "{netbox: {url: 'http://netbox/', tenant: t, aggregation: default}}",
+        None,
+    ),
+    (
+        "one address, blanks around the dash, a CIDR",
+        "v2",
+        "{remote: {v4pools: [{pool: 10.0.0.1, subnet: 10.0.0.0/24}, {pool: '10.0.0.5 - 10.0.0.9', subnet: 10.0.0.0/24}, {pool: 10.0.0.16/28, subnet: 10.0.0.0/24}]}}",
+        None,
+    ),
+    ("external", "v2", "{external: {provider: p, announce: remote}}", None),
+    (
+        "namespaces",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24}}, namespaces: [a], enforceNamespaces: true, namespaceDefault: true}",
+        None,
+    ),
+    (
+        "reversed",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.9-10.0.0.1, subnet: 10.0.0.0/24}}}",
+        Some("pool must not end before it starts: swap its addresses"),
+    ),
+    (
+        "reversed flat",
+        "v1",
+        "{local: {pool: 10.0.0.9-10.0.0.1, subnet: 10.0.0.0/24}}",
+        Some("pool must not end before it starts"),
+    ),
+    (
+        "outside the subnet",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.1.1-10.0.1.9, subnet: 10.0.0.0/24}}}",
+        Some("pool must lie inside subnet"),
+    ),
+    (
+        "families mixed",
+        "v2",
+        "{local: {v4pool: {pool: '10.0.0.1-fd00::1', subnet: 10.0.0.0/24}}}",
+        Some("pool must lie inside subnet"),
+    ),
+    (
+        "no addresses",
+        "v2",
+        "{local: {v4pool: {pool: here-there, subnet: 10.0.0.0/24}}}",
+        Some("pool must be a range such as 192.168.1.10-192.168.1.99, or a CIDR"),
+    ),
+    (
+        "a comma list",
+        "v2",
+        "{local: {v4pool: {pool: '10.0.0.1,10.0.0.2', subnet: 10.0.0.0/24}}}",
+        Some("pool must be a range"),
+    ),
+    (
+        "no subnet",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.1-10.0.0.2, subnet: 10.0.0.0}}}",
+        Some("subnet must be a CIDR such as 192.168.1.0/24 or fd00:1::/64"),
+    ),
+    (
+        "IPv6 in an IPv4 field",
+        "v2",
+        "{remote: {v4pools: [{pool: 'fd00::/120', subnet: 'fd00::/64'}]}}",
+        Some("v4pools takes IPv4 pools only"),
+    ),
+    (
+        "IPv6 length for IPv4",
+        "v2",
+        "{remote: {v4pool: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: /64}}}",
+        Some("aggregation of an IPv4 pool must be default or a length from /8 to /32"),
+    ),
+    (
+        "aggregation without a slash",
+        "v1",
+        "{local: {v4pool: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, aggregation: '32'}}}",
+        Some("aggregation in body should match"),
+    ),
+    (
+        "no pool",
+        "v2",
+        "{local: {}}",
+        Some("at least one pool must be specified"),
+    ),
+    (
+        "half a flat pool",
+        "v1",
+        "{local: {pool: 10.0.0.1-10.0.0.9}}",
+        Some("local.pool and local.subnet belong together"),
+    ),
+    (
+        "flat and v4pool",
+        "v1",
+        "{local: {pool: 10.0.0.1-10.0.0.9, subnet: 10.0.0.0/24, v4pool: {pool: 10.1.0.1, subnet: 10.1.0.0/24}}}",
+        Some("keep one of the two"),
+    ),
+    ("nothing", "v1", "{}", Some("one of local and netbox must be specified")),
+    (
+        "local and remote",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, remote: {v4pool: {pool: 10.1.0.1, subnet: 10.1.0.0/24}}}",
+        Some("exactly one of local, remote, or external must be specified"),
+    ),
+    (
+        "enforcing nothing",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, enforceNamespaces: true}",
+        Some("enforceNamespaces requires a non-empty namespaces list, otherwise it silently enforces nothing"),
+    ),
+    (
+        "default of nothing",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}, namespaceDefault: true}",
+        Some("namespaceDefault requires a non-empty namespaces list, otherwise it defaults nothing"),
+    ),
+];
 
 #[test]
 fn good_groups_are_accepted_and_bad_ones_refused_in_a_sentence() -> Result<()> {
@@ -171,7 +169,7 @@ fn good_groups_are_accepted_and_bad_ones_refused_in_a_sentence() -> Result<()> {
             lab.kubectl(["get", "sg", "-A"]).await
         })
         .await?;
-        for (number, (name, version, spec, refusal)) in rows().into_iter().enumerate() {
+        for (number, &(name, version, spec, refusal)) in ROWS.iter().enumerate() {
             let applied = lab.apply(&group(number, version, spec)).await;
             match (refusal, applied) {
                 (None, applied) => _ = applied.with_context(|| format!("{name} was refused"))?,
