@@ -49,7 +49,9 @@ impl Common {
     /// # Errors
     /// When the level is no filter, naming it.
     pub fn start_log(&self) -> anyhow::Result<()> {
-        let filter = EnvFilter::try_new(&self.log_level)
+        // The client logs every connection that fails; the watches say once that they are interrupted.
+        let directives = format!("{},kube_client::client::builder=off", self.log_level);
+        let filter = EnvFilter::try_new(directives)
             .with_context(|| format!("PURELB_LOG_LEVEL \"{}\" is no level: use info or debug", self.log_level))?;
         let log = tracing_subscriber::fmt()
             .with_env_filter(filter)

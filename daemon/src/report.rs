@@ -1,6 +1,7 @@
 //! Events on objects, written beside the caller.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crds::event::Notice;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -11,6 +12,15 @@ use tokio::sync::Semaphore;
 
 /// Requests under way at once: enough to hide the API server's latency, few enough to leave it room.
 pub const CONCURRENCY: usize = 64;
+
+/// Waits between attempts to write an event while the API server is out of reach: half a minute in all.
+const RETRIES: [Duration; 5] = [
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(4),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+];
 
 /// Writes events. Cheap to clone.
 #[derive(Clone)]
@@ -33,8 +43,8 @@ impl Reporter {
         }
     }
 
-    /// Tells the author of an object. A failure is logged and not retried: the objects themselves carry
-    /// everything that matters.
+    /// Tells the author of an object. Tried again for half a minute while the API server is out of reach;
+    /// what it refuses is logged, since the objects themselves carry everything that matters.
     pub fn tell<K: Resource<DynamicType = ()>>(&self, object: &K, notice: &Notice) {
         let regarding: ObjectReference = object.object_ref(&());
         let event = notice.event(regarding, self.controller, &self.instance);
@@ -42,9 +52,19 @@ impl Reporter {
         let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
         let slots = self.slots.clone();
         tokio::spawn(async move {
-            let _slot = slots.acquire().await;
-            if let Err(error) = api.create(&PostParams::default(), &event).await {
-                tracing::warn!(event = ?event.metadata.name, %error, "event not written");
+            let mut waits = RETRIES.into_iter();
+            loop {
+                let result = {
+                    let _slot = slots.acquire().await;
+                    api.create(&PostParams::default(), &event).await
+                };
+                let Err(error) = result else { return };
+                let wait = waits.next().filter(|_| !matches!(error, kube::Error::Api(_)));
+                let Some(wait) = wait else {
+                    tracing::warn!(event = ?event.metadata.name, %error, "event not written");
+                    return;
+                };
+                tokio::time::sleep(wait).await;
             }
         });
     }

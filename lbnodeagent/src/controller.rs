@@ -14,6 +14,7 @@ use crds::event::{LBNODEAGENT, Notice};
 use crds::service::{annotation, ingress};
 use crds::{Announce, Family, LBNodeAgent, ServiceKey};
 use daemon::Reporter;
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use kube::Client;
 use kube::api::{Api, Patch, PatchParams};
@@ -23,7 +24,7 @@ use tokio::time::Instant;
 
 use crate::annotation as announcing;
 use crate::config::{self, NodeConfig};
-use crate::kernel::{Added, Applied, Change, DummyKind, Kernel, Snapshot, VipAddress, difference};
+use crate::kernel::{Added, Applied, Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
 use crate::members::{self, Keys, Living, Members, Meta, Peers};
 use crate::neighbor::{Announcer, Target};
 use crate::picture::{Cluster, Seen};
@@ -95,7 +96,7 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
             agent.take(input);
         }
         let members = living.borrow_and_update().clone();
-        agent.reconcile(&members).await;
+        agent.reconcile(&members).await?;
     }
     agent.withdraw().await;
     drop(agent);
@@ -126,8 +127,11 @@ struct Agent<'a> {
     sender: mpsc::UnboundedSender<Input>,
 
     cluster: Cluster,
-    started: Instant,
-    is_settled: bool,
+    /// Since when this node waits to hear from others; nothing once it has, or has waited long enough.
+    settling: Option<Instant>,
+    /// The other members, and the subnets of this node, when last looked at.
+    others: BTreeSet<String>,
+    subnets: BTreeSet<IpNet>,
     /// Nothing was reconciled yet: addresses found are those of a process before this one.
     is_first: bool,
     /// What was last told to the other nodes.
@@ -167,8 +171,9 @@ impl<'a> Agent<'a> {
             peers,
             sender,
             cluster: Cluster::default(),
-            started: Instant::now(),
-            is_settled: false,
+            settling: Some(Instant::now()),
+            others: BTreeSet::new(),
+            subnets: BTreeSet::new(),
             is_first: true,
             meta: Meta::default(),
             dummy: None,
@@ -216,30 +221,56 @@ impl<'a> Agent<'a> {
     }
 
     /// Brings the kernel to what it should hold, and tells about it. Does nothing where all is well.
-    async fn reconcile(&mut self, living: &Living) {
+    ///
+    /// # Errors
+    /// Only what trying again does not mend.
+    async fn reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
         self.wake_at = None;
         if !self.cluster.is_ready() || !self.has_settled(living) {
-            return;
+            return Ok(());
         }
-        if let Err(error) = self.try_reconcile(living).await {
-            tracing::error!(error = format!("{error:#}"), "reconciling failed, will try again");
-            self.wake_in(RETRY);
+        match self.try_reconcile(living).await {
+            Err(error) if matches!(error.downcast_ref(), Some(KernelError::Closed)) => Err(error),
+            Err(error) => {
+                tracing::error!(error = format!("{error:#}"), "reconciling failed, will try again");
+                self.wake_in(RETRY);
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 
     /// Whether the others have been heard, or there are none: before that, this node would believe every
     /// VIP to be its own.
     fn has_settled(&mut self, living: &Living) -> bool {
-        if !self.is_settled {
-            let age = self.started.elapsed();
-            self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || age >= SETTLING;
-            if self.is_settled {
-                tracing::info!(members = living.len(), "ready");
-            } else {
-                self.wake_in(SETTLING.saturating_sub(age));
-            }
+        let Some(since) = self.settling else { return true };
+        let waited = since.elapsed();
+        if self.is_alone(living) && waited < SETTLING {
+            self.wake_in(SETTLING.saturating_sub(waited));
+            return false;
         }
-        self.is_settled
+        self.settling = None;
+        tracing::info!(members = living.len(), "ready");
+        true
+    }
+
+    /// Whether no other node is heard, though there are others.
+    fn is_alone(&self, living: &Living) -> bool {
+        living.len() <= 1 && !self.peers.borrow().is_empty()
+    }
+
+    /// Whether this node has just got back the subnets it announces on, and has not heard the others yet:
+    /// it was cut off, and they hold what was its own.
+    fn is_just_back(&mut self, subnets: &BTreeSet<IpNet>, living: &Living) -> bool {
+        let has_more = !subnets.is_subset(&self.subnets);
+        self.subnets.clone_from(subnets);
+        let is_back = has_more && !self.is_first && self.is_alone(living);
+        if is_back {
+            tracing::info!(?subnets, "reconnected, waiting for the others");
+            self.settling = Some(Instant::now());
+            self.wake_in(SETTLING);
+        }
+        is_back
     }
 
     async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
@@ -248,6 +279,9 @@ impl<'a> Agent<'a> {
         };
         let snapshot = self.with_dummy(&config).await?;
         let subnets = plan::subnets(&snapshot, &config);
+        if self.is_just_back(&subnets, living) {
+            return Ok(());
+        }
         let candidates = candidates(&self.settings.node, subnets.clone(), living);
         let plan = plan::plan(&Picture {
             node: &self.settings.node,
@@ -262,6 +296,9 @@ impl<'a> Agent<'a> {
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
         let applied = self.kernel.apply(&difference(&desired, &snapshot)).await;
         let is_first = std::mem::take(&mut self.is_first);
+        if self.has_new_neighbour(living) && !is_first {
+            self.greet_again(&plan, &snapshot, &config);
+        }
         self.report(&plan, &snapshot, &config, &applied, |address| {
             is_first && held.contains(&(address.link, address.ip))
         });
@@ -469,6 +506,31 @@ impl<'a> Agent<'a> {
         self.announcing = now_announcing;
     }
 
+    /// Whether a member is there that was not when last looked at.
+    fn has_new_neighbour(&mut self, living: &Living) -> bool {
+        let others: BTreeSet<String> = living
+            .keys()
+            .filter(|name| **name != self.settings.node)
+            .cloned()
+            .collect();
+        let has_new = !others.is_subset(&self.others);
+        self.others = others;
+        has_new
+    }
+
+    /// Tells the neighbours again of everything held: a node that was cut off may have believed itself
+    /// alone, and told them otherwise.
+    fn greet_again(&self, plan: &Plan, snapshot: &Snapshot, config: &NodeConfig) {
+        let held = self.held.borrow().clone();
+        let local = plan.verdicts.iter().filter_map(|((_, ip), verdict)| match verdict {
+            Verdict::Local(placed) if held.contains(ip) => Some((placed.address.link, *ip)),
+            _ => None,
+        });
+        for (link, ip) in local.collect::<BTreeSet<_>>() {
+            self.greet(snapshot, config, link, ip);
+        }
+    }
+
     /// Tells the neighbours on a link where an address is now.
     fn greet(&self, snapshot: &Snapshot, config: &NodeConfig, link: u32, ip: IpAddr) {
         let Some(repetition) = config.announcements else { return };
@@ -600,7 +662,7 @@ impl<'a> Agent<'a> {
 }
 
 /// The living nodes as candidates. What this node has is known first hand; the others have said it.
-fn candidates(node: &str, subnets: BTreeSet<ipnet::IpNet>, living: &Living) -> BTreeMap<String, Candidate> {
+fn candidates(node: &str, subnets: BTreeSet<IpNet>, living: &Living) -> BTreeMap<String, Candidate> {
     let mut candidates: BTreeMap<String, Candidate> = living
         .values()
         .map(|member| {

@@ -148,7 +148,8 @@ fn judge(picture: &Picture<'_>, service: &Announced, vip: IpAddr) -> Verdict {
     if !candidates.is_empty() {
         return local(picture, service, vip, candidates);
     }
-    if announce == Announce::Local {
+    // A node whose own segment it is does not route it because its cable is out just now.
+    if announce == Announce::Local || has_address_beside(picture, vip) {
         return Verdict::Nobody(Reason::NoSubnet);
     }
     routed(picture, service, vip, pool.map(|(_, pool)| pool))
@@ -234,16 +235,30 @@ fn place(picture: &Picture<'_>, vip: IpAddr) -> Option<Placed> {
     })
 }
 
-/// The interfaces of this node that may hold local VIPs of a family, in the order they are tried: up and
-/// with a carrier, never the dummy.
+/// Whether an interface of this node has the VIP's subnet, with a carrier or without.
+fn has_address_beside(picture: &Picture<'_>, vip: IpAddr) -> bool {
+    configured(picture.kernel, picture.config, Family::of(vip))
+        .into_iter()
+        .flat_map(|link| picture.kernel.usable_subnets(link.index))
+        .any(|net| net.contains(&vip))
+}
+
+/// The interfaces of this node that may hold local VIPs of a family now: up and with a carrier.
 fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
+    let mut links = configured(kernel, config, family);
+    links.retain(|link| link.is_usable());
+    links
+}
+
+/// The interfaces that the configuration means for a family, in the order they are tried; never the dummy.
+fn configured<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
     let mut links: Vec<&Link> = match &config.local {
         Choice::Default => kernel.default_interface(family).into_iter().collect(),
         Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
     };
     links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
     let mut seen = BTreeSet::new();
-    links.retain(|link| link.is_usable() && link.name != config.dummy && seen.insert(link.index));
+    links.retain(|link| link.name != config.dummy && seen.insert(link.index));
     links
 }
 
@@ -505,6 +520,20 @@ mod tests {
         assert_eq!(subnets(&world.kernel, &world.config).len(), 2);
         world.kernel.links[0].has_carrier = false;
         assert_eq!(subnets(&world.kernel, &world.config).len(), 0);
+    }
+
+    #[test]
+    fn a_local_vip_is_not_routed_because_the_cable_is_out() {
+        let mut world = World::new();
+        world.kernel.links[0].has_carrier = false;
+        let subnets = subnets(&world.kernel, &world.config);
+        let this = Candidate {
+            subnets,
+            is_withdrawn: false,
+        };
+        world.candidates = BTreeMap::from([(W11.to_owned(), this)]);
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "nobody NoSubnet");
+        assert_eq!(shown(&world.judge("v1", "10.189.0.0")), "routed 10.189.0.0/32 kube-lb0");
     }
 
     #[test]
