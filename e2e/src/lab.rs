@@ -6,6 +6,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -278,9 +279,14 @@ impl Lab {
 
     /// A kubeconfig with a token of a `ServiceAccount`, a path for programs that run in the lab.
     pub async fn service_account_kubeconfig(&self, namespace: &str, name: &str) -> Result<String> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let config = self.service_account_config(namespace, name).await?;
         let path = format!("/run/lab/{namespace}-{name}.kubeconfig");
-        std::fs::write(self.outside(&path), config).with_context(|| format!("writing {path}"))?;
+        // Whoever reads the one of a call before must not find it half written.
+        let unfinished = self.outside(&format!("{path}.{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
+        std::fs::write(&unfinished, config)
+            .and_then(|()| std::fs::rename(&unfinished, self.outside(&path)))
+            .with_context(|| format!("writing {path}"))?;
         Ok(path)
     }
 
