@@ -8,9 +8,26 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crds::Family;
+use crds::service::{annotation, ingress};
+use k8s_openapi::api::core::v1::Service;
 
 /// Who announces an address: node and interface.
 pub type Entry = (String, String);
+
+/// The annotation's key.
+pub const fn key_of(family: Family) -> &'static str {
+    match family {
+        Family::V4 => crds::annotations::ANNOUNCING_IPV4,
+        Family::V6 => crds::annotations::ANNOUNCING_IPV6,
+    }
+}
+
+/// Who announces which of a Service's addresses of a family, as its annotation says.
+pub fn entries(service: &Service, family: Family) -> BTreeMap<IpAddr, Entry> {
+    annotation(service, key_of(family))
+        .map(|text| read(text, family, &ingress(service)))
+        .unwrap_or_default()
+}
 
 /// Reads an annotation. The two-field form says no address: it speaks of `vips`' only one of its family.
 /// Malformed entries are dropped.

@@ -4,31 +4,34 @@
 //! the same reconciliation of what should be with what is. The API server is not on the failover path:
 //! when it is away, what was last heard from it holds, and members and kernel go on.
 
+mod telling;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
-use crds::service::{annotation, ingress};
-use crds::{Announce, Family, LBNodeAgent, ServiceKey};
+use crds::{LBNodeAgent, ServiceKey};
 use daemon::Reporter;
-use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use kube::Client;
-use kube::api::{Api, Patch, PatchParams};
-use serde_json::json;
-use tokio::sync::{mpsc, watch};
+use kube::api::Api;
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-use crate::annotation as announcing;
 use crate::config::{self, NodeConfig};
-use crate::kernel::{Added, Applied, Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
+use crate::greeting::{self, Held};
+use crate::isolation::{self, Isolation};
+use crate::kernel::{DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
 use crate::members::{self, Keys, Living, Members, Meta, Peers};
-use crate::neighbor::{Announcer, Target};
+use crate::neighbor::Announcer;
 use crate::picture::{Cluster, Seen};
-use crate::plan::{self, Candidate, Picture, Plan, Verdict};
+use crate::plan::{self, Candidate, Picture, Plan};
+use crate::presence::Presence;
+use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher};
+use crate::steadiness::{Others, Steadiness};
 
 /// What the agent is told at start.
 #[derive(Clone, Debug)]
@@ -50,6 +53,9 @@ const LINGER: Duration = Duration::from_millis(500);
 const HANDOVER: Duration = Duration::from_millis(500);
 /// How long a starting agent waits to hear from others before it believes to be alone.
 const SETTLING: Duration = Duration::from_secs(3);
+/// How long a member may be silent to the standby watch alone. When gossip, over the same network, has not given it up by
+/// then, it is the watch that cannot hear it, as behind a firewall that drops its port.
+const OVERRULED: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -74,11 +80,32 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
         meta: Meta::default(),
     })
     .await?;
+    let watcher = Watcher::start(&standby::Config::new(&settings.node, settings.keys.clone()))?;
+    let mut heard = watcher.verdicts();
     let (peers, peers_seen) = watch::channel(Peers::new());
     let (sender, mut inputs) = mpsc::unbounded_channel();
     watch_all(&client, &settings.namespace, &sender);
 
-    let mut agent = Agent::new(client, settings, &kernel, Arc::new(announcer), &members, peers, sender);
+    let mut agent = Agent::new(
+        client.clone(),
+        settings,
+        Links {
+            kernel: &kernel,
+            announcer: Arc::new(announcer),
+            members: &members,
+            watcher: &watcher,
+        },
+        peers,
+        sender,
+    );
+    let again = Arc::new(Notify::new());
+    let mut announcing = std::pin::pin!(greeting::keep_announcing(
+        agent.links.announcer.clone(),
+        agent.held.subscribe(),
+        again.clone()
+    ));
+    let (reachable, mut api_reachable) = watch::channel(true);
+    let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
     let mut stop = std::pin::pin!(stop);
     loop {
@@ -86,7 +113,16 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
         tokio::select! {
             input = inputs.recv() => agent.take(input.context("the agent's inputs ended")?),
             Ok(()) = living.changed() => {}
+            Ok(()) = heard.changed() => {}
+            Ok(()) = api_reachable.changed() => {}
             () = kernel.changed() => {}
+            () = watcher.taken_over() => {
+                tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
+                again.notify_one();
+                continue;
+            }
+            () = &mut announcing => {}
+            () = &mut asking => {}
             () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
             () = &mut joining => {}
             () = &mut stop => break,
@@ -96,6 +132,13 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
             agent.take(input);
         }
         let members = living.borrow_and_update().clone();
+        if members.keys().any(|name| !agent.members_before.contains(name)) {
+            // It may have believed this node dead, and told the neighbours so.
+            again.notify_one();
+        }
+        agent.members_before = members.keys().cloned().collect();
+        agent.heard = heard.borrow_and_update().clone();
+        agent.is_api_reachable = *api_reachable.borrow_and_update();
         agent.reconcile(&members).await?;
     }
     agent.withdraw().await;
@@ -116,32 +159,51 @@ fn watch_all(client: &Client, namespace: &str, inputs: &mpsc::UnboundedSender<In
     });
 }
 
+/// The ways to the world outside.
+struct Links<'a> {
+    kernel: &'a Kernel,
+    announcer: Arc<Announcer>,
+    members: &'a Members,
+    watcher: &'a Watcher,
+}
+
 struct Agent<'a> {
     client: Client,
     settings: Settings,
     reporter: Reporter,
-    kernel: &'a Kernel,
-    announcer: Arc<Announcer>,
-    members: &'a Members,
+    links: Links<'a>,
     peers: watch::Sender<Peers>,
     sender: mpsc::UnboundedSender<Input>,
 
     cluster: Cluster,
-    /// Since when this node waits to hear from others; nothing once it has, or has waited long enough.
-    settling: Option<Instant>,
-    /// The other members, and the subnets of this node, when last looked at.
-    others: BTreeSet<String>,
-    subnets: BTreeSet<IpNet>,
+    started: Instant,
+    is_settled: bool,
     /// Nothing was reconciled yet: addresses found are those of a process before this one.
     is_first: bool,
     /// What was last told to the other nodes.
     meta: Meta,
+    /// Tells this process from those before it on this node.
+    generation: u64,
+    /// Who was there at the last look.
+    members_before: BTreeSet<String>,
+    presence: Presence,
+    /// What the standby watch hears.
+    heard: Verdicts,
+    /// Since when somebody is silent to it.
+    silent_since: BTreeMap<Watched, Instant>,
+    /// Whom it watches.
+    watches: BTreeMap<Watched, IpAddr>,
+    steadiness: Steadiness,
+    isolation: Isolation,
+    /// No other node is heard, though there are some.
+    is_alone: watch::Sender<bool>,
+    is_api_reachable: bool,
     /// Name of the dummy interface in use.
     dummy: Option<String>,
     /// What this process announces: interface by Service and address.
     announcing: BTreeMap<(ServiceKey, IpAddr), String>,
     /// Local addresses held, for announcements under way to look at.
-    held: watch::Sender<BTreeSet<IpAddr>>,
+    held: watch::Sender<Held>,
     /// Addresses that another node has won, and until when they stay here.
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// Services whose annotation is being written.
@@ -155,9 +217,7 @@ impl<'a> Agent<'a> {
     fn new(
         client: Client,
         settings: Settings,
-        kernel: &'a Kernel,
-        announcer: Arc<Announcer>,
-        members: &'a Members,
+        links: Links<'a>,
         peers: watch::Sender<Peers>,
         sender: mpsc::UnboundedSender<Input>,
     ) -> Self {
@@ -165,20 +225,29 @@ impl<'a> Agent<'a> {
             reporter: Reporter::new(client.clone(), LBNODEAGENT, &settings.node),
             client,
             settings,
-            kernel,
-            announcer,
-            members,
+            links,
             peers,
             sender,
             cluster: Cluster::default(),
-            settling: Some(Instant::now()),
-            others: BTreeSet::new(),
-            subnets: BTreeSet::new(),
+            started: Instant::now(),
+            is_settled: false,
             is_first: true,
             meta: Meta::default(),
+            generation: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(1, |since| since.as_secs().max(1)),
+            members_before: BTreeSet::new(),
+            presence: Presence::default(),
+            heard: Verdicts::new(),
+            silent_since: BTreeMap::new(),
+            watches: BTreeMap::new(),
+            steadiness: Steadiness::default(),
+            isolation: Isolation::default(),
+            is_alone: watch::Sender::new(false),
+            is_api_reachable: true,
             dummy: None,
             announcing: BTreeMap::new(),
-            held: watch::Sender::new(BTreeSet::new()),
+            held: watch::Sender::new(Held::new()),
             lingering: BTreeMap::new(),
             annotating: BTreeSet::new(),
             told: HashMap::new(),
@@ -243,62 +312,63 @@ impl<'a> Agent<'a> {
     /// Whether the others have been heard, or there are none: before that, this node would believe every
     /// VIP to be its own.
     fn has_settled(&mut self, living: &Living) -> bool {
-        let Some(since) = self.settling else { return true };
-        let waited = since.elapsed();
-        if self.is_alone(living) && waited < SETTLING {
-            self.wake_in(SETTLING.saturating_sub(waited));
-            return false;
+        if !self.is_settled {
+            let age = self.started.elapsed();
+            self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || age >= SETTLING;
+            if self.is_settled {
+                tracing::info!(members = living.len(), "ready");
+            } else {
+                self.wake_in(SETTLING.saturating_sub(age));
+            }
         }
-        self.settling = None;
-        tracing::info!(members = living.len(), "ready");
-        true
-    }
-
-    /// Whether no other node is heard, though there are others.
-    fn is_alone(&self, living: &Living) -> bool {
-        living.len() <= 1 && !self.peers.borrow().is_empty()
-    }
-
-    /// Whether this node has just got back the subnets it announces on, and has not heard the others yet:
-    /// it was cut off, and they hold what was its own.
-    fn is_just_back(&mut self, subnets: &BTreeSet<IpNet>, living: &Living) -> bool {
-        let has_more = !subnets.is_subset(&self.subnets);
-        self.subnets.clone_from(subnets);
-        let is_back = has_more && !self.is_first && self.is_alone(living);
-        if is_back {
-            tracing::info!(?subnets, "reconnected, waiting for the others");
-            self.settling = Some(Instant::now());
-            self.wake_in(SETTLING);
-        }
-        is_back
+        self.is_settled
     }
 
     async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
         let Some(config) = self.config() else {
             return self.idle().await;
         };
-        let snapshot = self.with_dummy(&config).await?;
-        let subnets = plan::subnets(&snapshot, &config);
-        if self.is_just_back(&subnets, living) {
-            return Ok(());
+        let mut snapshot = self.with_dummy(&config).await?;
+        let others = match living.len() {
+            _ if self.peers.borrow().is_empty() => Others::None,
+            0 | 1 => Others::Missing,
+            _ => Others::Heard,
+        };
+        if let Some(wait) = self.steadiness.calm(self.started.elapsed(), &mut snapshot, others) {
+            self.wake_in(wait);
         }
-        let candidates = candidates(&self.settings.node, subnets.clone(), living);
+        let subnets = plan::subnets(&snapshot, &config);
+        let now = self.started.elapsed();
+        let mut candidates = self.presence.candidates(now, &self.settings.node, living);
+        let this = Candidate {
+            addresses: subnets.clone(),
+            ..Candidate::default()
+        };
+        candidates.insert(self.settings.node.clone(), this);
+        if let Some(wait) = self.presence.wake_in(now) {
+            self.wake_in(wait);
+        }
+        self.overrule(living);
+        let has_let_go = self.has_let_go(now, living);
         let plan = plan::plan(&Picture {
             node: &self.settings.node,
             services: self.cluster.announced(),
             groups: self.cluster.groups(),
             candidates: &candidates,
+            heard: &self.heard,
+            has_let_go,
             kernel: &snapshot,
             config: &config,
         });
+        if self.watches != plan.watches {
+            self.watches.clone_from(&plan.watches);
+            self.links.watcher.watch(plan.watches.clone());
+        }
         let mut desired = plan.addresses();
         self.linger(&plan, &snapshot, &mut desired);
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
-        let applied = self.kernel.apply(&difference(&desired, &snapshot)).await;
+        let applied = self.links.kernel.apply(&difference(&desired, &snapshot)).await;
         let is_first = std::mem::take(&mut self.is_first);
-        if self.has_new_neighbour(living) && !is_first {
-            self.greet_again(&plan, &snapshot, &config);
-        }
         self.report(&plan, &snapshot, &config, &applied, |address| {
             is_first && held.contains(&(address.link, address.ip))
         });
@@ -306,29 +376,81 @@ impl<'a> Agent<'a> {
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
             subnets,
+            generation: self.generation,
             ..self.meta.clone()
         })
         .await;
         Ok(())
     }
 
+    /// Lets gossip have its way where the standby watch alone says that a member is silent: see [`OVERRULED`].
+    fn overrule(&mut self, living: &Living) {
+        let now = Instant::now();
+        let silent: Vec<Watched> = self
+            .heard
+            .iter()
+            .filter(|(_, verdict)| **verdict == Direct::Silent)
+            .map(|(watched, _)| watched.clone())
+            .collect();
+        self.silent_since.retain(|watched, _| silent.contains(watched));
+        for watched in silent {
+            let since = *self.silent_since.entry(watched.clone()).or_insert(now);
+            let gossips_there = living.get(&watched.node).map(|member| member.addr.ip());
+            if gossips_there.is_none() || gossips_there != self.watches.get(&watched).copied() {
+                continue;
+            }
+            let age = now.duration_since(since);
+            if age < OVERRULED {
+                self.wake_in(OVERRULED.saturating_sub(age));
+                continue;
+            }
+            let (node, link) = (&watched.node, watched.link);
+            tracing::warn!(node, link, "gossip hears it: is UDP port 7935 closed?");
+            self.heard.insert(watched.clone(), Direct::Unknown);
+            self.links.watcher.forget(watched);
+        }
+    }
+
+    /// Whether this node is cut off and has to let go of its local VIPs.
+    fn has_let_go(&mut self, now: Duration, living: &Living) -> bool {
+        let is_heard = self.heard.values().any(|verdict| verdict.is_heard());
+        let is_alone = living.len() < 2 && !is_heard && !self.peers.borrow().is_empty();
+        self.is_alone
+            .send_if_modified(|known| std::mem::replace(known, is_alone) != is_alone);
+        match self.isolation.judge(now, is_alone, self.is_api_reachable) {
+            Ok(()) => {
+                if !self.announcing.is_empty() {
+                    tracing::warn!("cut off from the API server and all members: letting go of local addresses");
+                }
+                true
+            }
+            Err(look_again) => {
+                if let Some(wait) = look_again {
+                    self.wake_in(wait);
+                }
+                false
+            }
+        }
+    }
+
     /// No LBNodeAgent applies to this node: it holds nothing and says so.
     async fn idle(&mut self) -> anyhow::Result<()> {
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
+            generation: self.generation,
             ..self.meta.clone()
         })
         .await;
-        let snapshot = self.kernel.snapshot().await?;
+        let snapshot = self.links.kernel.snapshot().await?;
         let changes = difference(&BTreeSet::new(), &snapshot);
         if !changes.is_empty() {
             tracing::info!(addresses = changes.len(), cause = "no LBNodeAgent applies", "withdrawn");
-            self.kernel.apply(&changes).await;
+            self.links.kernel.apply(&changes).await;
         }
         self.announcing.clear();
-        self.held.send_replace(BTreeSet::new());
+        self.held.send_replace(Held::new());
         if let Some(name) = self.dummy.take() {
-            self.kernel.remove_dummy(&name).await?;
+            self.links.kernel.remove_dummy(&name).await?;
         }
         Ok(())
     }
@@ -370,12 +492,12 @@ impl<'a> Agent<'a> {
 
     /// A snapshot in which the dummy interface exists and is up.
     async fn with_dummy(&mut self, config: &NodeConfig) -> anyhow::Result<Snapshot> {
-        let snapshot = self.kernel.snapshot().await?;
+        let snapshot = self.links.kernel.snapshot().await?;
         let is_there = snapshot.link_named(&config.dummy).is_some_and(|link| link.is_up);
         if is_there && self.dummy.as_deref() == Some(&config.dummy) {
             return Ok(snapshot);
         }
-        let link = self.kernel.ensure_dummy(&config.dummy).await?;
+        let link = self.links.kernel.ensure_dummy(&config.dummy).await?;
         if link.is_new && link.kind == DummyKind::VethPair {
             tracing::warn!(
                 interface = config.dummy,
@@ -390,9 +512,9 @@ impl<'a> Agent<'a> {
             .filter(|old| *old != config.dummy)
         {
             tracing::info!(old, new = config.dummy, "dummy interface renamed");
-            self.kernel.remove_dummy(&old).await?;
+            self.links.kernel.remove_dummy(&old).await?;
         }
-        Ok(self.kernel.snapshot().await?)
+        Ok(self.links.kernel.snapshot().await?)
     }
 
     async fn tell_members(&mut self, meta: Meta) {
@@ -400,7 +522,7 @@ impl<'a> Agent<'a> {
             return;
         }
         tracing::info!(subnets = ?meta.subnets, leaving = meta.is_leaving, "telling the members");
-        match self.members.set_meta(&meta).await {
+        match self.links.members.set_meta(&meta).await {
             Ok(0) => {}
             Ok(left_out) => tracing::warn!(
                 left_out,
@@ -436,344 +558,29 @@ impl<'a> Agent<'a> {
         self.lingering = lingering;
     }
 
-    // ---- telling -------------------------------------------------------------------------------
-
-    /// Tells neighbours and users what changed. `is_adopted`: the address was there when this process
-    /// started, which is no news.
-    fn report(
-        &mut self,
-        plan: &Plan,
-        snapshot: &Snapshot,
-        config: &NodeConfig,
-        applied: &[Applied],
-        is_adopted: impl Fn(&VipAddress) -> bool,
-    ) {
-        let mut failed: BTreeMap<IpAddr, String> = BTreeMap::new();
-        let mut added: BTreeSet<(u32, IpAddr)> = BTreeSet::new();
-        for step in applied {
-            match (&step.change, &step.result) {
-                (change, Err(error)) => {
-                    tracing::error!(vip = %change.key().1, %error, "kernel refused a change");
-                    failed.insert(change.key().1, error.to_string());
-                }
-                (Change::Add(vip), Ok(Some(Added::New | Added::Replaced))) => _ = added.insert((vip.link, vip.ip)),
-                (Change::Remove { link, ip, .. }, Ok(_)) => {
-                    self.lingering.remove(&(*link, *ip));
-                    tracing::info!(vip = %ip, "withdrawn");
-                }
-                _ => {}
-            }
-        }
-        if !failed.is_empty() {
-            self.wake_in(RETRY);
-        }
-        let now_announcing: BTreeMap<(ServiceKey, IpAddr), String> = plan
-            .verdicts
-            .iter()
-            .filter(|((_, ip), _)| !failed.contains_key(ip))
-            .filter_map(|(key, verdict)| match verdict {
-                Verdict::Local(placed) | Verdict::Routed(placed) => Some((key.clone(), placed.interface.clone())),
-                _ => None,
-            })
-            .collect();
-        self.held.send_replace(
-            plan.verdicts
-                .iter()
-                .filter(|(_, verdict)| matches!(verdict, Verdict::Local(_)))
-                .map(|((_, ip), _)| *ip)
-                .collect(),
-        );
-        let mut greeted = BTreeSet::new();
-        for ((key, ip), verdict) in &plan.verdicts {
-            let (placed, is_local) = match verdict {
-                Verdict::Local(placed) => (placed, true),
-                Verdict::Routed(placed) => (placed, false),
-                Verdict::Other(_) | Verdict::Nobody(_) => continue,
-            };
-            if let Some(error) = failed.get(ip) {
-                self.tell_failure(key, *ip, &placed.interface, error);
-                continue;
-            }
-            let is_added = added.contains(&(placed.address.link, *ip));
-            if is_added && is_local && greeted.insert(*ip) {
-                self.greet(snapshot, config, placed.address.link, *ip);
-            }
-            let known = self.announcing.get(&(key.clone(), *ip));
-            if is_added || (known != Some(&placed.interface) && !is_adopted(&placed.address)) {
-                self.tell_announcing(key, *ip, &placed.interface, is_local);
-            }
-        }
-        self.announcing = now_announcing;
-    }
-
-    /// Whether a member is there that was not when last looked at.
-    fn has_new_neighbour(&mut self, living: &Living) -> bool {
-        let others: BTreeSet<String> = living
-            .keys()
-            .filter(|name| **name != self.settings.node)
-            .cloned()
-            .collect();
-        let has_new = !others.is_subset(&self.others);
-        self.others = others;
-        has_new
-    }
-
-    /// Tells the neighbours again of everything held: a node that was cut off may have believed itself
-    /// alone, and told them otherwise.
-    fn greet_again(&self, plan: &Plan, snapshot: &Snapshot, config: &NodeConfig) {
-        let held = self.held.borrow().clone();
-        let local = plan.verdicts.iter().filter_map(|((_, ip), verdict)| match verdict {
-            Verdict::Local(placed) if held.contains(ip) => Some((placed.address.link, *ip)),
-            _ => None,
-        });
-        for (link, ip) in local.collect::<BTreeSet<_>>() {
-            self.greet(snapshot, config, link, ip);
-        }
-    }
-
-    /// Tells the neighbours on a link where an address is now.
-    fn greet(&self, snapshot: &Snapshot, config: &NodeConfig, link: u32, ip: IpAddr) {
-        let Some(repetition) = config.announcements else { return };
-        let Some(target) = snapshot.link(link).and_then(|link| Target::new(link, ip)) else {
-            return;
-        };
-        let (announcer, held, verifies) = (self.announcer.clone(), self.held.subscribe(), config.verifies);
-        tokio::spawn(async move {
-            announcer
-                .repeat(target, repetition, || !verifies || held.borrow().contains(&ip))
-                .await;
-        });
-    }
-
-    fn tell_announcing(&self, key: &ServiceKey, ip: IpAddr, interface: &str, is_local: bool) {
-        let node = &self.settings.node;
-        tracing::info!(service = %key, vip = %ip, interface, local = is_local, "announcing");
-        let Some(service) = self.cluster.service(key) else {
-            return;
-        };
-        if is_local {
-            let message = format!("Node {node} announcing {ip} on interface {interface}");
-            self.reporter
-                .tell(service.as_ref(), &Notice::normal("AnnouncingLocal", message));
-            let before = entries(service, Family::of(ip));
-            if let Some((other, _)) = before.get(&ip).filter(|(other, _)| other != node) {
-                let message = format!("Node {node} took announcement of {ip} from node {other}");
-                self.reporter
-                    .tell(service.as_ref(), &Notice::normal("AnnounceSlotSteal", message));
-            }
-        } else {
-            let message = format!("Announcing {ip} from node {node} interface {interface}");
-            self.reporter
-                .tell(service.as_ref(), &Notice::normal("AnnouncingNonLocal", message));
-        }
-    }
-
-    fn tell_failure(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, error: &str) {
-        let node = &self.settings.node;
-        let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
-        if let Some(service) = self.cluster.service(key).cloned() {
-            self.tell_once(
-                format!("{key} {ip}"),
-                service.as_ref(),
-                Notice::warning("AnnouncementFailed", message),
-            );
-        }
-    }
-
-    /// Writes into each Service which of its local addresses this node announces, where it does not say
-    /// so yet.
-    fn annotate(&mut self, plan: &Plan) {
-        let mut wanted: BTreeMap<ServiceKey, BTreeMap<IpAddr, Option<String>>> = BTreeMap::new();
-        for ((key, ip), verdict) in &plan.verdicts {
-            let own = match verdict {
-                Verdict::Local(placed) if self.announcing.contains_key(&(key.clone(), *ip)) => {
-                    Some(placed.interface.clone())
-                }
-                // Its new owner overwrites what this node wrote.
-                Verdict::Local(_) | Verdict::Other(_) => continue,
-                Verdict::Routed(_) | Verdict::Nobody(_) => None,
-            };
-            wanted.entry(key.clone()).or_default().insert(*ip, own);
-        }
-        for (key, own) in wanted {
-            if self.annotating.contains(&key) {
-                continue;
-            }
-            let Some(service) = self.cluster.service(&key) else {
-                continue;
-            };
-            let is_short = self.is_v1(&key);
-            let changed = annotations(service, &self.settings.node, &own, is_short);
-            if changed.is_empty() {
-                continue;
-            }
-            let patch = json!({"metadata": {
-                "resourceVersion": service.metadata.resource_version,
-                "annotations": changed,
-            }});
-            self.annotating.insert(key.clone());
-            let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
-            let sender = self.sender.clone();
-            tokio::spawn(async move {
-                let result = api
-                    .patch_status(&key.name, &PatchParams::default(), &Patch::Merge(patch))
-                    .await;
-                let _ = sender.send(Input::Annotated(key, Box::new(result)));
-            });
-        }
-    }
-
-    /// Whether a Service's addresses come from a v1 group, whose annotations have v1's form.
-    fn is_v1(&self, key: &ServiceKey) -> bool {
-        let Some(announced) = self.cluster.announced().get(key) else {
-            return false;
-        };
-        let known = announced.groups.iter().find_map(|name| self.cluster.groups().get(name));
-        known.map_or(announced.pool_type.is_none(), |group| group.announce == Announce::Auto)
-    }
-
-    // ---- stopping ------------------------------------------------------------------------------
-
     /// Says that this node leaves, gives the others time to take over, and takes everything off.
     async fn withdraw(&mut self) {
-        let has_others = self.members.snapshot().len() > 1;
+        let has_others = self.links.members.snapshot().len() > 1;
         self.tell_members(Meta {
             is_leaving: true,
             ..self.meta.clone()
         })
         .await;
-        let Ok(snapshot) = self.kernel.snapshot().await else {
+        let Ok(snapshot) = self.links.kernel.snapshot().await else {
             return;
         };
         let changes = difference(&BTreeSet::new(), &snapshot);
         if has_others && !changes.is_empty() {
             tokio::time::sleep(HANDOVER).await;
         }
-        self.held.send_replace(BTreeSet::new());
-        let applied = self.kernel.apply(&changes).await;
+        self.held.send_replace(Held::new());
+        let applied = self.links.kernel.apply(&changes).await;
         let failed = applied.iter().filter(|step| step.result.is_err()).count();
         tracing::info!(addresses = applied.len(), failed, cause = "stopping", "withdrawn");
         if let Some(name) = self.dummy.take()
-            && let Err(error) = self.kernel.remove_dummy(&name).await
+            && let Err(error) = self.links.kernel.remove_dummy(&name).await
         {
             tracing::warn!(interface = name, %error, "dummy interface not removed");
         }
-    }
-}
-
-/// The living nodes as candidates. What this node has is known first hand; the others have said it.
-fn candidates(node: &str, subnets: BTreeSet<IpNet>, living: &Living) -> BTreeMap<String, Candidate> {
-    let mut candidates: BTreeMap<String, Candidate> = living
-        .values()
-        .map(|member| {
-            let candidate = Candidate {
-                subnets: member.meta.subnets.clone(),
-                is_withdrawn: member.meta.is_leaving || member.meta.is_drained,
-            };
-            (member.name.clone(), candidate)
-        })
-        .collect();
-    let this = Candidate {
-        subnets,
-        is_withdrawn: false,
-    };
-    candidates.insert(node.to_owned(), this);
-    candidates
-}
-
-/// Who announces which of a Service's addresses of a family, as its annotation says.
-fn entries(service: &Service, family: Family) -> BTreeMap<IpAddr, announcing::Entry> {
-    let key = key_of(family);
-    annotation(service, key)
-        .map(|text| announcing::read(text, family, &ingress(service)))
-        .unwrap_or_default()
-}
-
-const fn key_of(family: Family) -> &'static str {
-    match family {
-        Family::V4 => crds::annotations::ANNOUNCING_IPV4,
-        Family::V6 => crds::annotations::ANNOUNCING_IPV6,
-    }
-}
-
-/// The annotations of a Service that have to change so that they say what this node announces: `own`
-/// holds the interface of each address it does announce, and nothing for those it does not.
-fn annotations(
-    service: &Service,
-    node: &str,
-    own: &BTreeMap<IpAddr, Option<String>>,
-    is_short: bool,
-) -> BTreeMap<&'static str, Option<String>> {
-    let mut changed = BTreeMap::new();
-    for family in [Family::V4, Family::V6] {
-        let mut said = entries(service, family);
-        for (ip, interface) in own.iter().filter(|(ip, _)| Family::of(**ip) == family) {
-            match interface {
-                Some(interface) => _ = said.insert(*ip, (node.to_owned(), interface.clone())),
-                None => said.retain(|known, entry| known != ip || entry.0 != node),
-            }
-        }
-        let text = announcing::write(&said, is_short);
-        if text.as_deref() != annotation(service, key_of(family)) {
-            changed.insert(key_of(family), text);
-        }
-    }
-    changed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn service(annotations: &serde_json::Value, vips: &[&str]) -> Service {
-        let ingress: Vec<_> = vips.iter().map(|ip| json!({"ip": ip})).collect();
-        serde_json::from_value(json!({
-            "metadata": {"name": "web", "annotations": annotations},
-            "status": {"loadBalancer": {"ingress": ingress}},
-        }))
-        .unwrap()
-    }
-
-    fn own(entries: &[(&str, Option<&str>)]) -> BTreeMap<IpAddr, Option<String>> {
-        let owned = |(ip, interface): &(&str, Option<&str>)| (ip.parse().unwrap(), interface.map(ToOwned::to_owned));
-        entries.iter().map(owned).collect()
-    }
-
-    #[test]
-    fn the_winner_overwrites_the_entry_of_its_own_address_only() {
-        let v4 = crds::annotations::ANNOUNCING_IPV4;
-        for (name, said, mine, expected) in [
-            (
-                "nothing said yet",
-                "",
-                vec![("10.0.0.1", Some("eth0"))],
-                Some(Some("w11,eth0")),
-            ),
-            ("said already", "w11,eth0", vec![("10.0.0.1", Some("eth0"))], None),
-            (
-                "another node before",
-                "m,eth0",
-                vec![("10.0.0.1", Some("eth0"))],
-                Some(Some("w11,eth0")),
-            ),
-            ("not here any more", "w11,eth0", vec![("10.0.0.1", None)], Some(None)),
-            ("not here, and never was", "m,eth0", vec![("10.0.0.1", None)], None),
-        ] {
-            let annotations_said = if said.is_empty() { json!({}) } else { json!({v4: said}) };
-            let changed = annotations(&service(&annotations_said, &["10.0.0.1"]), "w11", &own(&mine), true);
-            let expected: BTreeMap<_, _> = expected
-                .map(|text| (v4, text.map(ToOwned::to_owned)))
-                .into_iter()
-                .collect();
-            assert_eq!(changed, expected, "{name}");
-        }
-    }
-
-    #[test]
-    fn entries_of_two_owners_stand_side_by_side() {
-        let v4 = crds::annotations::ANNOUNCING_IPV4;
-        let said = service(&json!({v4: "m,eth0,10.0.0.2"}), &["10.0.0.1", "10.0.0.2"]);
-        let changed = annotations(&said, "w11", &own(&[("10.0.0.1", Some("eth0"))]), true);
-        assert_eq!(changed[v4].as_deref(), Some("w11,eth0,10.0.0.1 m,eth0,10.0.0.2"));
     }
 }

@@ -20,6 +20,19 @@ pub fn owner<'a>(candidates: impl IntoIterator<Item = &'a str>, ip: IpAddr) -> O
     candidates.into_iter().min_by_key(|node| (digest(node, &key), *node))
 }
 
+/// Those with a better claim to a VIP than `this` has.
+pub fn seniors<'a>(
+    this: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+    ip: IpAddr,
+) -> impl Iterator<Item = &'a str> {
+    let key = ip.to_string();
+    let own = digest(this, &key);
+    let is_senior = move |node: &&str| (digest(node, &key), *node) < (own, this);
+    let seniors: Vec<&str> = candidates.into_iter().filter(is_senior).collect();
+    seniors.into_iter()
+}
+
 fn order_by_key<'a>(candidates: impl IntoIterator<Item = &'a str>, key: &str) -> Vec<&'a str> {
     let mut nodes: Vec<&str> = candidates.into_iter().collect();
     nodes.sort_by_cached_key(|node| (digest(node, key), *node));
@@ -74,6 +87,11 @@ mod tests {
             let ip = IpAddr::V4(ip);
             let all: Vec<&str> = nodes.iter().map(String::as_str).collect();
             let before = order(all.clone(), ip);
+            for (place, node) in before.iter().enumerate() {
+                let mut above: Vec<&str> = seniors(node, all.clone(), ip).collect();
+                above.sort_by_key(|senior| before.iter().position(|known| known == senior));
+                prop_assert_eq!(&above[..], &before[..place]);
+            }
             prop_assert_eq!(owner(all.clone(), ip), before.first().copied());
             for lost in &all {
                 let after = owner(all.iter().copied().filter(|node| node != lost), ip);

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use crds::service::{allocated_from, annotation, ingress, is_load_balancer, is_ours, is_traffic_local};
 use crds::servicegroup::Group;
-use crds::{Announce, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
+use crds::{Announce, Family, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
 use daemon::{Change, Mirror};
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::ResourceExt;
 use kube::runtime::watcher;
 
+use crate::annotation as announcing;
 use crate::members::Peers;
 use crate::plan::Announced;
 
@@ -199,6 +200,11 @@ fn announced(service: &Service) -> Option<Announced> {
         },
         is_traffic_local: is_traffic_local(service),
         endpoint_nodes: BTreeSet::new(),
+        announcers: [Family::V4, Family::V6]
+            .into_iter()
+            .flat_map(|family| announcing::entries(service, family))
+            .map(|(ip, (node, _))| (ip, node))
+            .collect(),
     })
 }
 

@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use crate::config::{Choice, NodeConfig};
 use crate::election;
 use crate::kernel::{Link, Snapshot, VipAddress};
+use crate::standby::{Verdict as Direct, Verdicts, Watched};
 
 /// A Service with addresses of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,15 +29,69 @@ pub struct Announced {
     pub is_traffic_local: bool,
     /// Nodes with an endpoint that is ready, or serving while it terminates.
     pub endpoint_nodes: BTreeSet<String>,
+    /// Who announces an address, as its annotation says.
+    pub announcers: BTreeMap<IpAddr, String>,
 }
 
 /// What a node says of itself: the subnets it can announce, and whether it wants to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Candidate {
-    /// Subnets on its usable interfaces.
-    pub subnets: BTreeSet<IpNet>,
+    /// Its addresses on its usable interfaces, with the length of their prefix: the subnets it can announce.
+    pub addresses: BTreeSet<IpNet>,
     /// It is about to stop, or was told to carry no VIPs.
     pub is_withdrawn: bool,
+    /// What gossip makes of it.
+    pub standing: Standing,
+}
+
+/// What gossip makes of a node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// A living member.
+    #[default]
+    Member,
+    /// One that it has given up.
+    Departed {
+        /// A moment ago: it may not have been listened for yet.
+        is_recent: bool,
+    },
+}
+
+impl Candidate {
+    /// Its own address in the subnet of a VIP, in the narrowest if there are several.
+    fn address_near(&self, vip: IpAddr) -> Option<IpAddr> {
+        let near = self.addresses.iter().filter(|net| net.contains(&vip));
+        near.max_by_key(|net| net.prefix_len()).map(IpNet::addr)
+    }
+
+    /// Whether it stands for a VIP, given what is heard of it directly. A member does unless it is silent. One that is
+    /// departed does as long as its agent answers, whatever gossip says; while only its kernel does, or before anybody
+    /// has listened, it keeps what it announced.
+    fn stands(&self, verdict: Option<Direct>, is_announcer: bool) -> bool {
+        match (self.standing, verdict) {
+            (Standing::Member, verdict) => verdict != Some(Direct::Silent),
+            (Standing::Departed { .. }, Some(Direct::Agent)) => true,
+            (Standing::Departed { .. }, Some(Direct::Silent | Direct::Unheard)) => false,
+            (Standing::Departed { .. }, Some(Direct::Node | Direct::Unknown) | None) => is_announcer,
+        }
+    }
+
+    fn is_firm(&self, verdict: Option<Direct>) -> bool {
+        self.standing == Standing::Member && verdict != Some(Direct::Silent)
+    }
+
+    /// Whether its subnets count: those of one that is long gone and not heard do not.
+    fn is_around(&self, name: &str, heard: &Verdicts) -> bool {
+        let is_heard = || {
+            heard
+                .iter()
+                .any(|(who, verdict)| who.node == name && verdict.is_heard())
+        };
+        match self.standing {
+            Standing::Member | Standing::Departed { is_recent: true } => true,
+            Standing::Departed { is_recent: false } => is_heard(),
+        }
+    }
 }
 
 /// Everything the decision is made on.
@@ -48,8 +103,12 @@ pub struct Picture<'a> {
     pub services: &'a BTreeMap<ServiceKey, Announced>,
     /// Valid groups.
     pub groups: &'a BTreeMap<String, Group>,
-    /// Living nodes, this one included once it takes part.
+    /// Nodes, this one included once it takes part.
     pub candidates: &'a BTreeMap<String, Candidate>,
+    /// What the standby watch hears of them.
+    pub heard: &'a Verdicts,
+    /// This node is cut off and holds no local VIPs.
+    pub has_let_go: bool,
     /// What the kernel holds.
     pub kernel: &'a Snapshot,
     /// How this node announces.
@@ -80,6 +139,10 @@ pub enum Reason {
     Withdrawn,
     /// The dummy interface is missing.
     NoDummy,
+    /// This node is cut off from everybody.
+    Isolated,
+    /// It is local, and this node's interface there is down.
+    LinkDown,
 }
 
 /// An address on an interface.
@@ -97,6 +160,8 @@ pub struct Plan {
     /// By Service and address. Services that share an address have the same verdict for it, but for an
     /// `externalTrafficPolicy: Local`.
     pub verdicts: BTreeMap<(ServiceKey, IpAddr), Verdict>,
+    /// Whom this node has to watch, since it would be next: nodes, the link over which, and their address there.
+    pub watches: BTreeMap<Watched, IpAddr>,
 }
 
 impl Plan {
@@ -124,58 +189,120 @@ impl Plan {
 
 /// Decides for every VIP of every Service.
 pub fn plan(picture: &Picture<'_>) -> Plan {
-    let mut verdicts = BTreeMap::new();
+    let mut plan = Plan::default();
     for (key, service) in picture.services {
         for &vip in &service.vips {
-            verdicts.insert((key.clone(), vip), judge(picture, service, vip));
+            let verdict = judge(picture, service, vip, &mut plan.watches);
+            plan.verdicts.insert((key.clone(), vip), verdict);
         }
     }
-    Plan { verdicts }
+    plan
 }
 
-fn judge(picture: &Picture<'_>, service: &Announced, vip: IpAddr) -> Verdict {
+fn judge(picture: &Picture<'_>, service: &Announced, vip: IpAddr, watches: &mut BTreeMap<Watched, IpAddr>) -> Verdict {
     let pool = pool_of(picture.groups, service, vip);
     let announce = pool
         .map(|(group, _)| group.announce)
         .or(service.pool_type)
         .unwrap_or(Announce::Auto);
-    let candidates: Vec<&str> = picture
+    let candidates: Vec<(&str, &Candidate)> = picture
         .candidates
         .iter()
-        .filter(|(_, candidate)| !candidate.is_withdrawn && candidate.subnets.iter().any(|net| net.contains(&vip)))
-        .map(|(name, _)| name.as_str())
+        .filter(|(name, candidate)| {
+            !candidate.is_withdrawn && candidate.address_near(vip).is_some() && candidate.is_around(name, picture.heard)
+        })
+        .map(|(name, candidate)| (name.as_str(), candidate))
         .collect();
-    if !candidates.is_empty() {
-        return local(picture, service, vip, candidates);
+    if picture.has_let_go && candidates.iter().any(|(name, _)| *name == picture.node) {
+        return Verdict::Nobody(Reason::Isolated);
     }
-    // A node whose own segment it is does not route it because its cable is out just now.
-    if announce == Announce::Local || has_address_beside(picture, vip) {
+    if !candidates.is_empty() {
+        return local(picture, service, vip, candidates, watches);
+    }
+    if announce == Announce::Local {
         return Verdict::Nobody(Reason::NoSubnet);
+    }
+    // Nobody else is heard, since this node's own cable is out: that makes no address a routed one.
+    if is_near_down_link(picture, vip) {
+        return Verdict::Nobody(Reason::LinkDown);
     }
     routed(picture, service, vip, pool.map(|(_, pool)| pool))
 }
 
 /// One of the candidates announces. Where the traffic policy is Local those with an endpoint stand, as
 /// long as there is any: elsewhere the traffic would be dropped.
-fn local(picture: &Picture<'_>, service: &Announced, vip: IpAddr, candidates: Vec<&str>) -> Verdict {
-    let with_endpoint: Vec<&str> = candidates
-        .iter()
-        .copied()
-        .filter(|name| service.is_traffic_local && service.endpoint_nodes.contains(*name))
-        .collect();
-    let standing = if with_endpoint.is_empty() {
-        candidates
-    } else {
-        with_endpoint
+fn local(
+    picture: &Picture<'_>,
+    service: &Announced,
+    vip: IpAddr,
+    mut candidates: Vec<(&str, &Candidate)>,
+    watches: &mut BTreeMap<Watched, IpAddr>,
+) -> Verdict {
+    let has_endpoint = |name: &str| service.is_traffic_local && service.endpoint_nodes.contains(name);
+    if candidates.iter().any(|(name, _)| has_endpoint(name)) {
+        candidates.retain(|(name, _)| has_endpoint(name));
+    }
+    let placed = place(picture, vip);
+    let link = placed.as_ref().map(|placed| placed.address.link);
+    let verdict_on = |name: &str| {
+        let it = Watched {
+            node: name.to_owned(),
+            link: link?,
+        };
+        picture.heard.get(&it).copied()
     };
+    if let Some(link) = link {
+        watch_seniors(picture.node, vip, &candidates, link, &verdict_on, watches);
+    }
+    let announcer = service.announcers.get(&vip).map(String::as_str);
+    let standing = candidates
+        .iter()
+        .filter(|(name, candidate)| candidate.stands(verdict_on(name), announcer == Some(*name)))
+        .map(|(name, _)| *name);
     match election::owner(standing, vip) {
-        Some(owner) if owner == picture.node => match place(picture, vip) {
+        Some(owner) if owner == picture.node => match placed {
             Some(placed) => Verdict::Local(placed),
             // What we told the others a moment ago is not so any more: they will hear of it.
             None => Verdict::Nobody(Reason::NoSubnet),
         },
         Some(owner) => Verdict::Other(owner.to_owned()),
         None => Verdict::Nobody(Reason::NoSubnet),
+    }
+}
+
+/// Watches those before this node, if at most one of them is well: then this node is next.
+fn watch_seniors(
+    this: &str,
+    vip: IpAddr,
+    candidates: &[(&str, &Candidate)],
+    link: u32,
+    verdict_on: &impl Fn(&str) -> Option<Direct>,
+    watches: &mut BTreeMap<Watched, IpAddr>,
+) {
+    if candidates.iter().all(|(name, _)| *name != this) {
+        return;
+    }
+    let names = candidates.iter().map(|(name, _)| *name);
+    let seniors: Vec<&str> = election::seniors(this, names, vip).collect();
+    let seniors = || candidates.iter().filter(|(name, _)| seniors.contains(name));
+    if seniors()
+        .filter(|(name, senior)| senior.is_firm(verdict_on(name)))
+        .count()
+        > 1
+    {
+        return;
+    }
+    for (name, senior) in seniors() {
+        let Some(address) = senior.address_near(vip) else {
+            continue;
+        };
+        let it = Watched {
+            node: (*name).to_owned(),
+            link,
+        };
+        // Of several addresses the same one every time, IPv4 first.
+        let known = watches.entry(it).or_insert(address);
+        *known = address.min(*known);
     }
 }
 
@@ -215,6 +342,16 @@ fn pool_of<'a>(groups: &'a BTreeMap<String, Group>, service: &Announced, vip: Ip
     named.or_else(|| groups.values().find_map(find))
 }
 
+/// Whether a VIP's subnet is on an interface of this node that is down or without carrier.
+fn is_near_down_link(picture: &Picture<'_>, vip: IpAddr) -> bool {
+    let links = picture.kernel.links.iter();
+    let mut down = links.filter(|link| !link.is_usable() && link.name != picture.config.dummy);
+    down.any(|link| {
+        let subnets = picture.kernel.usable_subnets(link.index);
+        subnets.iter().any(|net| net.contains(&vip))
+    })
+}
+
 /// Where this node puts a local VIP: the first of its interfaces with the VIP's subnet, with that mask.
 fn place(picture: &Picture<'_>, vip: IpAddr) -> Option<Placed> {
     let links = interfaces(picture.kernel, picture.config, Family::of(vip));
@@ -235,39 +372,28 @@ fn place(picture: &Picture<'_>, vip: IpAddr) -> Option<Placed> {
     })
 }
 
-/// Whether an interface of this node has the VIP's subnet, with a carrier or without.
-fn has_address_beside(picture: &Picture<'_>, vip: IpAddr) -> bool {
-    configured(picture.kernel, picture.config, Family::of(vip))
-        .into_iter()
-        .flat_map(|link| picture.kernel.usable_subnets(link.index))
-        .any(|net| net.contains(&vip))
-}
-
-/// The interfaces of this node that may hold local VIPs of a family now: up and with a carrier.
+/// The interfaces of this node that may hold local VIPs of a family, in the order they are tried: up and
+/// with a carrier, never the dummy.
 fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
-    let mut links = configured(kernel, config, family);
-    links.retain(|link| link.is_usable());
-    links
-}
-
-/// The interfaces that the configuration means for a family, in the order they are tried; never the dummy.
-fn configured<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
     let mut links: Vec<&Link> = match &config.local {
         Choice::Default => kernel.default_interface(family).into_iter().collect(),
         Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
     };
     links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
     let mut seen = BTreeSet::new();
-    links.retain(|link| link.name != config.dummy && seen.insert(link.index));
+    links.retain(|link| link.is_usable() && link.name != config.dummy && seen.insert(link.index));
     links
 }
 
-/// The subnets this node can announce: what it tells the others.
+/// The subnets this node can announce, each with this node's own address there: what it tells the others.
 pub fn subnets(kernel: &Snapshot, config: &NodeConfig) -> BTreeSet<IpNet> {
     let of = |family| {
         interfaces(kernel, config, family)
             .into_iter()
-            .flat_map(|link| kernel.usable_subnets(link.index))
+            .flat_map(|link| {
+                let subnets = kernel.usable_subnets(link.index).into_iter();
+                subnets.map(|subnet| kernel.own_address_in(link.index, subnet).unwrap_or(subnet))
+            })
             .filter(move |net| Family::of(net.addr()) == family)
     };
     of(Family::V4).chain(of(Family::V6)).collect()
@@ -322,14 +448,20 @@ mod tests {
         candidates: BTreeMap<String, Candidate>,
         kernel: Snapshot,
         config: NodeConfig,
+        heard: Verdicts,
+        has_let_go: bool,
     }
 
     impl World {
         /// Three nodes on one segment, seen from W11; a v1, a v2 local and a v2 remote group.
         fn new() -> Self {
-            let candidate = Candidate {
-                subnets: ["10.31.0.0/16".parse().unwrap(), "fd00::/64".parse().unwrap()].into(),
-                is_withdrawn: false,
+            let candidate = |(name, number): (&&str, u8)| {
+                let addresses = [format!("10.31.188.{number}/16"), format!("fd00::{number}/64")];
+                let candidate = Candidate {
+                    addresses: addresses.map(|text| text.parse().unwrap()).into(),
+                    ..Candidate::default()
+                };
+                ((*name).to_owned(), candidate)
             };
             let group = |spec: &str| {
                 serde_saphyr::from_str::<ServiceGroupSpec>(spec)
@@ -355,10 +487,9 @@ mod tests {
                         group("remote: {v6pool: {pool: 'fd00:9::/64', subnet: 'fd00:9::/64'}}"),
                     ),
                 ]),
-                candidates: NODES
-                    .iter()
-                    .map(|name| ((*name).to_owned(), candidate.clone()))
-                    .collect(),
+                candidates: NODES.iter().zip([1, 11, 12]).map(candidate).collect(),
+                heard: Verdicts::new(),
+                has_let_go: false,
                 kernel: kernel(),
                 config: NodeConfig::read(&serde_json::from_value(json!({})).unwrap()).unwrap(),
             }
@@ -374,15 +505,20 @@ mod tests {
 
         fn judge_service(&self, service: &Announced) -> Verdict {
             let services = BTreeMap::from([(ServiceKey::new("default", "web"), service.clone())]);
-            let picture = Picture {
+            self.plan(&services).verdicts.into_values().next().unwrap()
+        }
+
+        fn plan(&self, services: &BTreeMap<ServiceKey, Announced>) -> Plan {
+            plan(&Picture {
                 node: self.node,
-                services: &services,
+                services,
                 groups: &self.groups,
                 candidates: &self.candidates,
+                heard: &self.heard,
+                has_let_go: self.has_let_go,
                 kernel: &self.kernel,
                 config: &self.config,
-            };
-            plan(&picture).verdicts.into_values().next().unwrap()
+            })
         }
     }
 
@@ -424,7 +560,8 @@ mod tests {
     fn one_node_with_the_subnet_makes_it_local_for_all() {
         let mut world = World::new();
         let rack = "10.189.0.0/16".parse().unwrap();
-        world.candidates.get_mut(NODES[2]).unwrap().subnets.insert(rack);
+        let w12 = world.candidates.get_mut(NODES[2]).unwrap();
+        w12.addresses.insert(rack);
         assert_eq!(shown(&world.judge("v1", "10.189.0.0")), format!("other {}", NODES[2]));
     }
 
@@ -523,17 +660,11 @@ mod tests {
     }
 
     #[test]
-    fn a_local_vip_is_not_routed_because_the_cable_is_out() {
+    fn a_vip_of_an_interface_that_is_down_is_not_routed_where_nobody_else_is_heard() {
         let mut world = World::new();
+        world.candidates.clear();
         world.kernel.links[0].has_carrier = false;
-        let subnets = subnets(&world.kernel, &world.config);
-        let this = Candidate {
-            subnets,
-            is_withdrawn: false,
-        };
-        world.candidates = BTreeMap::from([(W11.to_owned(), this)]);
-        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "nobody NoSubnet");
-        assert_eq!(shown(&world.judge("v1", "10.189.0.0")), "routed 10.189.0.0/32 kube-lb0");
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "nobody LinkDown");
     }
 
     #[test]
@@ -549,14 +680,126 @@ mod tests {
             (ServiceKey::new("default", "a"), routed(true)),
             (ServiceKey::new("default", "b"), routed(false)),
         ]);
-        let picture = Picture {
-            node: world.node,
-            services: &services,
-            groups: &world.groups,
-            candidates: &world.candidates,
-            kernel: &world.kernel,
-            config: &world.config,
+        assert_eq!(world.plan(&services).addresses().len(), 1);
+    }
+
+    // Of 10.31.188.64 the order is W11, W12, master.
+
+    fn announced(announcer: &str) -> Announced {
+        let vip: IpAddr = "10.31.188.64".parse().unwrap();
+        Announced {
+            vips: vec![vip],
+            groups: vec!["v1".into()],
+            announcers: BTreeMap::from([(vip, announcer.to_owned())]),
+            ..Announced::default()
+        }
+    }
+
+    fn eth0(node: &str) -> Watched {
+        Watched {
+            node: node.into(),
+            link: 2,
+        }
+    }
+
+    #[test]
+    fn the_runner_up_watches_the_owner_at_its_address_near_the_vip_and_nobody_else_does() {
+        let services = BTreeMap::from([(ServiceKey::new("default", "web"), announced(W11))]);
+        for (node, expected) in [
+            (NODES[0], vec![]),
+            (NODES[1], vec![]),
+            (NODES[2], vec![(eth0(W11), "10.31.188.11".parse().unwrap())]),
+        ] {
+            let plan = World { node, ..World::new() }.plan(&services);
+            assert_eq!(plan.watches.into_iter().collect::<Vec<_>>(), expected, "{node}");
+        }
+    }
+
+    #[test]
+    fn one_watch_serves_all_vips_of_both_families() {
+        let all: Vec<IpAddr> = (64..128).map(|last| IpAddr::from([10, 31, 188, last])).collect();
+        let v6 = (0..64).map(|last| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 9, last]));
+        let service = Announced {
+            vips: all.into_iter().chain(v6).collect(),
+            ..announced(W11)
         };
-        assert_eq!(plan(&picture).addresses().len(), 1);
+        let services = BTreeMap::from([(ServiceKey::new("default", "web"), service)]);
+        let watches = World::new().plan(&services).watches;
+        let shown: Vec<String> = watches.values().map(ToString::to_string).collect();
+        assert_eq!(shown, ["10.31.188.1", "10.31.188.12"]);
+    }
+
+    #[test]
+    fn what_is_heard_of_the_owner_decides_before_gossip_does() {
+        let departed = Standing::Departed { is_recent: true };
+        let long_gone = Standing::Departed { is_recent: false };
+        let (mine, its) = ("local 10.31.188.64/16 eth0", &*format!("other {W11}"));
+        for (name, standing, heard, announcer, expected) in [
+            ("well", Standing::Member, Some(Direct::Agent), W11, its),
+            ("not watched yet", Standing::Member, None, W11, its),
+            ("never heard", Standing::Member, Some(Direct::Unheard), W11, its),
+            ("agent killed", Standing::Member, Some(Direct::Node), W11, its),
+            ("cut off", Standing::Member, Some(Direct::Silent), W11, mine),
+            ("hearsay", departed, Some(Direct::Agent), NODES[2], its),
+            ("hearsay for long", long_gone, Some(Direct::Agent), NODES[2], its),
+            ("agent killed, given up", long_gone, Some(Direct::Node), W11, its),
+            ("a VIP it never had", long_gone, Some(Direct::Node), NODES[2], mine),
+            ("given up, not listened for yet", departed, None, W11, its),
+            ("given up, listening", departed, Some(Direct::Unknown), W11, its),
+            ("given up and silent", departed, Some(Direct::Silent), W11, mine),
+            ("given up and never heard", departed, Some(Direct::Unheard), W11, mine),
+            ("long gone", long_gone, None, W11, mine),
+        ] {
+            let mut world = World {
+                node: NODES[2],
+                ..World::new()
+            };
+            world.candidates.get_mut(W11).unwrap().standing = standing;
+            world.heard.extend(heard.map(|verdict| (eth0(W11), verdict)));
+            assert_eq!(shown(&world.judge_service(&announced(announcer))), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_is_cut_off_lets_go_of_local_vips_and_keeps_routed_ones() {
+        let world = World {
+            has_let_go: true,
+            ..World::new()
+        };
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "nobody Isolated");
+        assert_eq!(shown(&world.judge("v1", "10.189.0.0")), "routed 10.189.0.0/32 kube-lb0");
+    }
+
+    #[test]
+    fn a_silence_on_another_link_moves_nothing() {
+        let mut world = World {
+            node: NODES[2],
+            ..World::new()
+        };
+        let eth1 = Watched { link: 3, ..eth0(W11) };
+        world.heard.insert(eth1, Direct::Silent);
+        assert_eq!(shown(&world.judge_service(&announced(W11))), format!("other {W11}"));
+    }
+
+    #[test]
+    fn the_third_listens_for_the_first_as_soon_as_the_second_is_alone_before_it() {
+        let services = BTreeMap::from([(ServiceKey::new("default", "web"), announced(W11))]);
+        let mut world = World {
+            node: NODES[0],
+            ..World::new()
+        };
+        world.candidates.get_mut(W11).unwrap().standing = Standing::Departed { is_recent: true };
+        assert_eq!(world.plan(&services).watches.len(), 2);
+        let w12 = world.candidates.get_mut(NODES[2]).unwrap();
+        w12.standing = Standing::Departed { is_recent: true };
+        world.heard.insert(eth0(W11), Direct::Node);
+        world.heard.insert(eth0(NODES[2]), Direct::Silent);
+        let plan = world.plan(&services);
+        assert_eq!(plan.watches.len(), 2, "both could come back");
+        assert_eq!(
+            shown(plan.verdicts.values().next().unwrap()),
+            format!("other {W11}"),
+            "its kernel holds it"
+        );
     }
 }

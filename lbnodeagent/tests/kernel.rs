@@ -434,20 +434,6 @@ fn changes_of_links_addresses_and_default_routes_wake_the_agent_and_other_routes
                 .await
                 .unwrap_or_else(|_| panic!("not woken by ip {command}"));
         }
-        // The link that came up may not have begun with its link-local address yet.
-        let has_link_local = async || {
-            let snapshot = kernel.snapshot().await.unwrap();
-            let eth0 = snapshot.link_named("eth0").unwrap().index;
-            let mut addresses = snapshot.addresses.iter().filter(|address| address.link == eth0);
-            addresses.any(|address| address.ip.to_string().starts_with("fe80::"))
-        };
-        timeout(SOON, async {
-            while !has_link_local().await {
-                kernel.changed().await;
-            }
-        })
-        .await
-        .unwrap();
         quiet(&kernel).await;
         ip("route add 203.0.113.0/24 via 10.31.0.2");
         ip("-6 route add 2001:db8:1::/48 via 2001:db8::2");

@@ -112,11 +112,11 @@ fn three_members_see_each_other_and_what_each_says_about_itself() {
         };
         assert_eq!(
             nodes[0].0.set_meta(&too_much).await.unwrap(),
-            75,
+            100,
             "what does not fit is counted"
         );
         for (_, receiver) in &mut nodes {
-            until(receiver, "told", |living| living["node2"].meta.subnets.len() == 125).await;
+            until(receiver, "told", |living| living["node2"].meta.subnets.len() == 100).await;
         }
     });
 }

@@ -188,6 +188,14 @@ impl Snapshot {
             .collect()
     }
 
+    /// The node's own address in one of [`Snapshot::usable_subnets`]: the first the kernel lists, which is the one it
+    /// sends from.
+    pub fn own_address_in(&self, link: u32, subnet: IpNet) -> Option<IpNet> {
+        let own = self.addresses_on(link).filter(|address| address.makes_subnet_usable());
+        let address = own.into_iter().find(|address| address.subnet() == Some(subnet))?;
+        IpNet::new(address.ip, address.prefix_len).ok()
+    }
+
     /// Whether this kernel keeps `IFA_PROTO`, seen from any address that carries one: from 5.18 the kernel marks `::1`
     /// and link-local addresses itself. `false` may also mean that there is no such address, as where IPv6 is off.
     pub fn shows_protocols(&self) -> bool {

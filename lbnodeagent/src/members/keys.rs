@@ -33,6 +33,11 @@ impl Keys {
         }
         Ok(keys)
     }
+
+    /// The raw bytes, the primary key first: to derive keys for other purposes from.
+    pub(crate) fn bytes(&self) -> impl Iterator<Item = &[u8]> {
+        std::iter::once(&self.primary).chain(&self.secondary).map(AsRef::as_ref)
+    }
 }
 
 impl fmt::Debug for Keys {

@@ -1,0 +1,241 @@
+//! What a standby and an owner say to each other: 52 bytes over UDP, authenticated with the gossip keys.
+//!
+//! Owns the encoding and its keys; knows nothing of sockets and time. Nobody without a key can make a packet, and nobody
+//! can make use of one that was overheard: an answer is only taken for a question of this very process that still waits
+//! for it, and a question sent again is answered to the process that asked at first.
+
+use std::net::IpAddr;
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+use crate::members::Keys;
+
+/// Length of a packet in bytes.
+///
+/// Version (1), kind (1), flags (1, bit 0: has taken over), zero (1), session (8), sequence (8), the node asked as the
+/// first 16 bytes of its name's SHA-256, and the first 16 bytes of the HMAC-SHA-256 of all that. Integers are big endian.
+pub const PACKET_LEN: usize = 52;
+const BODY_LEN: usize = 36;
+const TAG_LEN: usize = 16;
+const VERSION: u8 = 1;
+const PROBE: u8 = 1;
+const ANSWER: u8 = 2;
+const TAKEN_OVER: u8 = 1;
+/// What the key is derived for, so that it is never the one that encrypts the gossip.
+const PURPOSE: &[u8] = b"purelb.io standby watch 1";
+
+/// A question, or the answer to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Whether it is the answer.
+    pub is_answer: bool,
+    /// The one who asks has announced the other's VIPs.
+    pub has_taken_over: bool,
+    /// Drawn by lot by the process that asks, when it starts.
+    pub session: u64,
+    /// Which question it is.
+    pub sequence: u64,
+    /// Who is asked, see [`node_id`].
+    pub node: [u8; 16],
+}
+
+/// A node name in a packet.
+pub fn node_id(name: &str) -> [u8; 16] {
+    let digest: [u8; 32] = Sha256::digest(name.as_bytes()).into();
+    first(&digest)
+}
+
+/// The keys of the packets: the first signs, all are accepted.
+#[derive(Clone)]
+pub struct PacketKeys(Vec<Hmac<Sha256>>);
+
+impl std::fmt::Debug for PacketKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PacketKeys({})", self.0.len())
+    }
+}
+
+impl PacketKeys {
+    /// Derives them from the gossip keys.
+    pub fn new(keys: &Keys) -> Self {
+        let derive = |key: &[u8]| {
+            let derived = Hmac::<Sha256>::new_from_slice(key)
+                .ok()?
+                .chain_update(PURPOSE)
+                .finalize();
+            Hmac::new_from_slice(&derived.into_bytes()).ok()
+        };
+        Self(keys.bytes().filter_map(derive).collect())
+    }
+}
+
+impl Packet {
+    /// The bytes to send.
+    pub fn encode(&self, keys: &PacketKeys) -> [u8; PACKET_LEN] {
+        let kind = if self.is_answer { ANSWER } else { PROBE };
+        let flags = if self.has_taken_over { TAKEN_OVER } else { 0 };
+        let mut body = Vec::with_capacity(PACKET_LEN);
+        body.extend([VERSION, kind, flags, 0]);
+        body.extend(self.session.to_be_bytes());
+        body.extend(self.sequence.to_be_bytes());
+        body.extend(self.node);
+        if let Some(key) = keys.0.first() {
+            let tag: [u8; 32] = key.clone().chain_update(&body).finalize().into_bytes().into();
+            body.extend(tag.into_iter().take(TAG_LEN));
+        }
+        first(&body)
+    }
+
+    /// Reads what somebody sent; `None` when it is not signed with one of our keys, or nothing we know.
+    pub fn decode(bytes: &[u8], keys: &PacketKeys) -> Option<Self> {
+        let (body, tag) = bytes.split_first_chunk::<BODY_LEN>()?;
+        let is_signed = |key: &Hmac<Sha256>| key.clone().chain_update(body).verify_truncated_left(tag).is_ok();
+        if tag.len() != TAG_LEN || !keys.0.iter().any(is_signed) {
+            return None;
+        }
+        let (head, rest) = body.split_first_chunk::<4>()?;
+        let (session, rest) = rest.split_first_chunk::<8>()?;
+        let (sequence, node) = rest.split_first_chunk::<8>()?;
+        let [version, kind, flags, _] = *head;
+        (version == VERSION && matches!(kind, PROBE | ANSWER)).then(|| Self {
+            is_answer: kind == ANSWER,
+            has_taken_over: flags & TAKEN_OVER != 0,
+            session: u64::from_be_bytes(*session),
+            sequence: u64::from_be_bytes(*sequence),
+            node: first(node),
+        })
+    }
+}
+
+/// ICMP echo (RFC 792, RFC 4443 section 4): eight bytes of header, then session and sequence.
+const ECHO_LEN: usize = 24;
+
+/// An echo request. The checksum is the kernel's business for `ICMPv6`, which knows the source address.
+pub fn echo_request(to: IpAddr, session: u64, sequence: u64) -> [u8; ECHO_LEN] {
+    let mut bytes = Vec::with_capacity(ECHO_LEN);
+    bytes.extend([if to.is_ipv4() { 8 } else { 128 }, 0, 0, 0]);
+    bytes.extend(session.to_be_bytes().into_iter().take(2));
+    bytes.extend(sequence.to_be_bytes().into_iter().skip(6));
+    bytes.extend(session.to_be_bytes());
+    bytes.extend(sequence.to_be_bytes());
+    if to.is_ipv4() {
+        let checksum = internet_checksum(&bytes).to_be_bytes();
+        for (byte, value) in bytes.iter_mut().skip(2).zip(checksum) {
+            *byte = value;
+        }
+    }
+    first(&bytes)
+}
+
+/// The sequence of an echo reply to this session, as a raw socket hands it out: for IPv4 with its header.
+pub fn echo_reply(bytes: &[u8], is_ipv4: bool, session: u64) -> Option<u64> {
+    let (kind, header) = if is_ipv4 {
+        (0, usize::from(bytes.first()? & 0x0f) * 4)
+    } else {
+        (129, 0)
+    };
+    let message = bytes.get(header..)?;
+    let (head, rest) = message.split_first_chunk::<8>()?;
+    let (replied, rest) = rest.split_first_chunk::<8>()?;
+    let (sequence, _) = rest.split_first_chunk::<8>()?;
+    let is_ours = head.first() == Some(&kind) && u64::from_be_bytes(*replied) == session;
+    is_ours.then(|| u64::from_be_bytes(*sequence))
+}
+
+/// RFC 1071.
+fn internet_checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| match pair {
+            [high, low] => u32::from(u16::from_be_bytes([*high, *low])),
+            _ => 0,
+        })
+        .sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or_default()
+}
+
+fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut taken = [0; N];
+    for (byte, value) in taken.iter_mut().zip(bytes) {
+        *byte = *value;
+    }
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn keys(primary: u8, secondary: &[u8]) -> PacketKeys {
+        let secondary: Vec<[u8; 16]> = secondary.iter().map(|byte| [*byte; 16]).collect();
+        PacketKeys::new(&Keys::new(&[primary; 16], secondary.iter().map(<[u8; 16]>::as_slice)).unwrap())
+    }
+
+    const PACKET: Packet = Packet {
+        is_answer: true,
+        has_taken_over: true,
+        session: 0x0102_0304_0506_0708,
+        sequence: 9,
+        node: [7; 16],
+    };
+
+    #[test]
+    fn a_packet_is_read_with_any_of_the_keys_and_with_no_other() {
+        let sent = PACKET.encode(&keys(1, &[2]));
+        for (name, reader, is_read) in [
+            ("the same key", keys(1, &[]), true),
+            ("as second key, while keys are changed", keys(3, &[1]), true),
+            ("the sender's second key does not sign", keys(2, &[]), false),
+            ("another key", keys(3, &[4]), false),
+        ] {
+            assert_eq!(Packet::decode(&sent, &reader).is_some(), is_read, "{name}");
+        }
+        assert_eq!(Packet::decode(&sent, &keys(1, &[])), Some(PACKET));
+    }
+
+    #[test]
+    fn a_bit_changed_anywhere_or_another_length_is_refused() {
+        let keys = keys(1, &[]);
+        let sent = PACKET.encode(&keys);
+        for bit in 0..PACKET_LEN * 8 {
+            let mut changed = sent;
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(Packet::decode(&changed, &keys), None, "bit {bit}");
+        }
+        for length in 0..PACKET_LEN {
+            assert_eq!(Packet::decode(&sent[..length], &keys), None, "{length} bytes");
+        }
+        assert_eq!(
+            Packet::decode(&[&sent[..], &[0]].concat(), &keys),
+            None,
+            "one byte more"
+        );
+    }
+
+    #[test]
+    fn an_echo_request_has_the_checksum_of_its_rfc_and_its_reply_is_told_from_others() {
+        let request = echo_request([10, 0, 0, 1].into(), 5, 77);
+        assert_eq!(internet_checksum(&request), 0);
+        let mut reply = request;
+        reply[0] = 0;
+        let received = [&[0x45; 20][..], &reply].concat();
+        assert_eq!(echo_reply(&received, true, 5), Some(77));
+        assert_eq!(echo_reply(&received, true, 6), None, "of another process");
+        let request = [&[0x45; 20][..], &request].concat();
+        assert_eq!(echo_reply(&request, true, 5), None, "a request");
+    }
+
+    proptest! {
+        #[test]
+        fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            prop_assert_eq!(Packet::decode(&bytes, &keys(1, &[2])), None);
+            let _ = echo_reply(&bytes, true, 0);
+            let _ = echo_reply(&bytes, false, 0);
+        }
+    }
+}

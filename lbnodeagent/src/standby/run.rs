@@ -1,0 +1,429 @@
+//! The standby's watch on real time and real sockets: a thread of its own, so that no amount of other work in this
+//! process makes an owner look silent, or this node to those who watch it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::UdpSocket;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::packet::{PACKET_LEN, Packet, PacketKeys, echo_reply, echo_request, node_id};
+use super::{Question, Standby, Verdict, Watched};
+use crate::members::Keys;
+
+/// UDP port of the watch.
+pub const PORT: u16 = 7935;
+
+/// How long the sockets for echoes stay open after the last one: at rest there are none.
+const ECHO_IDLE: Duration = Duration::from_secs(5);
+
+/// Datagrams read from a socket before anything else is done: whoever floods it does not stop the watch.
+const AT_A_TIME: usize = 1024;
+
+/// What is known of everybody watched.
+pub type Verdicts = BTreeMap<Watched, Verdict>;
+
+/// What [`Watcher::start`] needs to know.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of this node.
+    pub node: String,
+    /// The gossip keys.
+    pub keys: Keys,
+    /// Where to listen. An IPv6 address is left out where the kernel has no IPv6.
+    pub bind: Vec<SocketAddr>,
+}
+
+impl Config {
+    /// As shipped: [`PORT`] on every address of the node.
+    pub fn new(node: impl Into<String>, keys: Keys) -> Self {
+        Self {
+            node: node.into(),
+            keys,
+            bind: vec![
+                (Ipv4Addr::UNSPECIFIED, PORT).into(),
+                (Ipv6Addr::UNSPECIFIED, PORT).into(),
+            ],
+        }
+    }
+}
+
+/// What went over the wire.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Questions asked of agents.
+    pub probes: AtomicU64,
+    /// Answers to others' questions.
+    pub answers: AtomicU64,
+    /// Echo requests.
+    pub echoes: AtomicU64,
+    /// Packets of a wrong key, or of nobody's.
+    pub refused: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// The watch could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum WatcherError {
+    /// A port is taken.
+    #[error("cannot listen on UDP {bind} for the standby watch")]
+    Bind {
+        /// The address wanted.
+        bind: SocketAddr,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread, no random numbers.
+    #[error("cannot start the standby watch")]
+    Start(#[source] io::Error),
+}
+
+/// The running watch. Dropping it ends it.
+#[derive(Debug)]
+pub struct Watcher {
+    wanted: mpsc::UnboundedSender<Order>,
+    verdicts: watch::Receiver<Verdicts>,
+    taken_over: Arc<Notify>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+enum Order {
+    Watch(BTreeMap<Watched, IpAddr>),
+    Forget(Watched),
+}
+
+impl Watcher {
+    /// Opens the sockets, in the network namespace of the calling thread, and starts to answer.
+    pub fn start(config: &Config) -> Result<Self, WatcherError> {
+        let mut sockets = Vec::new();
+        for bind in &config.bind {
+            match open_udp(*bind) {
+                Ok(socket) => sockets.push(socket),
+                Err(error) if bind.is_ipv6() && is_without_ipv6(&error) => {}
+                Err(source) => return Err(WatcherError::Bind { bind: *bind, source }),
+            }
+        }
+        let session = getrandom::u64().map_err(|error| WatcherError::Start(io::Error::other(error.to_string())))?;
+        let (wanted, orders) = mpsc::unbounded_channel();
+        let (publisher, verdicts) = watch::channel(Verdicts::new());
+        let taken_over = Arc::new(Notify::new());
+        let counters = Arc::new(Counters::default());
+        let wire = Wire {
+            node: node_id(&config.node),
+            keys: PacketKeys::new(&config.keys),
+            session,
+            started: Instant::now(),
+            counters: Arc::clone(&counters),
+            taken_over: Arc::clone(&taken_over),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(WatcherError::Start)?;
+        std::thread::Builder::new()
+            .name("standby".into())
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(wire.run(sockets, orders, &publisher)) {
+                    tracing::error!(%error, "the standby watch has ended");
+                }
+            })
+            .map_err(WatcherError::Start)?;
+        Ok(Self {
+            wanted,
+            verdicts,
+            taken_over,
+            counters,
+        })
+    }
+
+    /// Sets whom to watch, and at which address.
+    pub fn watch(&self, wanted: BTreeMap<Watched, IpAddr>) {
+        let _ = self.wanted.send(Order::Watch(wanted));
+    }
+
+    /// See [`Standby::forget`].
+    pub fn forget(&self, watched: Watched) {
+        let _ = self.wanted.send(Order::Forget(watched));
+    }
+
+    /// What is known now; wakes on every change.
+    pub fn verdicts(&self) -> watch::Receiver<Verdicts> {
+        self.verdicts.clone()
+    }
+
+    /// Resolves when another node says that it has announced this node's VIPs meanwhile. Cancel-safe; for one waiter.
+    pub async fn taken_over(&self) {
+        self.taken_over.notified().await;
+    }
+
+    /// What went over the wire so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+}
+
+fn open_udp(bind: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = Socket::new(Domain::for_address(bind), Type::DGRAM, Some(Protocol::UDP))?;
+    if bind.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&bind.into())?;
+    Ok(socket.into())
+}
+
+fn is_without_ipv6(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
+}
+
+struct Wire {
+    node: [u8; 16],
+    keys: PacketKeys,
+    session: u64,
+    started: Instant,
+    counters: Arc<Counters>,
+    taken_over: Arc<Notify>,
+}
+
+impl Wire {
+    async fn run(
+        &self,
+        sockets: Vec<std::net::UdpSocket>,
+        mut orders: mpsc::UnboundedReceiver<Order>,
+        publisher: &watch::Sender<Verdicts>,
+    ) -> io::Result<()> {
+        let sockets: Vec<UdpSocket> = sockets
+            .into_iter()
+            .map(UdpSocket::from_std)
+            .collect::<io::Result<_>>()?;
+        let mut standby = Standby::default();
+        let mut echoes = Echoes::default();
+        let mut changes = 0;
+        loop {
+            let wake = standby.wake_at().map(|at| self.started + at);
+            tokio::select! {
+                order = orders.recv() => match order {
+                    Some(order) => obey(&mut standby, self.started.elapsed(), order),
+                    None => return Ok(()),
+                },
+                () = any_readable(&sockets) => {}
+                () = echoes.readable() => {}
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+            }
+            // Everything that has come in, before anybody is judged silent.
+            while let Ok(order) = orders.try_recv() {
+                obey(&mut standby, self.started.elapsed(), order);
+            }
+            for socket in &sockets {
+                self.read_all(socket, &mut standby);
+            }
+            echoes.read_all(self.session, |sequence| {
+                standby.kernel_answered(self.started.elapsed(), sequence);
+            });
+            let now = self.started.elapsed();
+            for question in standby.poll(now) {
+                self.ask(&question, &sockets, &mut echoes, now);
+            }
+            echoes.close_when_idle(now);
+            if changes == standby.changes() {
+                continue;
+            }
+            changes = standby.changes();
+            publisher.send_if_modified(|known| {
+                let verdicts = standby.verdicts();
+                let is_news = *known != verdicts;
+                if is_news {
+                    log_change(known, &verdicts);
+                    *known = verdicts;
+                }
+                is_news
+            });
+        }
+    }
+
+    fn read_all(&self, socket: &UdpSocket, standby: &mut Standby) {
+        let mut buffer = [0; PACKET_LEN + 1];
+        for _ in 0..AT_A_TIME {
+            match socket.try_recv_from(&mut buffer) {
+                Ok((length, from)) => {
+                    let bytes = buffer.get(..length).unwrap_or_default();
+                    self.take(bytes, from, socket, standby);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // An error of an earlier send, told late.
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn take(&self, bytes: &[u8], from: SocketAddr, socket: &UdpSocket, standby: &mut Standby) {
+        match Packet::decode(bytes, &self.keys) {
+            Some(packet) if packet.is_answer && packet.session == self.session => {
+                standby.agent_answered(self.started.elapsed(), packet.sequence);
+            }
+            Some(packet) if !packet.is_answer && packet.node == self.node => {
+                let answer = Packet {
+                    is_answer: true,
+                    ..packet
+                };
+                send(socket, &answer.encode(&self.keys), from);
+                count(&self.counters.answers);
+                if packet.has_taken_over {
+                    self.taken_over.notify_one();
+                }
+            }
+            _ => count(&self.counters.refused),
+        }
+    }
+
+    fn ask(&self, question: &Question, sockets: &[UdpSocket], echoes: &mut Echoes, now: Duration) {
+        match question {
+            Question::Probe {
+                node,
+                address,
+                sequence,
+                has_taken_over,
+            } => {
+                let packet = Packet {
+                    is_answer: false,
+                    has_taken_over: *has_taken_over,
+                    session: self.session,
+                    sequence: *sequence,
+                    node: node_id(node),
+                };
+                let is_fitting =
+                    |socket: &&UdpSocket| socket.local_addr().is_ok_and(|own| own.is_ipv4() == address.is_ipv4());
+                if let Some(socket) = sockets.iter().find(is_fitting) {
+                    send(socket, &packet.encode(&self.keys), (*address, PORT).into());
+                }
+                count(&self.counters.probes);
+            }
+            Question::Echo { address, sequence } => {
+                echoes.send(*address, &echo_request(*address, self.session, *sequence), now);
+                count(&self.counters.echoes);
+            }
+        }
+    }
+}
+
+/// Sends at once or not at all: what cannot be sent is as good as lost, and will be sent again. Not by way of tokio, which
+/// would not send on a socket it has not looked at yet.
+fn send(socket: &UdpSocket, bytes: &[u8], to: SocketAddr) {
+    let _ = SockRef::from(socket).send_to(bytes, &to.into());
+}
+
+fn obey(standby: &mut Standby, now: Duration, order: Order) {
+    match order {
+        Order::Watch(wanted) => standby.watch(now, &wanted),
+        Order::Forget(watched) => standby.forget(now, &watched),
+    }
+}
+
+fn log_change(before: &Verdicts, now: &Verdicts) {
+    for (watched, verdict) in now {
+        let known = before.get(watched);
+        if known == Some(verdict) {
+            continue;
+        }
+        let (node, link) = (&watched.node, watched.link);
+        match (known, verdict) {
+            (_, Verdict::Silent) => tracing::warn!(node, link, "neither agent nor kernel answers"),
+            (_, Verdict::Node) => tracing::warn!(node, link, "the agent does not answer, its node does"),
+            (Some(Verdict::Silent | Verdict::Node), Verdict::Agent) => {
+                tracing::info!(node, link, "the agent answers again");
+            }
+            _ => tracing::debug!(node, link, ?verdict, "watched"),
+        }
+    }
+}
+
+async fn any_readable(sockets: &[UdpSocket]) {
+    let readable = sockets.iter().map(|socket| Box::pin(socket.readable()));
+    if sockets.is_empty() {
+        std::future::pending::<()>().await;
+    }
+    let _ = futures::future::select_all(readable).await;
+}
+
+/// Raw ICMP sockets, open while somebody is in doubt. They are handled as UDP sockets, which for receiving and sending
+/// datagrams they are.
+#[derive(Default)]
+struct Echoes {
+    v4: Option<UdpSocket>,
+    v6: Option<UdpSocket>,
+    used: Duration,
+}
+
+impl Echoes {
+    fn send(&mut self, to: IpAddr, bytes: &[u8], now: Duration) {
+        self.used = now;
+        let slot = if to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+        if slot.is_none() {
+            *slot = open_icmp(to).ok();
+        }
+        if let Some(socket) = slot {
+            send(socket, bytes, SocketAddr::new(to, 0));
+        }
+    }
+
+    async fn readable(&self) {
+        let wait = async |socket: &Option<UdpSocket>| match socket {
+            Some(socket) => _ = socket.readable().await,
+            None => std::future::pending().await,
+        };
+        tokio::select! {
+            () = wait(&self.v4) => {}
+            () = wait(&self.v6) => {}
+        }
+    }
+
+    fn read_all(&self, session: u64, mut replied: impl FnMut(u64)) {
+        for (socket, is_ipv4) in [(&self.v4, true), (&self.v6, false)] {
+            let Some(socket) = socket else { continue };
+            let mut buffer = [0; 256];
+            for _ in 0..AT_A_TIME {
+                match socket.try_recv(&mut buffer) {
+                    Ok(length) => {
+                        let bytes = buffer.get(..length).unwrap_or_default();
+                        if let Some(sequence) = echo_reply(bytes, is_ipv4, session) {
+                            replied(sequence);
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(_) => {}
+                }
+            }
+        }
+    }
+
+    fn close_when_idle(&mut self, now: Duration) {
+        if now.saturating_sub(self.used) > ECHO_IDLE {
+            self.v4 = None;
+            self.v6 = None;
+        }
+    }
+}
+
+fn open_icmp(to: IpAddr) -> io::Result<UdpSocket> {
+    let (domain, protocol) = if to.is_ipv4() {
+        (Domain::IPV4, Protocol::ICMPV4)
+    } else {
+        (Domain::IPV6, Protocol::ICMPV6)
+    };
+    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket.into())
+}

@@ -1,0 +1,245 @@
+//! The state machine with time driven by hand.
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn owner() -> Watched {
+    Watched {
+        node: "owner".into(),
+        link: 2,
+    }
+}
+
+/// A watcher of one owner over a wire without delay.
+struct Pair {
+    standby: Standby,
+    now: Duration,
+    agent_answers: bool,
+    kernel_answers: bool,
+    sent: Vec<(Duration, Question)>,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let mut standby = Standby::default();
+        standby.watch(
+            Duration::ZERO,
+            &BTreeMap::from([(owner(), "10.0.0.1".parse().unwrap())]),
+        );
+        Self {
+            standby,
+            now: Duration::ZERO,
+            agent_answers: true,
+            kernel_answers: true,
+            sent: Vec::new(),
+        }
+    }
+
+    /// Runs for a while, or until the verdict is this one; returns how long that took.
+    fn run(&mut self, time: Duration, until: Option<Verdict>) -> Duration {
+        let start = self.now;
+        while self.now < start + time {
+            for question in self.standby.poll(self.now) {
+                match &question {
+                    Question::Probe { sequence, .. } if self.agent_answers => {
+                        self.standby.agent_answered(self.now, *sequence);
+                    }
+                    Question::Echo { sequence, .. } if self.kernel_answers => {
+                        self.standby.kernel_answered(self.now, *sequence);
+                    }
+                    _ => {}
+                }
+                self.sent.push((self.now, question));
+            }
+            if Some(self.verdict()) == until {
+                break;
+            }
+            self.now = self.standby.wake_at().unwrap().min(start + time);
+        }
+        self.now.saturating_sub(start)
+    }
+
+    fn verdict(&self) -> Verdict {
+        self.standby.verdicts()[&owner()]
+    }
+
+    fn cut(&mut self) {
+        self.agent_answers = false;
+        self.kernel_answers = false;
+    }
+}
+
+#[test]
+fn an_owner_that_answers_is_asked_forty_times_a_second_and_its_kernel_is_left_alone() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(1), None);
+    pair.sent.clear();
+    pair.run(Duration::from_secs(10), None);
+    assert_eq!(pair.verdict(), Verdict::Agent);
+    assert_eq!(pair.sent.len(), 400);
+    assert!(
+        pair.sent
+            .iter()
+            .all(|(_, question)| matches!(question, Question::Probe { .. }))
+    );
+}
+
+#[test]
+fn an_owner_that_is_cut_off_is_silent_after_a_tenth_of_a_second() {
+    for milliseconds in 0..25 {
+        let mut pair = Pair::new();
+        pair.run(Duration::from_secs(5) + milliseconds * MS, None);
+        pair.cut();
+        pair.sent.clear();
+        let took = pair.run(Duration::from_secs(1), Some(Verdict::Silent));
+        assert!((75 * MS..=100 * MS).contains(&took), "{took:?}");
+        let echoes = pair.sent.iter().filter(|(_, q)| matches!(q, Question::Echo { .. }));
+        assert!(echoes.count() >= 5, "its kernel is asked first");
+    }
+}
+
+#[test]
+fn an_owner_whose_agent_was_killed_is_known_by_its_kernel_for_as_long_as_that_answers() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(1), None);
+    pair.agent_answers = false;
+    pair.run(Duration::from_mins(10), Some(Verdict::Silent));
+    assert_eq!(pair.verdict(), Verdict::Node);
+    pair.cut();
+    assert!(pair.run(Duration::from_secs(1), Some(Verdict::Silent)) <= 100 * MS);
+}
+
+#[test]
+fn only_the_agent_leads_back_from_silence_and_it_hears_that_it_was_replaced() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(1), None);
+    pair.cut();
+    pair.run(Duration::from_secs(1), None);
+    pair.kernel_answers = true;
+    pair.run(Duration::from_mins(1), None);
+    assert_eq!(pair.verdict(), Verdict::Silent, "a rebooted node has no VIP");
+    pair.agent_answers = true;
+    pair.sent.clear();
+    assert!(pair.run(Duration::from_secs(1), Some(Verdict::Agent)) <= 300 * MS);
+    pair.run(Duration::from_secs(3), None);
+    let told: Vec<Duration> = pair
+        .sent
+        .iter()
+        .filter(|(_, question)| {
+            matches!(
+                question,
+                Question::Probe {
+                    has_taken_over: true,
+                    ..
+                }
+            )
+        })
+        .map(|(at, _)| *at)
+        .collect();
+    let time = told.last().unwrap().saturating_sub(told[0]);
+    assert!(time >= Duration::from_secs(1) && time <= TAKEN_OVER_TOLD, "{time:?}");
+}
+
+#[test]
+fn what_the_watcher_slept_is_not_the_owners_silence() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(5), None);
+    for pause in [50, 100, 150, 300, 1000, 5000] {
+        pair.now += pause * MS;
+        // What came in meanwhile waits to be read; here nothing did.
+        pair.standby.poll(pair.now);
+        assert_eq!(pair.verdict(), Verdict::Agent, "{pause} ms");
+        pair.run(Duration::from_secs(1), None);
+    }
+    pair.cut();
+    let took = pair.run(Duration::from_secs(1), Some(Verdict::Silent));
+    assert!(took <= 100 * MS, "the pauses made nobody more patient: {took:?}");
+}
+
+#[test]
+fn an_owner_that_was_never_heard_is_not_silent() {
+    let mut pair = Pair::new();
+    pair.cut();
+    pair.run(Duration::from_secs(10), None);
+    assert_eq!(pair.verdict(), Verdict::Unheard);
+    assert!(pair.sent.len() < 100, "{} questions", pair.sent.len());
+}
+
+#[test]
+fn irregular_answers_make_the_watcher_more_patient_up_to_a_limit_and_it_forgets() {
+    let mut pair = Pair::new();
+    pair.kernel_answers = false;
+    pair.run(Duration::from_secs(5), None);
+    for (name, pause, expected) in [
+        ("late", 60 * MS, 100 * MS..=130 * MS),
+        ("too late: a false alarm", 150 * MS, 200 * MS..=300 * MS),
+        ("far too late", 900 * MS, 400 * MS..=400 * MS),
+    ] {
+        for _ in 0..5 {
+            pair.agent_answers = false;
+            pair.run(pause, None);
+            pair.agent_answers = true;
+            pair.run(400 * MS, None);
+        }
+        let patience = pair.standby.threshold(&owner()).unwrap();
+        assert!(expected.contains(&patience), "{name}: {patience:?}");
+    }
+    pair.run(Duration::from_mins(2), None);
+    assert_eq!(pair.standby.threshold(&owner()), Some(100 * MS));
+}
+
+#[test]
+fn an_answer_counts_once_and_only_to_a_question_that_was_asked() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(1), None);
+    let Some((_, Question::Probe { sequence, .. })) = pair.sent.last().cloned() else {
+        panic!("no probe");
+    };
+    pair.cut();
+    for _ in 0..100 {
+        pair.standby.agent_answered(pair.now, sequence);
+        pair.standby.agent_answered(pair.now, sequence + 1000);
+        pair.run(10 * MS, None);
+    }
+    assert_eq!(pair.verdict(), Verdict::Silent);
+}
+
+#[test]
+fn questions_per_second_do_not_grow_beyond_the_budget() {
+    for (watches, expected) in [(1_u8, 40_u32), (10, 400), (50, 400), (200, 400)] {
+        let mut standby = Standby::default();
+        let wanted = (0..watches).map(|number| {
+            let watched = Watched {
+                node: format!("node{number}"),
+                link: 2,
+            };
+            (watched, IpAddr::from([10, 0, 0, number]))
+        });
+        standby.watch(Duration::ZERO, &wanted.collect());
+        let mut now = Duration::ZERO;
+        let mut sent = 0_u32;
+        while now < Duration::from_mins(1) {
+            for question in standby.poll(now) {
+                let (Question::Probe { sequence, .. } | Question::Echo { sequence, .. }) = question;
+                standby.agent_answered(now, sequence);
+                if now >= Duration::from_secs(10) {
+                    sent += 1;
+                }
+            }
+            now = standby.wake_at().unwrap().max(now + MS / 1000);
+        }
+        let per_second = sent / 50;
+        assert!(
+            per_second.abs_diff(expected) <= expected / 20 + 1,
+            "{watches} watches: {per_second}/s"
+        );
+    }
+}
+
+#[test]
+fn nobody_watched_costs_nothing() {
+    let mut standby = Standby::default();
+    standby.watch(Duration::ZERO, &BTreeMap::new());
+    assert_eq!((standby.poll(Duration::ZERO), standby.wake_at()), (vec![], None));
+}

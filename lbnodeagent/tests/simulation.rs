@@ -1,0 +1,760 @@
+//! Election and standby watch in virtual time: thousands of clusters, each with its own luck.
+//!
+//! Every run is decided by a seed: which nodes are cut off, killed, paused and restarted when, what is lost, late or out
+//! of order. Gossip is a model: it tells of a death after half a second to a second, of a return after some more, and
+//! lies for a while when a partition heals, as the real one does. The state machines are the real ones: `Standby`,
+//! `Presence`, `election` by way of `plan`.
+//!
+//! A failing seed is printed; `SIMULATION_SEED=<it>` runs it alone, with everything that happens (`--nocapture`).
+//! `SIMULATION_TIMES=20` runs twenty times as many as usual; in release that takes seconds.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)] // Tests may, their helpers too.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crds::ServiceKey;
+use lbnodeagent::config::NodeConfig;
+use lbnodeagent::kernel::{Address, DefaultRoute, Link, Snapshot};
+use lbnodeagent::members::{Living, Member, Meta};
+use lbnodeagent::plan::{Announced, Candidate, Picture, Verdict, plan};
+use lbnodeagent::presence::Presence;
+use lbnodeagent::standby::{Question, Standby, Watched};
+
+const MS: Duration = Duration::from_millis(1);
+/// How long an address stays after another node has won it, as in the controller.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// `SplitMix64`: small, and the same everywhere.
+struct Lot(u64);
+
+impl Lot {
+    fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.draw() % bound
+    }
+
+    fn between(&mut self, least: Duration, most: Duration) -> Duration {
+        let range = u64::try_from((most.saturating_sub(least)).as_micros()).unwrap();
+        least + Duration::from_micros(self.below(range + 1))
+    }
+
+    fn percent(&mut self, chance: u64) -> bool {
+        self.below(100) < chance
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    /// The node's watcher has something to do.
+    Wake(usize),
+    /// A question arrives, and then its answer.
+    Asked {
+        by: usize,
+        at: usize,
+        sequence: u64,
+        is_echo: bool,
+    },
+    Answered {
+        to: usize,
+        sequence: u64,
+        is_echo: bool,
+    },
+    /// Gossip at a node changes its mind about another.
+    Gossip {
+        at: usize,
+        about: usize,
+        epoch: u64,
+    },
+    /// The planner looks again.
+    Look(usize),
+    /// Trouble, and its end.
+    Cut(usize),
+    Heal(usize),
+    Kill(usize),
+    Restart(usize),
+    Pause(usize, Duration),
+    Crash(usize),
+}
+
+struct Node {
+    name: String,
+    address: IpAddr,
+    is_cut: bool,
+    /// Its kernel runs.
+    is_up: bool,
+    /// Its agent runs.
+    is_agent_up: bool,
+    /// Its agent does not run until then.
+    paused_until: Duration,
+    standby: Standby,
+    presence: Presence,
+    /// Whom gossip calls alive here.
+    living: BTreeSet<usize>,
+    /// Grows with every start of the agent.
+    generation: u64,
+    holds: BTreeSet<IpAddr>,
+    lingering: BTreeMap<IpAddr, Duration>,
+    wake_at: Option<Duration>,
+}
+
+struct Options {
+    nodes: usize,
+    vips: u8,
+    loss_percent: u64,
+    trouble: Trouble,
+    time: Duration,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// Nothing but a bad network and busy processors.
+    Load,
+    /// Cuts, kills, crashes and returns, in the first half of the time.
+    Failures,
+}
+
+struct World {
+    seed: u64,
+    lot: Lot,
+    options: Options,
+    now: Duration,
+    queue: BinaryHeap<Reverse<(Duration, u64, Event)>>,
+    count: u64,
+    nodes: Vec<Node>,
+    /// What the annotations say.
+    announcers: BTreeMap<IpAddr, String>,
+    epoch: u64,
+    is_loud: bool,
+    /// Owners that were replaced although they were there.
+    wrong: u32,
+    /// How long a VIP was without an owner that a client could reach.
+    unowned_since: BTreeMap<IpAddr, Duration>,
+    longest_outage: Duration,
+}
+
+impl World {
+    fn new(seed: u64, options: Options) -> Self {
+        let mut nodes = Vec::new();
+        for index in 0..options.nodes {
+            let [high, low] = u16::try_from(index + 1).unwrap().to_be_bytes();
+            nodes.push(Node {
+                name: format!("node{index}"),
+                address: IpAddr::from([10, 31, high, low]),
+                is_cut: false,
+                is_up: true,
+                is_agent_up: true,
+                paused_until: Duration::ZERO,
+                standby: Standby::default(),
+                presence: Presence::default(),
+                living: (0..options.nodes).collect(),
+                generation: 1,
+                holds: BTreeSet::new(),
+                lingering: BTreeMap::new(),
+                wake_at: None,
+            });
+        }
+        let count = options.nodes;
+        let mut world = Self {
+            seed,
+            lot: Lot(seed),
+            options,
+            now: Duration::ZERO,
+            queue: BinaryHeap::new(),
+            count: 0,
+            nodes,
+            announcers: BTreeMap::new(),
+            epoch: 0,
+            is_loud: std::env::var_os("SIMULATION_SEED").is_some(),
+            wrong: 0,
+            unowned_since: BTreeMap::new(),
+            longest_outage: Duration::ZERO,
+        };
+        for index in 0..count {
+            world.after(Duration::ZERO, Event::Look(index));
+        }
+        world
+    }
+
+    fn vips(&self) -> Vec<IpAddr> {
+        (0..self.options.vips)
+            .map(|last| IpAddr::from([10, 31, 255, last]))
+            .collect()
+    }
+
+    fn after(&mut self, wait: Duration, event: Event) {
+        self.count += 1;
+        self.queue.push(Reverse((self.now + wait, self.count, event)));
+    }
+
+    fn say(&self, what: impl FnOnce() -> String) {
+        if self.is_loud {
+            println!("{:9.3} {}", self.now.as_secs_f64(), what());
+        }
+    }
+
+    fn are_connected(&self, one: usize, other: usize) -> bool {
+        let is_there = |index: usize| self.nodes[index].is_up && !self.nodes[index].is_cut;
+        is_there(one) && is_there(other)
+    }
+
+    /// A packet on its way: lost, late, or just sent.
+    fn send(&mut self, from: usize, to: usize, event: Event) {
+        if !self.are_connected(from, to) || self.lot.percent(self.options.loss_percent) {
+            return;
+        }
+        let mut delay = self.lot.between(MS / 10, 2 * MS);
+        if self.options.loss_percent > 0 && self.lot.percent(2) {
+            delay += self.lot.between(MS, 60 * MS);
+        }
+        self.after(delay, event);
+    }
+
+    fn run(&mut self) {
+        self.plan_trouble();
+        while let Some(Reverse((at, _, event))) = self.queue.pop() {
+            if at > self.options.time {
+                break;
+            }
+            self.now = at;
+            self.handle(event);
+        }
+        self.now = self.options.time;
+    }
+
+    fn plan_trouble(&mut self) {
+        let count = u64::try_from(self.options.nodes).unwrap();
+        let end = self.options.time / 2;
+        match self.options.trouble {
+            Trouble::Load => {
+                for _ in 0..count * 10 {
+                    let node = usize::try_from(self.lot.below(count)).unwrap();
+                    let at = self.lot.between(Duration::ZERO, end);
+                    let time = self.lot.between(MS, 400 * MS);
+                    self.after(at, Event::Pause(node, time));
+                }
+            }
+            Trouble::Failures => {
+                for _ in 0..=self.lot.below(4) {
+                    let node = usize::try_from(self.lot.below(count)).unwrap();
+                    let at = self.lot.between(Duration::from_secs(1), end);
+                    let time = self.lot.between(20 * MS, 3000 * MS);
+                    let (begin, finish) = match self.lot.below(4) {
+                        0 => (Event::Cut(node), Event::Heal(node)),
+                        1 => (Event::Kill(node), Event::Restart(node)),
+                        2 => (Event::Crash(node), Event::Restart(node)),
+                        _ => (Event::Pause(node, time), Event::Look(node)),
+                    };
+                    self.after(at, begin);
+                    self.after(at + time, finish);
+                }
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        let is_watching = matches!(event, Event::Wake(_) | Event::Asked { .. } | Event::Answered { .. });
+        if !is_watching && !matches!(event, Event::Look(_)) {
+            self.say(|| format!("{event:?}"));
+        }
+        match event {
+            Event::Wake(node) => {
+                if self.nodes[node].wake_at == Some(self.now) {
+                    self.nodes[node].wake_at = None;
+                    self.poll(node);
+                }
+            }
+            Event::Asked {
+                by,
+                at,
+                sequence,
+                is_echo,
+            } => {
+                let asked = &self.nodes[at];
+                if !asked.is_up || asked.is_cut || (!is_echo && !asked.is_agent_up) {
+                    return;
+                }
+                let wait = asked.paused_until.saturating_sub(self.now);
+                if !is_echo && !wait.is_zero() {
+                    self.after(
+                        wait,
+                        Event::Asked {
+                            by,
+                            at,
+                            sequence,
+                            is_echo,
+                        },
+                    );
+                    return;
+                }
+                self.send(
+                    at,
+                    by,
+                    Event::Answered {
+                        to: by,
+                        sequence,
+                        is_echo,
+                    },
+                );
+            }
+            Event::Answered { to, sequence, is_echo } => {
+                let now = self.now;
+                let node = &mut self.nodes[to];
+                if !node.is_agent_up || node.is_cut {
+                    return;
+                }
+                let wait = node.paused_until.saturating_sub(now);
+                if !wait.is_zero() {
+                    // It waits in the socket.
+                    self.after(wait, Event::Answered { to, sequence, is_echo });
+                    return;
+                }
+                if is_echo {
+                    node.standby.kernel_answered(now, sequence);
+                } else {
+                    node.standby.agent_answered(now, sequence);
+                }
+                self.poll(to);
+            }
+            Event::Gossip { at, about, epoch } => self.gossip(at, about, epoch),
+            Event::Look(node) => self.look(node),
+            trouble => self.trouble(trouble),
+        }
+        if !is_watching {
+            self.judge_owners();
+        }
+    }
+
+    /// Something breaks, or is whole again.
+    fn trouble(&mut self, event: Event) {
+        match event {
+            Event::Cut(node) => {
+                self.nodes[node].is_cut = true;
+                self.gossip_changes(node);
+            }
+            Event::Heal(node) => {
+                self.nodes[node].is_cut = false;
+                self.gossip_changes(node);
+                // It calls everybody dead whom it could not reach, and is believed for a while.
+                for about in 0..self.nodes.len() {
+                    for at in 0..self.nodes.len() {
+                        if at != about && at != node && about != node && !self.nodes[node].living.contains(&about) {
+                            self.nodes[at].living.remove(&about);
+                            let wait = self.lot.between(50 * MS, 400 * MS);
+                            let epoch = self.epoch;
+                            self.after(wait, Event::Gossip { at, about, epoch });
+                            self.after(MS, Event::Look(at));
+                        }
+                    }
+                }
+            }
+            Event::Kill(node) => {
+                self.nodes[node].is_agent_up = false;
+                self.gossip_changes(node);
+            }
+            Event::Crash(node) => {
+                self.nodes[node].is_up = false;
+                self.nodes[node].is_agent_up = false;
+                self.nodes[node].holds.clear();
+                self.gossip_changes(node);
+            }
+            Event::Restart(node) => {
+                let count = self.nodes.len();
+                let this = &mut self.nodes[node];
+                if this.is_agent_up {
+                    return;
+                }
+                this.is_up = true;
+                this.is_agent_up = true;
+                this.generation += 1;
+                this.standby = Standby::default();
+                this.presence = Presence::default();
+                this.lingering.clear();
+                this.wake_at = None;
+                // It joins before it decides anything.
+                let living = (0..count).filter(|other| self.can_gossip(node, *other)).collect();
+                self.nodes[node].living = living;
+                self.gossip_changes(node);
+                self.after(20 * MS, Event::Look(node));
+            }
+            Event::Pause(node, time) => {
+                let until = self.now + time;
+                let this = &mut self.nodes[node];
+                this.paused_until = this.paused_until.max(until);
+            }
+            _ => {}
+        }
+    }
+
+    fn can_gossip(&self, one: usize, other: usize) -> bool {
+        one == other || (self.are_connected(one, other) && self.nodes[one].is_agent_up && self.nodes[other].is_agent_up)
+    }
+
+    /// Something happened to a node: everybody else hears of it in time, and it of everybody else.
+    fn gossip_changes(&mut self, node: usize) {
+        self.epoch += 1;
+        let epoch = self.epoch;
+        for other in (0..self.nodes.len()).filter(|other| *other != node) {
+            let is_good_news = self.can_gossip(node, other);
+            for (at, about) in [(other, node), (node, other)] {
+                let wait = if is_good_news {
+                    self.lot.between(20 * MS, 1500 * MS)
+                } else {
+                    self.lot.between(500 * MS, 950 * MS)
+                };
+                self.after(wait, Event::Gossip { at, about, epoch });
+            }
+        }
+    }
+
+    fn gossip(&mut self, at: usize, about: usize, _epoch: u64) {
+        if !self.nodes[at].is_agent_up {
+            return;
+        }
+        let is_alive = self.can_gossip(at, about);
+        let living = &mut self.nodes[at].living;
+        let is_news = if is_alive {
+            living.insert(about)
+        } else {
+            living.remove(&about)
+        };
+        if is_news {
+            self.after(Duration::ZERO, Event::Look(at));
+        }
+    }
+
+    fn poll(&mut self, node: usize) {
+        let now = self.now;
+        if !self.nodes[node].is_agent_up {
+            return;
+        }
+        let wait = self.nodes[node].paused_until.saturating_sub(now);
+        if !wait.is_zero() {
+            // Behind what waits in the socket.
+            self.wake(node, now + wait + MS / 100);
+            return;
+        }
+        let before = self.nodes[node].standby.changes();
+        let questions = self.nodes[node].standby.poll(now);
+        for question in questions {
+            let (address, sequence, is_echo) = match question {
+                Question::Probe { address, sequence, .. } => (address, sequence, false),
+                Question::Echo { address, sequence } => (address, sequence, true),
+            };
+            let at = self.nodes.iter().position(|other| other.address == address).unwrap();
+            let asked = Event::Asked {
+                by: node,
+                at,
+                sequence,
+                is_echo,
+            };
+            self.send(node, at, asked);
+        }
+        if self.nodes[node].standby.changes() != before {
+            self.say(|| format!("node{node} hears {:?}", self.nodes[node].standby.verdicts()));
+            self.after(Duration::ZERO, Event::Look(node));
+        }
+        if let Some(at) = self.nodes[node].standby.wake_at() {
+            self.wake(node, at);
+        }
+    }
+
+    fn wake(&mut self, node: usize, at: Duration) {
+        let at = at.max(self.now + MS / 100);
+        self.nodes[node].wake_at = Some(at);
+        self.after(at.saturating_sub(self.now), Event::Wake(node));
+    }
+
+    /// What the controller does.
+    fn look(&mut self, node: usize) {
+        let now = self.now;
+        if !self.nodes[node].is_agent_up {
+            return;
+        }
+        let wait = self.nodes[node].paused_until.saturating_sub(now);
+        if !wait.is_zero() {
+            self.after(wait, Event::Look(node));
+            return;
+        }
+        let living: Living = self.nodes[node]
+            .living
+            .iter()
+            .map(|index| self.member(*index))
+            .collect();
+        let this = &mut self.nodes[node];
+        let mut candidates = this.presence.candidates(now, &this.name, &living);
+        let own = Candidate {
+            addresses: [ipnet::IpNet::new(this.address, 16).unwrap()].into(),
+            ..Candidate::default()
+        };
+        candidates.insert(this.name.clone(), own);
+        let look_again = this.presence.wake_in(now);
+        let decided = plan(&Picture {
+            node: &this.name.clone(),
+            services: &services(self.options.vips, &self.announcers),
+            groups: &BTreeMap::new(),
+            candidates: &candidates,
+            heard: &this.standby.verdicts(),
+            has_let_go: false,
+            kernel: &kernel(this.address),
+            config: &NodeConfig::read(&serde_json::from_str("{}").unwrap()).unwrap(),
+        });
+        this.standby.watch(now, &decided.watches);
+        if let Some(wait) = look_again {
+            self.after(wait, Event::Look(node));
+        }
+        self.say(|| {
+            let node = &self.nodes[node];
+            format!(
+                "{} looks: members {:?}, heard {:?}, {candidates:?}",
+                node.name,
+                node.living,
+                node.standby.verdicts()
+            )
+        });
+        for ((_, vip), verdict) in decided.verdicts {
+            self.carry_out(node, vip, &verdict);
+        }
+        self.poll(node);
+    }
+
+    fn carry_out(&mut self, node: usize, vip: IpAddr, verdict: &Verdict) {
+        let now = self.now;
+        if matches!(verdict, Verdict::Local(_)) {
+            self.nodes[node].lingering.remove(&vip);
+            if self.nodes[node].holds.insert(vip) {
+                self.say(|| format!("node{node} takes {vip}"));
+                let others = 0..self.nodes.len();
+                let mut before = others.filter(|other| *other != node && self.nodes[*other].holds.contains(&vip));
+                let wronged = before.find(|other| self.is_wronged(node, *other));
+                if let Some(owner) = wronged {
+                    self.wrong += 1;
+                    self.say(|| format!("node{node} takes {vip} from node{owner}, which is there"));
+                }
+                self.announcers.insert(vip, self.nodes[node].name.clone());
+                for other in 0..self.nodes.len() {
+                    self.after(30 * MS, Event::Look(other));
+                }
+            }
+        } else if self.nodes[node].holds.contains(&vip) {
+            let until = *self.nodes[node].lingering.entry(vip).or_insert(now + LINGER);
+            if until <= now {
+                self.say(|| format!("node{node} drops {vip}"));
+                self.nodes[node].holds.remove(&vip);
+                self.nodes[node].lingering.remove(&vip);
+            } else {
+                self.after(until.saturating_sub(now), Event::Look(node));
+            }
+        }
+    }
+
+    /// An owner loses a VIP to one behind it in the election while it is there and both are connected.
+    fn is_wronged(&self, taker: usize, owner: usize) -> bool {
+        let (taker, owner) = (&self.nodes[taker], &self.nodes[owner]);
+        let is_there = owner.is_up && !owner.is_cut && !taker.is_cut && owner.lingering.is_empty();
+        is_there
+            && owner.holds.iter().any(|vip| {
+                let order = lbnodeagent::election::order([taker.name.as_str(), owner.name.as_str()], *vip);
+                taker.holds.contains(vip) && order[0] == owner.name
+            })
+    }
+
+    fn member(&self, index: usize) -> (String, Member) {
+        let node = &self.nodes[index];
+        let member = Member {
+            name: node.name.clone(),
+            addr: (node.address, 7934).into(),
+            meta: Meta {
+                generation: node.generation,
+                subnets: [ipnet::IpNet::new(node.address, 16).unwrap()].into(),
+                ..Meta::default()
+            },
+        };
+        (node.name.clone(), member)
+    }
+
+    /// Follows for how long each VIP is served by nobody a client could reach.
+    fn judge_owners(&mut self) {
+        for vip in self.vips() {
+            let mut nodes = self.nodes.iter();
+            let is_served = nodes.any(|node| node.is_up && !node.is_cut && node.holds.contains(&vip));
+            let is_possible = self.nodes.iter().any(|node| node.is_agent_up && !node.is_cut);
+            if is_served || !is_possible {
+                self.unowned_since.remove(&vip);
+            } else {
+                let since = *self.unowned_since.entry(vip).or_insert(self.now);
+                self.longest_outage = self.longest_outage.max(self.now.saturating_sub(since));
+            }
+        }
+    }
+
+    /// Once messages flow again: every VIP with one owner, the one the election names, and no address left behind.
+    fn check_the_end(&self) {
+        for vip in self.vips() {
+            let holders: Vec<&str> = self
+                .nodes
+                .iter()
+                .filter(|node| node.holds.contains(&vip))
+                .map(|node| node.name.as_str())
+                .collect();
+            let agents = self.nodes.iter().filter(|node| node.is_agent_up);
+            let owner = lbnodeagent::election::owner(agents.map(|node| node.name.as_str()), vip);
+            assert_eq!(
+                holders,
+                owner.into_iter().collect::<Vec<_>>(),
+                "seed {}: {vip}",
+                self.seed
+            );
+        }
+    }
+}
+
+fn services(vips: u8, announcers: &BTreeMap<IpAddr, String>) -> BTreeMap<ServiceKey, Announced> {
+    let service = Announced {
+        vips: (0..vips).map(|last| IpAddr::from([10, 31, 255, last])).collect(),
+        announcers: announcers.clone(),
+        ..Announced::default()
+    };
+    BTreeMap::from([(ServiceKey::new("default", "web"), service)])
+}
+
+fn kernel(address: IpAddr) -> Snapshot {
+    Snapshot {
+        links: vec![Link {
+            index: 2,
+            name: "eth0".into(),
+            is_up: true,
+            has_carrier: true,
+            ..Link::default()
+        }],
+        addresses: vec![Address::new(2, address, 16)],
+        default_routes: vec![DefaultRoute {
+            family: crds::Family::V4,
+            link: 2,
+            metric: 0,
+        }],
+    }
+}
+
+/// The seeds to run: so many times `count` as `SIMULATION_TIMES` says, or one, where it is named.
+fn seeds(count: u64) -> Vec<u64> {
+    let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
+    match number("SIMULATION_SEED") {
+        Some(seed) => vec![seed],
+        None => (0..count * number("SIMULATION_TIMES").unwrap_or(1)).collect(),
+    }
+}
+
+/// Runs seeds on all processors and returns what `look` makes of each world.
+fn simulate<T: Send>(count: u64, options: impl Fn(u64) -> Options + Sync, look: impl Fn(&World) -> T + Sync) -> Vec<T> {
+    let seeds = seeds(count);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let run = |seed: &u64| {
+        let mut world = World::new(*seed, options(*seed));
+        world.run();
+        look(&world)
+    };
+    std::thread::scope(|scope| {
+        let chunks: Vec<_> = seeds
+            .chunks(seeds.len().div_ceil(threads))
+            .map(|chunk| scope.spawn(move || chunk.iter().map(run).collect::<Vec<_>>()))
+            .collect();
+        let results = chunks.into_iter().map(std::thread::ScopedJoinHandle::join);
+        results
+            .flat_map(|result| result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+#[test]
+fn whatever_fails_every_vip_has_one_owner_in_the_end_and_is_not_long_without_one() {
+    let options = |seed: u64| Options {
+        nodes: 2 + usize::try_from(seed % 4).unwrap(),
+        vips: 3,
+        loss_percent: [0, 0, 1, 5][usize::try_from(seed / 4 % 4).unwrap()],
+        trouble: Trouble::Failures,
+        time: Duration::from_secs(10),
+    };
+    let outages = simulate(200, options, |world| {
+        world.check_the_end();
+        assert!(
+            world.longest_outage < 3 * Duration::from_secs(1),
+            "seed {}: nobody for {:?}",
+            world.seed,
+            world.longest_outage
+        );
+        world.longest_outage
+    });
+    let mut outages: Vec<Duration> = outages.into_iter().filter(|outage| !outage.is_zero()).collect();
+    outages.sort();
+    println!(
+        "{} outages: median {:?}, 99 % {:?}, worst {:?}",
+        outages.len(),
+        outages[outages.len() / 2],
+        outages[outages.len() * 99 / 100],
+        outages.last()
+    );
+}
+
+#[test]
+fn no_living_owner_is_replaced_under_loss_delay_and_pauses() {
+    let options = |seed: u64| Options {
+        nodes: 3,
+        vips: 3,
+        loss_percent: [0, 1, 5, 10][usize::try_from(seed % 4).unwrap()],
+        trouble: Trouble::Load,
+        time: Duration::from_secs(15),
+    };
+    let wrong = simulate(40, options, |world| {
+        world.check_the_end();
+        world.wrong
+    });
+    println!("{} clusters, {} wrong", wrong.len(), wrong.iter().sum::<u32>());
+    assert_eq!(wrong.iter().sum::<u32>(), 0);
+}
+
+/// What the watches cost as clusters grow: every node watches as many others as it can have VIPs to stand by for, since
+/// there are more VIPs than pairs of nodes.
+#[test]
+fn packets_per_node_grow_with_the_nodes_up_to_a_budget_and_not_beyond() {
+    for (nodes, most) in [(2_usize, 200), (3, 400), (10, 1_600), (100, 1_700), (1000, 1_700)] {
+        // One node with all others to watch: it asks, they answer; and as many ask it.
+        let mut standby = Standby::default();
+        let others = (1..nodes).map(|index| {
+            let [high, low] = u16::try_from(index).unwrap().to_be_bytes();
+            let it = Watched {
+                node: format!("node{index}"),
+                link: 2,
+            };
+            (it, IpAddr::from([10, 31, high, low]))
+        });
+        standby.watch(Duration::ZERO, &others.collect());
+        let (mut now, mut asked) = (Duration::ZERO, 0_u64);
+        let (from, to) = (Duration::from_secs(10), Duration::from_secs(30));
+        while now < to {
+            for question in standby.poll(now) {
+                if let Question::Probe { sequence, .. } = question {
+                    standby.agent_answered(now, sequence);
+                    asked += u64::from(now >= from);
+                }
+            }
+            now = standby.wake_at().unwrap().max(now + MS / 100);
+        }
+        // Its questions, their answers, the others' questions and its answers.
+        let per_second = asked * 4 / (to.saturating_sub(from)).as_secs();
+        println!(
+            "{nodes:5} nodes: at most {per_second} packets/s in and out of each, {} KiB/s",
+            per_second * 80 / 1024
+        );
+        assert!(per_second <= most, "{nodes} nodes: {per_second}");
+    }
+}
