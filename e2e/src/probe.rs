@@ -46,6 +46,8 @@ struct Record {
     sent: usize,
     /// When answers came, and what they said.
     answers: Vec<(Instant, String)>,
+    /// When requests were sent that got none.
+    losses: Vec<Instant>,
 }
 
 /// What a probe saw.
@@ -61,6 +63,8 @@ pub struct Report {
     pub longest_silence: Duration,
     /// How long after the probe's start that silence began.
     pub silence_began: Duration,
+    /// How long after the probe's start the requests were sent that are known to be lost.
+    pub lost_at: Vec<Duration>,
     /// How often each node's backends answered.
     pub nodes: BTreeMap<String, usize>,
 }
@@ -74,7 +78,12 @@ impl fmt::Display for Report {
             self.lost,
             self.longest_silence.as_millis(),
             self.silence_began.as_secs_f64()
-        )
+        )?;
+        if let (Some(first), Some(last)) = (self.lost_at.first(), self.lost_at.last()) {
+            let (first, last) = (first.as_secs_f64(), last.as_secs_f64());
+            write!(out, ", lost from {first:.2} to {last:.2} s")?;
+        }
+        Ok(())
     }
 }
 
@@ -94,6 +103,7 @@ impl Probe {
             stopped: None,
             sent: 0,
             answers: Vec::new(),
+            losses: Vec::new(),
         }));
         let (stop, stopped) = oneshot::channel();
         let target = Target {
@@ -155,6 +165,11 @@ impl Record {
             lost: self.sent - answered,
             longest_silence,
             silence_began,
+            lost_at: self
+                .losses
+                .iter()
+                .map(|when| when.duration_since(self.started))
+                .collect(),
             nodes,
         }
     }
@@ -188,9 +203,11 @@ async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot:
             _ = ticks.tick() => {
                 lock(record).sent += 1;
                 let record = Arc::clone(record);
+                let sent = Instant::now();
                 requests.spawn(async move {
-                    if let Ok(Ok(node)) = tokio::time::timeout(PATIENCE, ask(target)).await {
-                        lock(&record).answers.push((Instant::now(), node));
+                    match tokio::time::timeout(PATIENCE, ask(target)).await {
+                        Ok(Ok(node)) => lock(&record).answers.push((Instant::now(), node)),
+                        _ => lock(&record).losses.push(sent),
                     }
                 });
             }
@@ -239,6 +256,7 @@ mod tests {
             stopped: Some(at(end)),
             sent: usize::try_from(end / 10).unwrap(),
             answers: answers.iter().map(|answer| (at(*answer), "w11".to_owned())).collect(),
+            losses: Vec::new(),
         }
         .report()
     }
