@@ -434,6 +434,10 @@ fn changes_of_links_addresses_and_default_routes_wake_the_agent_and_other_routes
                 .await
                 .unwrap_or_else(|_| panic!("not woken by ip {command}"));
         }
+        // Carrier is told up to a second late (linkwatch), and the link-local address comes after it.
+        while !kernel.snapshot().await.unwrap().link_named("eth0").unwrap().is_usable() {
+            let _ = timeout(SOON, kernel.changed()).await;
+        }
         quiet(&kernel).await;
         ip("route add 203.0.113.0/24 via 10.31.0.2");
         ip("-6 route add 2001:db8:1::/48 via 2001:db8::2");
