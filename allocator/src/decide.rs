@@ -3,16 +3,16 @@
 use std::net::IpAddr;
 
 use crds::Family;
-use crds::servicegroup::{Announce, Source};
+use crds::servicegroup::{Announce, Group, Source};
 
 use crate::ledger::Ledger;
-use crate::refusal::Refusal;
-use crate::request::Request;
+use crate::refusal::{Ambiguity, Refusal};
+use crate::request::{Request, Traffic};
 
 /// The addresses a Service shall have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// In the order of the families asked for.
+    /// In the order of the families asked for, and within a family in that of the ranges.
     pub addresses: Vec<IpAddr>,
     /// The groups they come from, each once, in the order of the addresses.
     pub groups: Vec<String>,
@@ -20,29 +20,66 @@ pub struct Grant {
     pub announce: Option<Announce>,
     /// Whether nodes skip duplicate address detection for them.
     pub skip_ipv6_dad: bool,
-    /// Why a family is missing, where a part was better than nothing.
+    /// Whether it is to have one address of every range.
+    pub is_multi_pool: bool,
+    /// Why the group is not the namespace's own, where a new address was taken from the group `default`.
+    pub ambiguity: Option<Ambiguity>,
+    /// Why something is missing, where a part was better than nothing.
     pub shortfall: Option<Refusal>,
 }
 
+/// The group that new addresses come from.
+struct Home<'a> {
+    name: &'a str,
+    group: &'a Group,
+    ambiguity: Option<Ambiguity>,
+    is_multi_pool: bool,
+}
+
 /// Decides which addresses a Service shall have. `current` are those it has: they are kept for as long
-/// as it asks for their families and does not insist on others.
+/// as it asks for their families and does not insist on others, whatever became of their group; unless it
+/// asks to be decided about again, which gives up those that its group would not give it today.
+///
+/// With multi-pool it gets one address of *every* range of the group. (Upstream leaves out ranges of a local
+/// group whose subnet no live node advertises in its Lease. Here that is known to the agents' gossip alone,
+/// which the allocator is no part of; a range more costs an address that nobody announces until a node of
+/// its subnet joins, while an address that came and went with the nodes would change under the Service.)
 ///
 /// # Errors
 /// Why it gets none. What it has already is not taken away by an error.
 pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<Grant, Refusal> {
+    let home = home(ledger, request);
+    let is_multi_pool = home.as_ref().is_ok_and(|home| home.is_multi_pool);
+    if request.re_evaluate {
+        // Without a group of its own there is nothing to move to.
+        home.as_ref().map_err(Clone::clone)?;
+    }
     let mut addresses: Vec<IpAddr> = Vec::new();
     let mut shortfall = None;
     let families = wanted_families(ledger, request, current);
     for &family in &families {
         let pin = request.pinned.iter().copied().find(|ip| Family::of(*ip) == family);
-        let held = current.iter().copied().find(|ip| Family::of(*ip) == family);
+        let mut held: Vec<IpAddr> = current.iter().copied().filter(|ip| Family::of(*ip) == family).collect();
+        if request.re_evaluate && pin.is_none() {
+            held.retain(|ip| is_at_home(ledger, request, home.as_ref().ok(), *ip));
+            held.truncate(if is_multi_pool { usize::MAX } else { 1 });
+        }
         let found = match (pin, held) {
-            (Some(pin), held) if held != Some(pin) => take_pinned(ledger, request, pin),
-            (_, Some(held)) => Ok(held),
-            (_, None) => take_any(ledger, request, family),
+            (Some(pin), held) if held.contains(&pin) => Ok(vec![pin]),
+            (Some(pin), _) => take_pinned(ledger, request, pin).map(|ip| vec![ip]),
+            (None, held) if is_multi_pool => home
+                .as_ref()
+                .map_err(Clone::clone)
+                .and_then(|home| take_each(ledger, request, home, family, held, &mut shortfall)),
+            (None, held) if !held.is_empty() => Ok(held),
+            (None, _) => home
+                .as_ref()
+                .map_err(Clone::clone)
+                .and_then(|home| take_any(ledger, request, home, family))
+                .map(|ip| vec![ip]),
         };
         match found {
-            Ok(ip) => addresses.push(ip),
+            Ok(found) => addresses.extend(found),
             // A shortfall needs something to fall short of: another family that was had.
             Err(refusal) if request.may_degrade && families.len() > 1 => shortfall = Some(refusal),
             Err(refusal) => return Err(refusal),
@@ -53,10 +90,19 @@ pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<
     {
         return Err(refusal);
     }
-    Ok(grant(ledger, addresses, shortfall))
+    let ambiguity = home
+        .ok()
+        .and_then(|home| home.ambiguity)
+        .filter(|_| addresses.iter().any(|ip| !current.contains(ip)));
+    Ok(Grant {
+        is_multi_pool,
+        ambiguity,
+        shortfall,
+        ..grant(ledger, addresses)
+    })
 }
 
-fn grant(ledger: &Ledger, addresses: Vec<IpAddr>, shortfall: Option<Refusal>) -> Grant {
+fn grant(ledger: &Ledger, addresses: Vec<IpAddr>) -> Grant {
     let mut groups: Vec<String> = Vec::new();
     for (name, _) in addresses.iter().filter_map(|ip| ledger.pool_of(*ip)) {
         if !groups.iter().any(|known| known == name) {
@@ -69,8 +115,86 @@ fn grant(ledger: &Ledger, addresses: Vec<IpAddr>, shortfall: Option<Refusal>) ->
         skip_ipv6_dad: first.is_some_and(|group| group.skip_ipv6_dad),
         addresses,
         groups,
-        shortfall,
+        is_multi_pool: false,
+        ambiguity: None,
+        shortfall: None,
     }
+}
+
+/// What is done about `externalTrafficPolicy: Local`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// Nothing: it is not set, or the address is routed, where it works.
+    Leave,
+    /// It stays though only one node takes the traffic, as the Service's author insists.
+    Allow,
+    /// It becomes `Cluster`: one node takes all traffic of a local address, and its Pods may be elsewhere.
+    Override,
+}
+
+/// Decides about `externalTrafficPolicy: Local`. `announce` is how the group announces. What an Auto group
+/// comes to is known when a node has announced the address on an interface.
+pub fn traffic_policy(traffic: Traffic, announce: Option<Announce>) -> Policy {
+    if !traffic.is_local || !(announce == Some(Announce::Local) || traffic.is_announced) {
+        Policy::Leave
+    } else if traffic.allows_local {
+        Policy::Allow
+    } else {
+        Policy::Override
+    }
+}
+
+/// The group for new addresses: that of the pinned address, the one named, or the namespace's.
+fn home<'a>(ledger: &'a Ledger, request: &'a Request) -> Result<Home<'a>, Refusal> {
+    let pin = request.pinned.iter().find_map(|ip| Some((*ip, ledger.pool_of(*ip)?.0)));
+    let namespaces = ledger.namespaces();
+    let namespace = &request.service.namespace;
+    let (name, ambiguity) = match (pin, &request.group) {
+        (Some((_, group)), _) => (group, None),
+        (None, Some(group)) => (group.as_str(), None),
+        (None, None) => {
+            let choice = namespaces.choose(namespace)?;
+            (choice.group, choice.ambiguity)
+        }
+    };
+    namespaces.permit(namespace, name, pin.map(|(ip, _)| ip))?;
+    let Some(group) = ledger.group(name) else {
+        return Err(Refusal::UnknownGroup {
+            group: name.to_owned(),
+            known: ledger.group_names().map(ToOwned::to_owned).collect(),
+        });
+    };
+    let source_of = match group.source {
+        Source::Pools(_) => None,
+        Source::External(_) => Some("an external provider"),
+        Source::Netbox(_) => Some("Netbox"),
+    };
+    if let Some(source_of) = source_of {
+        return Err(Refusal::Elsewhere {
+            group: name.to_owned(),
+            source_of,
+        });
+    }
+    let is_multi_pool = request.pinned.is_empty() && request.multi_pool.unwrap_or(group.multi_pool);
+    if is_multi_pool && group.balance_pools {
+        return Err(Refusal::MultiPoolBalanced(name.to_owned()));
+    }
+    if is_multi_pool && request.claim.sharing_key.is_some() {
+        return Err(Refusal::MultiPoolShared);
+    }
+    Ok(Home {
+        name,
+        group,
+        ambiguity,
+        is_multi_pool,
+    })
+}
+
+/// Whether an address is one that the Service could be given by its group today. The address of a sharing
+/// key is, until the last of the others has left it.
+fn is_at_home(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAddr) -> bool {
+    let in_a_pool = home.is_some_and(|home| home.group.pools().iter().any(|pool| pool.range.contains(ip)));
+    in_a_pool || (request.claim.sharing_key.is_some() && ledger.holders_of(ip) > 1)
 }
 
 /// The families to serve, in order. A Service that names none gets one address: of a pinned address's
@@ -86,16 +210,17 @@ fn wanted_families(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Ve
     if let Some(ip) = current.first() {
         return vec![Family::of(*ip)];
     }
-    let first = [Family::V6, Family::V4]
-        .into_iter()
-        .find(|family| take_any(ledger, request, *family).is_ok());
-    vec![first.unwrap_or(Family::V4)]
+    let can =
+        |family: &Family| home(ledger, request).is_ok_and(|home| take_any(ledger, request, &home, *family).is_ok());
+    vec![[Family::V6, Family::V4].into_iter().find(can).unwrap_or(Family::V4)]
 }
 
 fn take_pinned(ledger: &Ledger, request: &Request, ip: IpAddr) -> Result<IpAddr, Refusal> {
-    if ledger.pool_of(ip).is_none() {
+    let Some((group, _)) = ledger.pool_of(ip) else {
         return Err(Refusal::NotInAnyGroup(ip));
-    }
+    };
+    let namespaces = ledger.namespaces();
+    namespaces.permit(&request.service.namespace, group, Some(ip))?;
     if let Some(key) = &request.claim.sharing_key
         && let Some(bound) = ledger.bound(key, Family::of(ip))
         && bound != ip
@@ -116,58 +241,71 @@ fn is_alone_on(ledger: &Ledger, request: &Request, bound: IpAddr) -> bool {
     ledger.addresses_of(&request.service).contains(&bound) && ledger.holders_of(bound) == 1
 }
 
-fn take_any(ledger: &Ledger, request: &Request, family: Family) -> Result<IpAddr, Refusal> {
-    // A pinned address of the other family decides the group for this one too.
-    let pinned_group = request
-        .pinned
-        .first()
-        .and_then(|ip| ledger.pool_of(*ip))
-        .map(|(name, _)| name);
-    let name = pinned_group.unwrap_or(&request.group);
-    let Some(group) = ledger.group(name) else {
-        return Err(Refusal::UnknownGroup {
-            group: name.to_owned(),
-            known: ledger.group_names().map(ToOwned::to_owned).collect(),
-        });
-    };
-    match group.source {
-        Source::Pools(_) => {}
-        Source::External(_) => {
-            return Err(Refusal::Elsewhere {
-                group: name.to_owned(),
-                source_of: "an external provider",
-            });
-        }
-        Source::Netbox(_) => {
-            return Err(Refusal::Elsewhere {
-                group: name.to_owned(),
-                source_of: "Netbox",
-            });
-        }
-    }
+fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Result<IpAddr, Refusal> {
     if let Some(key) = &request.claim.sharing_key
         && let Some(bound) = ledger.bound(key, family)
+        && !is_alone_on(ledger, request, bound)
     {
+        if let Some((group, _)) = ledger.pool_of(bound) {
+            let namespaces = ledger.namespaces();
+            namespaces.permit(&request.service.namespace, group, Some(bound))?;
+        }
         ledger.check(bound, &request.service, &request.claim)?;
         return Ok(bound);
     }
-    ledger.lowest_free(name, family).ok_or_else(|| {
-        let used = ledger.usage(name, family).used;
-        if used == 0 {
-            Refusal::NoFamily {
-                group: name.to_owned(),
-                family,
-                service: request.service.clone(),
-            }
-        } else {
-            Refusal::Exhausted {
-                group: name.to_owned(),
-                family,
-                service: request.service.clone(),
-                used,
+    ledger
+        .lowest_free(home.name, family)
+        .ok_or_else(|| none_free(ledger, request, home, family))
+}
+
+/// One address of every range that has one, those it holds where it holds them. Addresses that no range has
+/// any more stay behind the others. `full` tells of the ranges without a free one.
+fn take_each(
+    ledger: &Ledger,
+    request: &Request,
+    home: &Home,
+    family: Family,
+    held: Vec<IpAddr>,
+    full: &mut Option<Refusal>,
+) -> Result<Vec<IpAddr>, Refusal> {
+    let (mut taken, mut ranges) = (Vec::new(), Vec::new());
+    for (pool, free) in ledger.ranges(home.name, family) {
+        let before = taken.len();
+        taken.extend(held.iter().copied().filter(|ip| pool.range.contains(*ip)));
+        if taken.len() == before {
+            match free {
+                Some(ip) => taken.push(ip),
+                None => ranges.push(pool.text.clone()),
             }
         }
-    })
+    }
+    taken.extend(
+        held.into_iter()
+            .filter(|ip| !home.group.pools().iter().any(|pool| pool.range.contains(*ip))),
+    );
+    if taken.is_empty() {
+        return Err(none_free(ledger, request, home, family));
+    }
+    if !ranges.is_empty() {
+        *full = Some(Refusal::RangesFull {
+            group: home.name.to_owned(),
+            ranges,
+        });
+    }
+    Ok(taken)
+}
+
+fn none_free(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Refusal {
+    let (group, service) = (home.name.to_owned(), request.service.clone());
+    match ledger.usage(home.name, family).used {
+        0 => Refusal::NoFamily { group, family, service },
+        used => Refusal::Exhausted {
+            group,
+            family,
+            service,
+            used,
+        },
+    }
 }
 
 #[cfg(test)]
@@ -188,10 +326,13 @@ mod tests {
     fn request(name: &str, group: &str, families: &[Family]) -> Request {
         Request {
             service: service(name),
-            group: group.into(),
+            group: Some(group.into()),
             pinned: Vec::new(),
             families: families.to_vec(),
             may_degrade: false,
+            multi_pool: None,
+            re_evaluate: false,
+            traffic: Traffic::default(),
             claim: claim("", 80),
             remarks: Vec::new(),
         }
@@ -309,6 +450,177 @@ mod tests {
         ledger.set_groups(groups(&[]));
         let grant = decide(&ledger, &asked, &ips(&["10.1.0.1"])).unwrap();
         assert_eq!((grant.addresses, grant.groups.len()), (ips(&["10.1.0.1"]), 0));
+    }
+
+    #[test]
+    fn re_evaluation_moves_what_the_group_would_not_give_today() {
+        let mut ledger = ledger();
+        let mut asked = request("a", "v4", &[Family::V4]);
+        run(&mut ledger, &asked).unwrap();
+        let other = [("v4", "remote: {v4pool: {pool: 10.2.0.5-10.2.0.9, subnet: 10.2.0.0/24}}")];
+        ledger.set_groups(groups(&other));
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap(),
+            ips(&["10.1.0.1"]),
+            "unasked it stays"
+        );
+        asked.re_evaluate = true;
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.2.0.5"]));
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap(),
+            ips(&["10.2.0.5"]),
+            "once there it stays"
+        );
+        ledger.set_groups(groups(&[]));
+        assert!(run(&mut ledger, &asked).is_err());
+        assert_eq!(
+            ledger.addresses_of(&asked.service),
+            ips(&["10.2.0.5"]),
+            "nothing to move to"
+        );
+    }
+
+    #[test]
+    fn re_evaluation_goes_to_the_group_that_is_named_now() {
+        let mut ledger = ledger();
+        let mut asked = request("a", "default", &[Family::V4]);
+        run(&mut ledger, &asked).unwrap();
+        asked.group = Some("v4".into());
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.0.0.1"]));
+        asked.re_evaluate = true;
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.1.0.1"]));
+        run(&mut ledger, &request("b", "default", &[Family::V4])).unwrap();
+        let mut late = request("b", "v4", &[Family::V4]);
+        late.re_evaluate = true;
+        assert!(run(&mut ledger, &late).is_err(), "the other group is full");
+        assert_eq!(ledger.addresses_of(&late.service), ips(&["10.0.0.1"]));
+    }
+
+    #[test]
+    fn confinement_holds_for_new_addresses_and_takes_none_away() {
+        let mut ledger = ledger();
+        let asked = request("a", "v4", &[Family::V4]);
+        run(&mut ledger, &asked).unwrap();
+        let own = DUAL.replacen(
+            "announce",
+            "namespaces: [default], enforceNamespaces: true, announce",
+            1,
+        );
+        ledger.set_groups(groups(&[("own", &own), ("v4", V4)]));
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.1.0.1"]));
+        let denied = "namespace denied: namespace \"default\" may only use [own], not ServiceGroup \"v4\"";
+        assert_eq!(
+            run(&mut ledger, &request("b", "v4", &[Family::V4])).unwrap_err(),
+            denied
+        );
+        let mut unnamed = request("b", "v4", &[Family::V4]);
+        unnamed.group = None;
+        assert_eq!(run(&mut ledger, &unnamed).unwrap(), ips(&["10.0.0.1"]));
+        unnamed.pinned = ips(&["10.1.0.1"]);
+        assert_eq!(run(&mut ledger, &unnamed).unwrap_err(), format!("10.1.0.1: {denied}"));
+    }
+
+    const MANY: &str = "remote: {multiPool: true, v4pools: [{pool: 10.3.0.1, subnet: 10.3.0.0/24}, {pool: 10.4.0.1-10.4.0.9, subnet: 10.4.0.0/24}], v6pool: {pool: fd03::1, subnet: fd03::/64}}";
+
+    #[test]
+    fn multi_pool_gives_one_address_of_every_range() {
+        let mut ledger = ledger();
+        ledger.set_groups(groups(&[("many", MANY)]));
+        let both = [Family::V4, Family::V6];
+        let all = ips(&["10.3.0.1", "10.4.0.1", "fd03::1"]);
+        assert_eq!(run(&mut ledger, &request("a", "many", &both)).unwrap(), all);
+        let second = request("b", "many", &[Family::V4]);
+        let grant = decide(&ledger, &second, &[]).unwrap();
+        assert_eq!(grant.addresses, ips(&["10.4.0.2"]));
+        assert!(
+            grant
+                .shortfall
+                .unwrap()
+                .to_string()
+                .starts_with("no free address in 10.3.0.1 of pool \"many\"")
+        );
+        run(&mut ledger, &second).unwrap();
+        ledger.release(&service("a"));
+        assert_eq!(
+            run(&mut ledger, &second).unwrap(),
+            ips(&["10.3.0.1", "10.4.0.2"]),
+            "it gets what came free"
+        );
+        ledger.set_groups(groups(&[("many", &MANY.replace("multiPool: true, ", ""))]));
+        assert_eq!(
+            run(&mut ledger, &second).unwrap().len(),
+            2,
+            "and keeps it when the group changes"
+        );
+        let again = Request {
+            re_evaluate: true,
+            ..second
+        };
+        assert_eq!(
+            run(&mut ledger, &again).unwrap(),
+            ips(&["10.3.0.1"]),
+            "until it asks again"
+        );
+    }
+
+    #[test]
+    fn multi_pool_is_switched_by_the_service_and_refused_where_it_cannot_be() {
+        let mut ledger = ledger();
+        let balanced = MANY.replace("multiPool", "balancePools");
+        let plain = MANY.replace("multiPool: true, ", "");
+        for (name, group, switch, key, expected) in [
+            ("off by the Service", MANY, Some(false), "", Ok(1)),
+            ("on by the Service", &plain, Some(true), "", Ok(2)),
+            ("off", &plain, None, "", Ok(1)),
+            (
+                "balanced",
+                &balanced,
+                Some(true),
+                "",
+                Err("multi-pool and balancePools allocation are mutually exclusive for pool many"),
+            ),
+            (
+                "shared",
+                MANY,
+                None,
+                "k",
+                Err("multi-pool allocation cannot be combined with IP sharing (annotation purelb.io/allow-shared-ip)"),
+            ),
+        ] {
+            ledger.set_groups(groups(&[("many", group)]));
+            let asked = Request {
+                multi_pool: switch,
+                claim: claim(key, 80),
+                ..request("a", "many", &[Family::V4])
+            };
+            let got = decide(&ledger, &asked, &[]).map(|grant| grant.addresses.len());
+            assert_eq!(
+                got.map_err(|refusal| refusal.to_string()),
+                expected.map_err(ToOwned::to_owned),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn local_traffic_becomes_cluster_wide_on_local_addresses() {
+        use Announce::{Auto, Local, Remote};
+        for (announce, is_local, is_announced, allows_local, expected) in [
+            (Some(Local), false, true, false, Policy::Leave),
+            (Some(Local), true, false, false, Policy::Override),
+            (Some(Local), true, false, true, Policy::Allow),
+            (Some(Remote), true, false, false, Policy::Leave),
+            (Some(Auto), true, false, false, Policy::Leave),
+            (Some(Auto), true, true, false, Policy::Override),
+            (None, true, true, false, Policy::Override),
+        ] {
+            let traffic = Traffic {
+                is_local,
+                allows_local,
+                is_announced,
+            };
+            assert_eq!(traffic_policy(traffic, announce), expected, "{announce:?} {traffic:?}");
+        }
     }
 
     #[test]

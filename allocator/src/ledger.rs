@@ -11,6 +11,7 @@ use std::net::IpAddr;
 use crds::servicegroup::Group;
 use crds::{Family, Pool, ServiceKey};
 
+use crate::namespaces::Namespaces;
 use crate::pool::Space;
 use crate::refusal::Refusal;
 
@@ -50,6 +51,7 @@ struct Book {
 #[derive(Debug, Default)]
 pub struct Ledger {
     books: BTreeMap<String, Book>,
+    namespaces: Namespaces,
     holders: BTreeMap<IpAddr, BTreeMap<ServiceKey, Claim>>,
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
     /// The addresses each sharing key is in use on, by family.
@@ -68,6 +70,7 @@ pub struct Usage {
 impl Ledger {
     /// Replaces the groups. Addresses that are held stay held.
     pub fn set_groups(&mut self, groups: BTreeMap<String, Group>) {
+        self.namespaces = Namespaces::new(&groups);
         self.books = groups
             .into_iter()
             .map(|(name, group)| {
@@ -90,6 +93,11 @@ impl Ledger {
     /// A group by name.
     pub fn group(&self, name: &str) -> Option<&Group> {
         self.books.get(name).map(|book| &book.group)
+    }
+
+    /// What the groups say about namespaces.
+    pub const fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// Names of all groups.
@@ -131,6 +139,15 @@ impl Ledger {
         } else {
             spaces.find_map(Space::lowest_free)
         }
+    }
+
+    /// The ranges of a group in a family, in order, each with the address first-fit gives out of it next.
+    pub fn ranges(&self, group: &str, family: Family) -> impl Iterator<Item = (&Pool, Option<IpAddr>)> {
+        let books = self.books.get(group).into_iter();
+        let ranges = books.flat_map(|book| book.group.pools().iter().zip(&book.spaces));
+        ranges
+            .filter(move |(_, space)| space.family() == family)
+            .map(|(pool, space)| (pool, space.lowest_free()))
     }
 
     /// The address a sharing key is bound to in a family.
@@ -180,6 +197,19 @@ impl Ledger {
             }
         }
         Ok(())
+    }
+
+    /// The Services that hold `ip` and may not share it with `service`.
+    pub fn rivals(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> impl Iterator<Item = &ServiceKey> {
+        let holders = self.holders.get(&ip).into_iter().flatten();
+        holders
+            .filter(move |(holder, held)| {
+                let may_share = claim.sharing_key.is_some()
+                    && held.sharing_key == claim.sharing_key
+                    && held.ports.is_disjoint(&claim.ports);
+                *holder != service && !may_share
+            })
+            .map(|(holder, _)| holder)
     }
 
     /// Makes `service` hold exactly `addresses`, in this order, and gives back what it held besides.

@@ -5,10 +5,12 @@
 //! plain data and functions, without Kubernetes, clock or network.
 
 pub mod bootstrap;
+pub mod condition;
 pub mod controller;
 pub mod decide;
 pub mod groups;
 pub mod ledger;
+pub mod namespaces;
 pub mod pool;
 pub mod refusal;
 pub mod request;

@@ -99,17 +99,116 @@ pub enum Refusal {
         /// The address asked for.
         asked: IpAddr,
     },
+    /// The group serves a confined namespace, and not the Service's.
+    #[error("{}namespace denied: ServiceGroup \"{group}\" serves a confined namespace and does not serve \"{namespace}\"", pin(*pinned))]
+    GroupClosed {
+        /// The group.
+        group: String,
+        /// The Service's namespace.
+        namespace: String,
+        /// The address that made it this group.
+        pinned: Option<IpAddr>,
+    },
+    /// The Service's namespace is confined to other groups.
+    #[error(
+        "{}namespace denied: namespace \"{namespace}\" may only use [{}], not ServiceGroup \"{group}\"",
+        pin(*pinned), may_use.join(" ")
+    )]
+    NamespaceConfined {
+        /// The Service's namespace.
+        namespace: String,
+        /// The groups that serve it.
+        may_use: Vec<String>,
+        /// The group asked for.
+        group: String,
+        /// The address that made it this group.
+        pinned: Option<IpAddr>,
+    },
+    /// Several groups serve the namespace, one of them enforces that, and it is not said which to use.
+    #[error("ambiguous namespace default: {0}")]
+    Ambiguous(Ambiguity),
+    /// Two ways of choosing the range at once.
+    #[error("multi-pool and balancePools allocation are mutually exclusive for pool {0}")]
+    MultiPoolBalanced(String),
+    /// Services of one sharing key are on one address.
+    #[error("multi-pool allocation cannot be combined with IP sharing (annotation purelb.io/allow-shared-ip)")]
+    MultiPoolShared,
+    /// Multi-pool, and some of the ranges have no free address.
+    #[error("no free address in {} of pool \"{group}\"; add a range to the ServiceGroup or delete a Service", ranges.join(", "))]
+    RangesFull {
+        /// The group.
+        group: String,
+        /// The ranges as written.
+        ranges: Vec<String>,
+    },
+}
+
+/// Why a namespace has no group of its own: several serve it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Ambiguity {
+    /// None says that it is the default.
+    #[error("namespace \"{namespace}\" is served by [{}] and none sets namespaceDefault; exactly one must", groups.join(" "))]
+    None {
+        /// The namespace.
+        namespace: String,
+        /// The groups that serve it.
+        groups: Vec<String>,
+    },
+    /// Several say so.
+    #[error("namespace \"{namespace}\": [{}] all set namespaceDefault; exactly one must", groups.join(" "))]
+    Several {
+        /// The namespace.
+        namespace: String,
+        /// Those that say so.
+        groups: Vec<String>,
+    },
 }
 
 impl Refusal {
+    /// The word for this reason in `status.conditions`.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::UnknownGroup { .. } => "UnknownPool",
+            Self::Elsewhere { .. } => "NoUsablePool",
+            Self::Exhausted { .. } | Self::RangesFull { .. } => "PoolExhausted",
+            Self::NoFamily { .. } => "NoPoolOfFamily",
+            Self::NotInAnyGroup(_) => "AddressNotInPool",
+            Self::InvalidAddress(_) | Self::TwoOfAFamily(..) | Self::FamilyNotAsked { .. } => "InvalidAddresses",
+            Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "SharingKeyConflict",
+            Self::PortInUse { .. } => "PortConflict",
+            Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "NamespaceDenied",
+            Self::Ambiguous(_) => "AmbiguousNamespaceDefault",
+            Self::MultiPoolBalanced(_) | Self::MultiPoolShared => "MultiPoolRefused",
+        }
+    }
+
+    /// How the sentence begins that tells this cause from another. What follows (how many addresses are in
+    /// use, which groups there are) may change without being news.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::UnknownGroup { group, .. } => format!("unknown pool \"{group}\""),
+            Self::Exhausted { group, service, .. } => {
+                format!("pool \"{group}\" exhausted: no available addresses for {service} (")
+            }
+            Self::SharingKey { service, .. } => {
+                format!("can't change sharing key for \"{service}\", address also in use by ")
+            }
+            Self::RangesFull { .. } => "no free address in ".into(),
+            other => other.to_string(),
+        }
+    }
+
     /// The word for this reason in `purelb_address_pool_allocation_rejected_total`.
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::UnknownGroup { .. } => "unknown_pool",
-            Self::Exhausted { .. } => "exhausted",
+            Self::Exhausted { .. } | Self::RangesFull { .. } => "exhausted",
             Self::NoFamily { .. } | Self::Elsewhere { .. } => "no_usable_pool",
             Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "sharing_key_conflict",
             Self::PortInUse { .. } => "port_conflict",
+            Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "namespace_denied",
+            Self::Ambiguous(_) => "ambiguous_namespace_default",
+            Self::MultiPoolBalanced(_) | Self::MultiPoolShared => "multipool_refused",
             Self::NotInAnyGroup(_) | Self::InvalidAddress(_) | Self::TwoOfAFamily(..) | Self::FamilyNotAsked { .. } => {
                 "other"
             }
@@ -127,6 +226,10 @@ fn hint(known: &[String]) -> String {
     let more = if known.len() > LISTED { ", …" } else { "" };
     let names: Vec<&str> = known.iter().take(LISTED).map(String::as_str).collect();
     format!(": the ServiceGroups are {}{more}", names.join(", "))
+}
+
+fn pin(ip: Option<IpAddr>) -> String {
+    ip.map(|ip| format!("{ip}: ")).unwrap_or_default()
 }
 
 fn list(services: &[ServiceKey]) -> String {

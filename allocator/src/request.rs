@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crds::event::Notice;
-use crds::service::{annotation, is_load_balancer};
+use crds::service::{annotation, is_load_balancer, is_traffic_local};
 use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
 use crate::ledger::{Claim, Port};
 use crate::refusal::Refusal;
 
-/// The group of Services that name none.
+/// The group of Services that name none, in namespaces that no group serves.
 pub const DEFAULT_GROUP: &str = "default";
 
 /// What a Service asks for.
@@ -19,18 +19,35 @@ pub const DEFAULT_GROUP: &str = "default";
 pub struct Request {
     /// Who asks.
     pub service: ServiceKey,
-    /// The group it names, or [`DEFAULT_GROUP`].
-    pub group: String,
+    /// The group it names.
+    pub group: Option<String>,
     /// Addresses it insists on, at most one of each family.
     pub pinned: Vec<IpAddr>,
     /// One address of each, in this order. Empty: one of any family.
     pub families: Vec<Family>,
     /// `PreferDualStack`: fewer families than asked are better than none.
     pub may_degrade: bool,
+    /// One address of every range (`Some(true)`), one in all, or whatever the group says.
+    pub multi_pool: Option<bool>,
+    /// Decide again, also about the addresses it has.
+    pub re_evaluate: bool,
+    /// How it wants its traffic.
+    pub traffic: Traffic,
     /// What it brings to an address.
     pub claim: Claim,
     /// Remarks on how it asks.
     pub remarks: Vec<Notice>,
+}
+
+/// What a Service says about where its traffic may go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// `externalTrafficPolicy: Local`: only to Pods of the node where it arrives.
+    pub is_local: bool,
+    /// It keeps that on local addresses, too.
+    pub allows_local: bool,
+    /// A node says that it announces an address of it on an interface.
+    pub is_announced: bool,
 }
 
 /// What a Service means to the allocator.
@@ -108,10 +125,19 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
         .collect();
     Ok(Request {
         service: key,
-        group: group.unwrap_or(DEFAULT_GROUP).to_owned(),
+        group: group.map(ToOwned::to_owned),
         pinned: pinned(wanted.or(deprecated), &families)?,
         families,
         may_degrade: spec.ip_family_policy.as_deref() == Some("PreferDualStack"),
+        multi_pool: annotation(service, annotations::MULTI_POOL).map(|value| value == "true"),
+        re_evaluate: annotation(service, annotations::RE_EVALUATE) == Some("true"),
+        traffic: Traffic {
+            is_local: is_traffic_local(service),
+            allows_local: annotation(service, annotations::ALLOW_LOCAL).is_some(),
+            is_announced: [annotations::ANNOUNCING_IPV4, annotations::ANNOUNCING_IPV6]
+                .into_iter()
+                .any(|key| annotation(service, key).is_some()),
+        },
         claim: Claim {
             sharing_key: annotation(service, annotations::ALLOW_SHARED_IP)
                 .filter(|key| !key.is_empty())
@@ -247,15 +273,30 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_group_means_the_default_one() {
-        assert_eq!(
-            wants(&service(&json!({"purelb.io/service-group": ""}), &json!({}))).group,
-            "default"
-        );
-        assert_eq!(
-            wants(&service(&json!({"purelb.io/service-group": "g"}), &json!({}))).group,
-            "g"
-        );
+    fn an_empty_group_is_no_group() {
+        for (annotations, group) in [
+            (json!({}), None),
+            (json!({"purelb.io/service-group": ""}), None),
+            (json!({"purelb.io/service-group": "g"}), Some("g")),
+        ] {
+            assert_eq!(wants(&service(&annotations, &json!({}))).group.as_deref(), group);
+        }
+    }
+
+    #[test]
+    fn switches_are_read_by_their_exact_words() {
+        for (annotations, multi_pool, re_evaluate, allows_local) in [
+            (json!({}), None, false, false),
+            (json!({"purelb.io/multi-pool": "true"}), Some(true), false, false),
+            (json!({"purelb.io/multi-pool": "yes"}), Some(false), false, false),
+            (json!({"purelb.io/re-evaluate": "true"}), None, true, false),
+            (json!({"purelb.io/re-evaluate": "1"}), None, false, false),
+            (json!({"purelb.io/allow-local": "false"}), None, false, true),
+        ] {
+            let request = wants(&service(&annotations, &json!({})));
+            let got = (request.multi_pool, request.re_evaluate, request.traffic.allows_local);
+            assert_eq!(got, (multi_pool, re_evaluate, allows_local), "{annotations}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub fn status(verdict: &Verdict, name: &str, ledger: &Ledger) -> ServiceGroupSta
     };
     let has = |family| group.pools().iter().any(|pool| pool.range.family() == family);
     ServiceGroupStatus {
-        bound_namespaces: None,
+        bound_namespaces: Some(ledger.namespaces().bound_to(name)).filter(|bound| !bound.is_empty()),
         announce: Some(group.announce.word().to_owned()),
         ipam: Some(ipam),
         addresses: Some(group.pools().iter().map(|pool| pool.text.clone()).collect()),

@@ -18,6 +18,12 @@ pub const ADDRESSES: &str = "purelb.io/addresses";
 pub const ALLOW_SHARED_IP: &str = "purelb.io/allow-shared-ip";
 /// Present (any value): `externalTrafficPolicy: Local` is kept on local addresses.
 pub const ALLOW_LOCAL: &str = "purelb.io/allow-local";
+/// `true`: one address of every range of the group; anything else: one in all. Wins over the group's own
+/// `multiPool`.
+pub const MULTI_POOL: &str = "purelb.io/multi-pool";
+/// `true`: decide again, also about addresses whose pool was changed or removed. The allocator takes it off
+/// when it has.
+pub const RE_EVALUATE: &str = "purelb.io/re-evaluate";
 /// `true`: no duplicate address detection for the Service's IPv6 addresses.
 pub const SKIP_IPV6_DAD: &str = "purelb.io/skip-ipv6-dad";
 

@@ -6,6 +6,8 @@
 //! v2 group that chose `local`.
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a block of its own")]
 
+use std::collections::BTreeSet;
+
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
@@ -298,6 +300,19 @@ pub struct Group {
     pub balance_pools: bool,
     /// Whether `purelb.io/skip-ipv6-dad` is set on its Services.
     pub skip_ipv6_dad: bool,
+    /// Whom it is for.
+    pub serves: Serves,
+}
+
+/// The namespaces a group is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Serves {
+    /// Their names; none: it is for all, and nobody's own.
+    pub namespaces: BTreeSet<String>,
+    /// Confine these namespaces to the groups that serve them, and those groups to the namespaces they serve.
+    pub is_enforced: bool,
+    /// The one to use where several groups serve a namespace.
+    pub is_default: bool,
 }
 
 /// What is wrong with a group, in words for its author.
@@ -330,6 +345,17 @@ impl ServiceGroupSpec {
     /// The first thing wrong with it. The CRD's validation refuses most of these beforehand; they are
     /// still met in objects that were stored before it, and for IPv6 order, which CEL cannot compare.
     pub fn parse(&self) -> Result<Group, GroupError> {
+        Ok(Group {
+            serves: Serves {
+                namespaces: self.namespaces.iter().flatten().cloned().collect(),
+                is_enforced: self.enforce_namespaces.unwrap_or(false),
+                is_default: self.namespace_default.unwrap_or(false),
+            },
+            ..self.parse_source()?
+        })
+    }
+
+    fn parse_source(&self) -> Result<Group, GroupError> {
         let (announce, pools, flat, skip_ipv6_dad) = if let Some(local) = &self.local {
             let announce = if self.announce.is_some() {
                 Announce::Auto
@@ -349,9 +375,9 @@ impl ServiceGroupSpec {
                 ExternalAnnounce::Local => Announce::Local,
                 ExternalAnnounce::Remote => Announce::Remote,
             };
-            return Ok(Group::elsewhere(announce, Source::External(external.clone())));
+            return Ok(Group::new(announce, Source::External(external.clone())));
         } else if let Some(netbox) = &self.netbox {
-            return Ok(Group::elsewhere(Announce::Auto, Source::Netbox(netbox.clone())));
+            return Ok(Group::new(Announce::Auto, Source::Netbox(netbox.clone())));
         } else {
             return Err(GroupError::NoSource);
         };
@@ -373,23 +399,23 @@ impl ServiceGroupSpec {
             }
         }
         Ok(Group {
-            announce,
-            source: Source::Pools(read),
             multi_pool: pools.multi_pool.unwrap_or(false),
             balance_pools: pools.balance_pools.unwrap_or(false),
             skip_ipv6_dad,
+            ..Group::new(announce, Source::Pools(read))
         })
     }
 }
 
 impl Group {
-    fn elsewhere(announce: Announce, source: Source) -> Self {
+    fn new(announce: Announce, source: Source) -> Self {
         Self {
             announce,
             source,
             multi_pool: false,
             balance_pools: false,
             skip_ipv6_dad: false,
+            serves: Serves::default(),
         }
     }
 

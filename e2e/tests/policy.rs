@@ -1,0 +1,354 @@
+//! Who may have which address, how many, and what a Service says about it, on a real API server.
+#![allow(clippy::indexing_slicing, reason = "tests may panic")]
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use crds::{annotations, service};
+use e2e::{Lab, Options, ProxyMode, wait_until};
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(20);
+
+const GROUPS: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec:
+  local:
+    v4pool: {pool: 10.31.200.1-10.31.200.30, subnet: 10.31.0.0/16}
+    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
+---
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: team, namespace: purelb}
+spec:
+  namespaces: [team]
+  enforceNamespaces: true
+  remote: {v4pool: {pool: 10.201.0.1-10.201.0.2, subnet: 10.201.0.0/24}}
+---
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: many, namespace: purelb}
+spec:
+  remote:
+    multiPool: true
+    v4pools:
+    - {pool: 10.202.0.1-10.202.0.9, subnet: 10.202.0.0/24}
+    - {pool: 10.203.0.1-10.203.0.9, subnet: 10.203.0.0/24}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: team}
+";
+
+fn with_allocator(test: impl AsyncFnOnce(&Lab, e2e::Process) -> Result<()> + Send) -> Result<()> {
+    let options = Options {
+        nodes: 1,
+        proxy: ProxyMode::None,
+        ..Options::default()
+    };
+    Lab::run(options, async |lab| {
+        lab.install().await?;
+        let allocator = lab.start_allocator().await?;
+        lab.apply(GROUPS).await?;
+        test(&lab, allocator).await
+    })
+}
+
+fn api(lab: &Lab, namespace: &str) -> Api<Service> {
+    Api::namespaced(lab.client(), namespace)
+}
+
+/// A Service of type `LoadBalancer` with one port; `more` is merged into it.
+fn object(name: &str, more: &Value) -> Result<Service> {
+    let mut object = json!({
+        "metadata": {"name": name},
+        "spec": {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]},
+    });
+    for part in ["metadata", "spec"] {
+        for (key, value) in more[part].as_object().into_iter().flatten() {
+            object[part][key] = value.clone();
+        }
+    }
+    Ok(serde_json::from_value(object)?)
+}
+
+async fn create(lab: &Lab, namespace: &str, name: &str, more: Value) -> Result<Service> {
+    Ok(api(lab, namespace)
+        .create(&PostParams::default(), &object(name, &more)?)
+        .await?)
+}
+
+async fn patch(lab: &Lab, name: &str, patch: Value) -> Result<()> {
+    api(lab, "default")
+        .patch(name, &PatchParams::default(), &Patch::Merge(patch))
+        .await?;
+    Ok(())
+}
+
+/// Waits until a Service has exactly these addresses.
+async fn has(lab: &Lab, namespace: &str, name: &str, expected: &[&str]) -> Result<Service> {
+    wait_until(&format!("{name} has {expected:?}"), SOON, async || {
+        let found = api(lab, namespace).get(name).await?;
+        let addresses: Vec<String> = service::ingress(&found).iter().map(ToString::to_string).collect();
+        ensure!(addresses == expected, "{addresses:?}");
+        Ok(found)
+    })
+    .await
+}
+
+fn condition(service: &Service) -> Result<&Condition> {
+    let mut conditions = service.status.iter().flat_map(|s| s.conditions.iter().flatten());
+    conditions
+        .find(|condition| condition.type_ == "purelb.io/Allocated")
+        .context("no condition purelb.io/Allocated")
+}
+
+/// Waits until a Service's condition has this status and reason, and a message with `text`.
+async fn says(lab: &Lab, namespace: &str, name: &str, expected: (&str, &str, &str)) -> Result<Service> {
+    wait_until(&format!("{name} says {expected:?}"), SOON, async || {
+        let found = api(lab, namespace).get(name).await?;
+        let said = condition(&found)?;
+        ensure!(
+            said.status == expected.0 && said.reason == expected.1 && said.message.contains(expected.2),
+            "{said:?}"
+        );
+        Ok(found)
+    })
+    .await
+}
+
+async fn events(lab: &Lab, namespace: &str, name: &str) -> Result<String> {
+    let selector = format!("involvedObject.name={name}");
+    lab.kubectl(["get", "events", "-n", namespace, "--field-selector", &selector])
+        .await
+}
+
+async fn event(lab: &Lab, namespace: &str, name: &str, text: &str) -> Result<()> {
+    wait_until(&format!("an event of {name} says {text:?}"), SOON, async || {
+        let shown = events(lab, namespace, name).await?;
+        ensure!(shown.contains(text), "{shown}");
+        Ok(())
+    })
+    .await
+}
+
+fn in_group(name: &str) -> Value {
+    json!({"metadata": {"annotations": {annotations::SERVICE_GROUP: name}}})
+}
+
+#[test]
+fn namespaces_use_their_own_group_and_others_do_not() -> Result<()> {
+    with_allocator(async |lab, _| {
+        create(lab, "team", "own", json!({})).await?;
+        has(lab, "team", "own", &["10.201.0.1"]).await?;
+        create(lab, "team", "stray", in_group("default")).await?;
+        let may_only = "namespace denied: namespace \"team\" may only use [team], not ServiceGroup \"default\"";
+        says(lab, "team", "stray", ("False", "NamespaceDenied", may_only)).await?;
+        event(lab, "team", "stray", may_only).await?;
+        create(lab, "default", "guest", in_group("team")).await?;
+        let closed =
+            "namespace denied: ServiceGroup \"team\" serves a confined namespace and does not serve \"default\"";
+        says(lab, "default", "guest", ("False", "NamespaceDenied", closed)).await?;
+        let bound = [
+            "get",
+            "sg",
+            "team",
+            "-n",
+            "purelb",
+            "-o",
+            "jsonpath={.status.boundNamespaces}",
+        ];
+        wait_until("the group says whom it serves", SOON, async || {
+            let bound = lab.kubectl(bound).await?;
+            ensure!(bound == "[\"team\"]", "{bound}");
+            Ok(())
+        })
+        .await
+    })
+}
+
+#[test]
+fn multi_pool_services_get_an_address_of_each_range_also_of_one_that_comes_later() -> Result<()> {
+    with_allocator(async |lab, _| {
+        create(lab, "default", "wide", in_group("many")).await?;
+        has(lab, "default", "wide", &["10.202.0.1", "10.203.0.1"]).await?;
+        event(lab, "default", "wide", "Multi-pool: assigned 2 IPs from pool many").await?;
+        let range = json!([{"op": "add", "path": "/spec/remote/v4pools/-", "value": {"pool": "10.204.0.1-10.204.0.9", "subnet": "10.204.0.0/24"}}]);
+        lab.kubectl([
+            "patch",
+            "sg",
+            "many",
+            "-n",
+            "purelb",
+            "--type=json",
+            "-p",
+            &range.to_string(),
+        ])
+        .await?;
+        has(lab, "default", "wide", &["10.202.0.1", "10.203.0.1", "10.204.0.1"]).await?;
+        event(
+            lab,
+            "default",
+            "wide",
+            "Incremental multi-pool: added 1 IPs (total 3) from pool many",
+        )
+        .await
+    })
+}
+
+#[test]
+fn re_evaluation_moves_and_is_taken_off_and_families_come_and_go() -> Result<()> {
+    with_allocator(async |lab, _| {
+        create(
+            lab,
+            "default",
+            "web",
+            json!({"spec": {"ipFamilyPolicy": "RequireDualStack"}}),
+        )
+        .await?;
+        has(lab, "default", "web", &["10.31.200.1", "fd00:10:31::c8:1"]).await?;
+        patch(
+            lab,
+            "web",
+            json!({"spec": {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4"], "clusterIPs": null}}),
+        )
+        .await?;
+        has(lab, "default", "web", &["10.31.200.1"]).await?;
+        event(
+            lab,
+            "default",
+            "web",
+            "Released addresses no longer needed after IP family transition: [fd00:10:31::c8:1]",
+        )
+        .await?;
+        patch(lab, "web", in_group("many")).await?;
+        patch(
+            lab,
+            "web",
+            json!({"metadata": {"annotations": {annotations::RE_EVALUATE: "true"}}}),
+        )
+        .await?;
+        let moved = has(lab, "default", "web", &["10.202.0.1", "10.203.0.1"]).await?;
+        ensure!(
+            service::annotation(&moved, annotations::RE_EVALUATE).is_none(),
+            "{moved:?}"
+        );
+        ensure!(
+            service::annotation(&moved, annotations::ALLOCATED_FROM) == Some("many"),
+            "{moved:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn local_traffic_policy_becomes_cluster_on_local_addresses_unless_allowed() -> Result<()> {
+    with_allocator(async |lab, _| {
+        let policy = async |name: &str, expected: &str| {
+            wait_until(&format!("{name} is {expected}"), SOON, async || {
+                let spec = api(lab, "default").get(name).await?.spec.unwrap_or_default();
+                let policy = spec.external_traffic_policy;
+                ensure!(policy.as_deref() == Some(expected), "{policy:?}");
+                Ok(())
+            })
+            .await
+        };
+        let local = json!({"spec": {"externalTrafficPolicy": "Local"}});
+        create(lab, "default", "plain", local.clone()).await?;
+        policy("plain", "Cluster").await?;
+        event(
+            lab,
+            "default",
+            "plain",
+            "ExternalTrafficPolicy Local not supported on local Interfaces",
+        )
+        .await?;
+        let allowed = json!({"metadata": {"annotations": {annotations::ALLOW_LOCAL: ""}}, "spec": {"externalTrafficPolicy": "Local"}});
+        create(lab, "default", "allowed", allowed).await?;
+        event(
+            lab,
+            "default",
+            "allowed",
+            "override annotation found, will allow Local policy",
+        )
+        .await?;
+        policy("allowed", "Local").await?;
+        let routed = json!({
+            "metadata": {"annotations": {annotations::SERVICE_GROUP: "many"}}, "spec": {"externalTrafficPolicy": "Local"},
+        });
+        create(lab, "default", "routed", routed).await?;
+        has(lab, "default", "routed", &["10.202.0.1", "10.203.0.1"]).await?;
+        policy("routed", "Local").await
+    })
+}
+
+#[test]
+fn a_waiting_service_says_why_once_also_through_a_restart() -> Result<()> {
+    with_allocator(async |lab, allocator| {
+        for name in ["a", "b"] {
+            create(lab, "team", name, json!({})).await?;
+        }
+        create(lab, "team", "late", json!({})).await?;
+        let full = (
+            "False",
+            "PoolExhausted",
+            "pool \"team\" exhausted: no available addresses for team/late",
+        );
+        let waiting = says(lab, "team", "late", full).await?;
+        event(lab, "team", "late", full.2).await?;
+        allocator.stop().await?;
+        let _again = lab.start_allocator().await?;
+        create(lab, "default", "other", json!({})).await?;
+        has(lab, "default", "other", &["10.31.200.1"]).await?;
+        let now = api(lab, "team").get("late").await?;
+        ensure!(
+            now.metadata.resource_version == waiting.metadata.resource_version,
+            "{now:?}"
+        );
+        let told = events(lab, "team", "late").await?;
+        ensure!(told.matches("AllocationFailed").count() == 1, "{told}");
+        api(lab, "team")
+            .delete("a", &kube::api::DeleteParams::default())
+            .await?;
+        has(lab, "team", "late", &["10.201.0.1"]).await?;
+        says(lab, "team", "late", ("True", "Assigned", "from pool team")).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn of_two_services_with_one_address_the_older_keeps_it() -> Result<()> {
+    with_allocator(async |lab, allocator| {
+        create(lab, "default", "older", json!({})).await?;
+        has(lab, "default", "older", &["10.31.200.1"]).await?;
+        // Times of creation have whole seconds.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        allocator.kill().await?;
+        let claim = json!({
+            "metadata": {"annotations": {annotations::ALLOCATED_BY: annotations::BRAND, annotations::ALLOCATED_FROM: "default"}},
+            "status": {"loadBalancer": {"ingress": [{"ip": "10.31.200.1"}]}},
+        });
+        for name in ["another", "younger"] {
+            create(lab, "default", name, json!({})).await?;
+            api(lab, "default")
+                .patch_status(name, &PatchParams::default(), &Patch::Merge(claim.clone()))
+                .await?;
+        }
+        let _again = lab.start_allocator().await?;
+        has(lab, "default", "another", &["10.31.200.2"]).await?;
+        has(lab, "default", "younger", &["10.31.200.3"]).await?;
+        has(lab, "default", "older", &["10.31.200.1"]).await?;
+        event(
+            lab,
+            "default",
+            "younger",
+            "10.31.200.1 is another Service's too, which keeps it",
+        )
+        .await
+    })
+}
