@@ -83,7 +83,7 @@ enum Written {
     Outrun(Box<Service>),
 }
 
-/// Runs until the watches end, which they do not.
+/// Runs until the watches end, which they do not. Dropping the future ends its writes with it.
 ///
 /// # Errors
 /// When the input streams end.

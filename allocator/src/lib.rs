@@ -9,6 +9,7 @@ pub mod condition;
 pub mod controller;
 pub mod decide;
 pub mod groups;
+pub mod lease;
 pub mod ledger;
 pub mod namespaces;
 pub mod pool;

@@ -1,7 +1,10 @@
 //! The allocator's process: flags, wiring, shutdown.
 
+use std::time::Duration;
+
 use allocator::bootstrap;
 use allocator::controller::{self, Settings};
+use allocator::lease::{Candidate, Times};
 use anyhow::Context;
 use clap::Parser;
 
@@ -14,6 +17,12 @@ struct Flags {
     /// `PureLB`: Services without a load-balancer class are ours.
     #[arg(long, env = "DEFAULT_ANNOUNCER", default_value = "")]
     default_announcer: String,
+    /// Name of the Pod: by it the allocators of a cluster tell each other apart.
+    #[arg(long, env = "PURELB_POD_NAME")]
+    pod_name: Option<String>,
+    /// Seconds after which another allocator takes over from one that is not heard of; at least 3.
+    #[arg(long, env = "PURELB_ALLOCATOR_LEASE_DURATION", default_value_t = 10)]
+    lease_duration: u64,
     /// Make an LBNodeAgent `default` where the install namespace has none. The Helm chart makes its own.
     #[arg(long, env = "PURELB_CREATE_LBNODEAGENT", default_value_t = true, action = clap::ArgAction::Set)]
     create_lbnodeagent: bool,
@@ -27,7 +36,10 @@ async fn main() -> anyhow::Result<()> {
     let settings = Settings {
         namespace: flags.common.namespace,
         is_default: flags.default_announcer == crds::annotations::BRAND,
-        instance: std::env::var("HOSTNAME").unwrap_or_else(|_| "allocator".into()),
+        instance: flags
+            .pod_name
+            .or_else(|| std::env::var("HOSTNAME").ok())
+            .unwrap_or_else(|| "allocator".into()),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -43,11 +55,25 @@ async fn main() -> anyhow::Result<()> {
             .await
             .context("creating the default LBNodeAgent")?;
     }
-    tokio::select! {
-        ended = controller::run(client, settings) => ended,
-        signal = daemon::asked_to_stop() => {
-            tracing::info!(signal = signal?, "stopping");
-            Ok(())
+    let times = Times {
+        duration: Duration::from_secs(flags.lease_duration.max(3)),
+    };
+    let mut candidate = Candidate::new(client.clone(), &settings.namespace, &settings.instance, times);
+    let mut stop = std::pin::pin!(daemon::asked_to_stop());
+    let signal = loop {
+        tokio::select! {
+            elected = candidate.elected() => elected?,
+            signal = &mut stop => break signal?,
         }
-    }
+        tracing::info!(instance = settings.instance, "leading");
+        // The picture is read from the start: what was true before this term is not.
+        tokio::select! {
+            ended = controller::run(client.clone(), settings.clone()) => ended?,
+            () = candidate.deposed() => tracing::warn!(instance = settings.instance, "not leading any more"),
+            signal = &mut stop => break signal?,
+        }
+    };
+    tracing::info!(signal, "stopping");
+    candidate.resign().await;
+    Ok(())
 }

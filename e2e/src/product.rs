@@ -51,21 +51,24 @@ impl Lab {
 
     /// Starts the allocator in the network namespace of a Pod on the first node.
     pub async fn start_allocator(&self) -> Result<Process> {
+        self.start_replica("allocator", &[]).await
+    }
+
+    /// Starts an allocator as the Pod `name` of several, in the one network namespace they share here.
+    pub async fn start_replica(&self, name: &str, environment: &[(&str, &str)]) -> Result<Process> {
         let program = own_binary("allocator")?;
         let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "allocator").await?;
         pods::wire_allocator(self, ALLOCATOR_NS)
             .await
             .context("wiring up the allocator's Pod")?;
-        self.start_process(
-            ALLOCATOR_NS,
-            "allocator",
-            [program.to_string_lossy().as_ref()],
-            &[
-                ("KUBECONFIG", &kubeconfig),
-                ("PURELB_NAMESPACE", NAMESPACE),
-                ("DEFAULT_ANNOUNCER", "PureLB"),
-            ],
-        )
+        let own = [
+            ("KUBECONFIG", kubeconfig.as_str()),
+            ("PURELB_NAMESPACE", NAMESPACE),
+            ("PURELB_POD_NAME", name),
+            ("DEFAULT_ANNOUNCER", "PureLB"),
+        ];
+        let environment: Vec<(&str, &str)> = own.iter().chain(environment).copied().collect();
+        self.start_process(ALLOCATOR_NS, name, [program.to_string_lossy().as_ref()], &environment)
     }
 
     /// Starts the node agent in a node's own network namespace, once there is a key for it.
