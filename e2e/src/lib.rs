@@ -9,7 +9,9 @@
 )]
 
 mod anchor;
+mod audit;
 mod control_plane;
+mod cutter;
 mod http;
 mod kubernetes;
 mod lab;
@@ -23,6 +25,8 @@ pub mod routers;
 mod wait;
 
 pub use anchor::ROOT;
+pub use audit::audit;
+pub use cutter::{Cutter, Side};
 pub use http::Answer;
 pub use kubernetes::{binaries, own_binaries};
 pub use lab::{Lab, Options, ProxyMode};
