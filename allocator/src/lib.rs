@@ -1,8 +1,8 @@
 //! The allocator: which Service gets which address.
 //!
 //! The way of a Service: `controller` (watch) → [`request`] → [`decide`] (over [`ledger`], [`pool`]) →
-//! `controller` (one PATCH) → events and [`status`]. Everything but the controller, the status and the bootstrap is
-//! plain data and functions, without Kubernetes, clock or network.
+//! `controller` (one [`patch`]) → [`notices`], [`condition`], [`status`]. Everything but the controller, the lease,
+//! the status and the bootstrap is plain data and functions, without Kubernetes, clock or network.
 
 pub mod bootstrap;
 pub mod condition;
@@ -12,6 +12,8 @@ pub mod groups;
 pub mod lease;
 pub mod ledger;
 pub mod namespaces;
+pub mod notices;
+pub mod patch;
 pub mod pool;
 pub mod refusal;
 pub mod request;

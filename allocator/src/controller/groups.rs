@@ -1,0 +1,109 @@
+//! The loop's part that is about ServiceGroups: which count, and how full they are.
+
+use std::time::Duration;
+
+use crds::ServiceGroup;
+use kube::runtime::watcher;
+use tokio::time::Instant;
+
+use super::{Controller, Input};
+use crate::groups::{GroupKey, Verdict, judge};
+use crate::status;
+use daemon::Change;
+
+/// How long changes of a group's usage are gathered before its status is written.
+const STATUS_DELAY: Duration = Duration::from_millis(250);
+
+impl Controller {
+    pub(super) fn group_event(&mut self, event: watcher::Event<ServiceGroup>) {
+        for change in self.groups.apply(event) {
+            match change {
+                // Its own status comes back as a change too: judging again is cheap and finds no news.
+                Change::Set(..) => self.groups_changed(),
+                Change::Gone(key, _) => {
+                    self.statuses.remove(&key);
+                    self.groups_changed();
+                }
+                Change::Ready => self.start(),
+            }
+        }
+    }
+
+    fn groups_changed(&mut self) {
+        if self.is_started && self.judge_groups() {
+            self.usage_changed();
+            // Also those that have all they asked for: with multi-pool a new range is one more address.
+            self.reconcile_all();
+        }
+    }
+
+    /// Judges all groups and tells what is news. Returns whether anything changed.
+    pub(super) fn judge_groups(&mut self) -> bool {
+        let verdicts = judge(self.groups.objects(), &self.settings.namespace);
+        if verdicts == self.verdicts {
+            return false;
+        }
+        for (key, verdict) in &verdicts {
+            let Some(object) = self.groups.get(key) else { continue };
+            let is_news = match self.verdicts.get(key) {
+                Some(known) => known != verdict,
+                // After a restart: a group whose status says it was parsed needs no telling.
+                None => {
+                    !matches!((verdict, &object.status), (Verdict::Valid(_), Some(status)) if status.ipam.is_some())
+                }
+            };
+            if is_news {
+                let notice = verdict.notice(key);
+                tracing::info!(group = %key.1, namespace = %key.0, verdict = %notice.message, "group");
+                self.reporter.tell(object.as_ref(), &notice);
+            }
+        }
+        let valid = verdicts
+            .iter()
+            .filter_map(|(key, verdict)| match verdict {
+                Verdict::Valid(group) => Some((key.1.clone(), group.clone())),
+                _ => None,
+            })
+            .collect();
+        self.verdicts = verdicts;
+        self.ledger.set_groups(valid);
+        true
+    }
+
+    pub(super) fn usage_changed(&mut self) {
+        self.status_due.get_or_insert_with(|| Instant::now() + STATUS_DELAY);
+    }
+
+    pub(super) fn write_statuses(&mut self) {
+        self.status_due = None;
+        for (key, verdict) in &self.verdicts {
+            let current = status::status(verdict, &key.1, &self.ledger);
+            let known = self
+                .statuses
+                .get(key)
+                .or_else(|| self.groups.get(key).and_then(|group| group.status.as_ref()));
+            if known == Some(&current) {
+                continue;
+            }
+            self.statuses.insert(key.clone(), current.clone());
+            let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
+            self.spawn(async move {
+                let result = status::write_status(client, &key, &current).await;
+                let _ = sender.send(Input::StatusWritten(key, result));
+            });
+        }
+    }
+
+    pub(super) fn status_written(&mut self, key: &GroupKey, result: kube::Result<ServiceGroup>) {
+        match result {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Err(error) => {
+                tracing::warn!(group = %key.1, %error, "status of ServiceGroup not written, will try again");
+                self.statuses.remove(key);
+                self.status_due
+                    .get_or_insert_with(|| Instant::now() + Duration::from_secs(5));
+            }
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The loop's part that writes: one PATCH at a time per Service, many at once, tried again when they fail.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crds::event::Notice;
+use crds::service::{annotation, ingress, is_ours};
+use crds::{ServiceKey, annotations};
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::Value;
+
+use super::{Controller, Input};
+
+/// First wait before a failed write is tried again; it doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+/// Longest wait before a failed write is tried again.
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// What is told when the write that makes it true is done.
+pub(super) struct Granted {
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) notices: Vec<Notice>,
+}
+
+/// The part of a Service that a write changes.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    /// `services/status`: addresses, conditions and annotations.
+    Status,
+    /// The Service itself.
+    Spec,
+}
+
+/// What came back from a write.
+pub(super) enum Written {
+    /// The Service as it was written.
+    Done(Box<Service>),
+    /// Someone else had changed it: the Service as it is now.
+    Outrun(Box<Service>),
+}
+
+impl Controller {
+    pub(super) fn write(&mut self, key: ServiceKey, part: Part, patch: Value) {
+        self.writing.insert(key.clone(), false);
+        let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
+        let (slots, sender) = (self.slots.clone(), self.sender.clone());
+        self.spawn(async move {
+            let _slot = slots.acquire().await;
+            let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+            let patched = match part {
+                Part::Status => api.patch_status(&key.name, &params, &patch).await,
+                Part::Spec => api.patch(&key.name, &params, &patch).await,
+            };
+            let result = match patched {
+                Ok(service) => Ok(Written::Done(Box::new(service))),
+                // Decide again on what the object is now.
+                Err(kube::Error::Api(status)) if status.is_conflict() => {
+                    api.get(&key.name).await.map(|fresh| Written::Outrun(Box::new(fresh)))
+                }
+                Err(error) => Err(error),
+            };
+            let _ = sender.send(Input::Written(key, result));
+        });
+    }
+
+    /// Runs something beside the loop, for as long as this value lives.
+    pub(super) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(self.life.clone().run_until_cancelled_owned(work));
+    }
+
+    pub(super) fn written(&mut self, key: ServiceKey, result: kube::Result<Written>) {
+        let again = self.writing.remove(&key).unwrap_or(false);
+        match result {
+            Ok(written) => {
+                self.failures.remove(&key);
+                // Gone meanwhile: the watch has told.
+                if self.service(&key).is_none() {
+                    return;
+                }
+                let (service, again) = match written {
+                    Written::Done(service) => (service, again),
+                    Written::Outrun(service) => (service, true),
+                };
+                self.assigned(&key, &service);
+                let is_news = self.services.set(*service).is_some();
+                if is_news || again {
+                    self.service_changed(&key);
+                }
+            }
+            // Gone meanwhile: the watch says so as well.
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Err(error) => {
+                let failures = self.failures.entry(key.clone()).or_default();
+                *failures += 1;
+                let wait = RETRY_MIN.saturating_mul(1 << (*failures - 1).min(10)).min(RETRY_MAX);
+                tracing::warn!(service = %key, %error, failures, "write failed, will try again");
+                let sender = self.sender.clone();
+                self.spawn(async move {
+                    tokio::time::sleep(wait).await;
+                    let _ = sender.send(Input::Retry(key));
+                });
+            }
+        }
+    }
+
+    /// Tells of addresses that a Service did not have when they were granted.
+    pub(super) fn assigned(&mut self, key: &ServiceKey, service: &Service) {
+        let addresses = ingress(service);
+        let Some(granted) = self
+            .granted
+            .remove(key)
+            .filter(|granted| granted.addresses == addresses)
+        else {
+            return;
+        };
+        if !is_ours(service) {
+            return;
+        }
+        let pool = annotation(service, annotations::ALLOCATED_FROM).unwrap_or_default();
+        tracing::info!(service = %key, ?addresses, pool, "assigned");
+        for notice in &granted.notices {
+            self.reporter.tell(service, notice);
+        }
+        // A later refusal is news again; a part that is still missing is not.
+        if let Some(told) = self.told.get_mut(key) {
+            told.retain(|notice| notice.reason != "AllocationFailed");
+        }
+    }
+}
