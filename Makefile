@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # System packages, Debian's names. `make setup` installs those that are missing.
-PACKAGES := bird2 build-essential ca-certificates conntrack curl frr iproute2 ipset iptables iputils-arping \
+PACKAGES := bird2 build-essential ca-certificates conntrack curl frr gobgpd iproute2 ipset iptables iputils-arping \
             iputils-ping nftables procps tcpdump
 
 # Tests that start clusters: two at a time is what two cores carry.

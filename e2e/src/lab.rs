@@ -20,7 +20,7 @@ use crate::anchor::{Anchor, Door, ROOT, check_root};
 use crate::control_plane::{self, Access};
 use crate::http::{self, Answer};
 use crate::kubernetes;
-use crate::net::{self, Node};
+use crate::net::{self, Node, Wiring};
 use crate::pods;
 use crate::process::{Output, Process, Program};
 
@@ -43,6 +43,8 @@ pub struct Options {
     pub name: Option<String>,
     /// How many nodes, the control plane's included: 3 unless set.
     pub nodes: u8,
+    /// How they are wired; with racks there are four nodes, whatever `nodes` says.
+    pub wiring: Wiring,
     /// Which rules kube-proxy makes.
     pub proxy: ProxyMode,
     /// Namespaces whose Pods the lab leaves alone: it has no container runtime, and runs a web server for every Pod.
@@ -54,6 +56,7 @@ impl Default for Options {
         Self {
             name: None,
             nodes: 3,
+            wiring: Wiring::default(),
             proxy: ProxyMode::default(),
             foreign_namespaces: vec!["kube-system".to_owned(), "purelb".to_owned()],
         }
@@ -138,7 +141,7 @@ impl Lab {
     fn prepare(options: Options, kubernetes: PathBuf, logs: PathBuf) -> Result<Self> {
         let started = Instant::now();
         let anchor = Anchor::start()?;
-        let nodes = Node::first(options.nodes);
+        let nodes = net::nodes(options.wiring, options.nodes);
         Ok(Self(Arc::new(Inner {
             anchor,
             options,
@@ -154,7 +157,7 @@ impl Lab {
 
     async fn bring_up(&self) -> Result<()> {
         self.mark("namespaces");
-        net::build(&self.0.anchor, &self.0.nodes).context("wiring up")?;
+        net::build(&self.0.anchor, self.0.options.wiring, &self.0.nodes).context("wiring up")?;
         self.mark("wires");
         let access = control_plane::start(self, self.0.options.proxy).await?;
         let _ = self.0.access.set(access);

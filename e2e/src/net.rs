@@ -16,6 +16,8 @@ use anyhow::{Context, Result};
 use crate::anchor::{Anchor, ROOT};
 use crate::process::Program;
 
+pub mod racks;
+
 /// The router's address on the LAN; every host's default gateway.
 pub const ROUTER_IPV4: Ipv4Addr = Ipv4Addr::new(10, 31, 254, 251);
 /// The router's IPv6 address on the LAN.
@@ -129,8 +131,46 @@ struct Host<'a> {
     ipv6: Ipv6Addr,
 }
 
+/// How the hosts are wired.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Wiring {
+    /// All on one switch.
+    #[default]
+    Lan,
+    /// Four nodes in two racks: see [`racks`].
+    Racks,
+}
+
+/// The nodes of a lab, the control plane first.
+pub(crate) fn nodes(wiring: Wiring, count: u8) -> Vec<Node> {
+    match wiring {
+        Wiring::Lan => Node::first(count),
+        Wiring::Racks => racks::nodes(),
+    }
+}
+
+/// Wires up all hosts.
+pub(crate) fn build(anchor: &Anchor, wiring: Wiring, nodes: &[Node]) -> Result<()> {
+    match wiring {
+        Wiring::Lan => build_lan(anchor, nodes),
+        Wiring::Racks => racks::build(anchor, nodes),
+    }?;
+    // From here on the nodes are as the kernel makes them: what is tested meets duplicate address detection.
+    for node in nodes {
+        sysctl(
+            anchor,
+            &node.ns,
+            &[
+                ("ipv6/conf/default/accept_dad", "1"),
+                ("ipv6/conf/eth0/accept_dad", "1"),
+            ],
+        )?;
+    }
+    Ok(())
+}
+
 /// Wires up the switch, the nodes, the client, the router and the outside.
-pub(crate) fn build(anchor: &Anchor, nodes: &[Node]) -> Result<()> {
+fn build_lan(anchor: &Anchor, nodes: &[Node]) -> Result<()> {
     let mut hosts: Vec<_> = nodes
         .iter()
         .map(|node| Host {
@@ -150,7 +190,7 @@ pub(crate) fn build(anchor: &Anchor, nodes: &[Node]) -> Result<()> {
         ipv6: ROUTER_IPV6,
     });
 
-    make_namespaces(anchor, nodes, &hosts)?;
+    make_namespaces(anchor, nodes, &hosts, &["router"])?;
     let ports = hosts.iter().flat_map(|Host { ns, ipv4, .. }| {
         let mac = mac_of(*ipv4);
         [
@@ -162,13 +202,7 @@ pub(crate) fn build(anchor: &Anchor, nodes: &[Node]) -> Result<()> {
     for host in &hosts {
         let is_node = nodes.iter().any(|node| node.ns == host.ns);
         let mut commands = addresses("eth0", (host.ipv4, 16), host.ipv6).to_vec();
-        if host.ns == "router" {
-            commands.push(format!(
-                "link add name outside type veth peer name eth0 address {} netns outside",
-                mac_of(OUTSIDE_IPV4)
-            ));
-            commands.extend(addresses("outside", (OUTSIDE_GATEWAY_IPV4, 24), OUTSIDE_GATEWAY_IPV6));
-        } else {
+        if host.ns != "router" {
             commands.extend(default_routes(ROUTER_IPV4.into(), ROUTER_IPV6.into()));
         }
         // The pod networks are known to the nodes only, as with most network plugins.
@@ -179,32 +213,31 @@ pub(crate) fn build(anchor: &Anchor, nodes: &[Node]) -> Result<()> {
         }
         ip(anchor, host.ns, commands)?;
     }
+    wire_outside(anchor, "router")?;
+    ip(anchor, ROOT, default_routes(ROUTER_IPV4.into(), ROUTER_IPV6.into()))
+}
+
+/// The link between a router and the outside.
+fn wire_outside(anchor: &Anchor, router: &str) -> Result<()> {
+    let mac = mac_of(OUTSIDE_IPV4);
+    let mut commands = vec![format!(
+        "link add name outside type veth peer name eth0 address {mac} netns outside"
+    )];
+    commands.extend(addresses("outside", (OUTSIDE_GATEWAY_IPV4, 24), OUTSIDE_GATEWAY_IPV6));
+    ip(anchor, router, commands)?;
     let gateways = default_routes(OUTSIDE_GATEWAY_IPV4.into(), OUTSIDE_GATEWAY_IPV6.into());
-    ip(
-        anchor,
-        "outside",
-        addresses("eth0", (OUTSIDE_IPV4, 24), OUTSIDE_IPV6)
-            .into_iter()
-            .chain(gateways),
-    )?;
-    ip(anchor, ROOT, default_routes(ROUTER_IPV4.into(), ROUTER_IPV6.into()))?;
-    // From here on the nodes are as the kernel makes them: what is tested meets duplicate address detection.
-    for node in nodes {
-        sysctl(
-            anchor,
-            &node.ns,
-            &[
-                ("ipv6/conf/default/accept_dad", "1"),
-                ("ipv6/conf/eth0/accept_dad", "1"),
-            ],
-        )?;
-    }
-    Ok(())
+    let own = addresses("eth0", (OUTSIDE_IPV4, 24), OUTSIDE_IPV6);
+    ip(anchor, "outside", own.into_iter().chain(gateways))
 }
 
 /// Makes the namespaces and sets what has to be set before they have links.
-fn make_namespaces(anchor: &Anchor, nodes: &[Node], hosts: &[Host<'_>]) -> Result<()> {
-    let namespaces: Vec<_> = hosts.iter().map(|host| host.ns).chain(["outside"]).collect();
+fn make_namespaces<'a>(
+    anchor: &Anchor,
+    nodes: &[Node],
+    hosts: impl IntoIterator<Item = &'a Host<'a>>,
+    routers: &[&str],
+) -> Result<()> {
+    let namespaces: Vec<_> = hosts.into_iter().map(|host| host.ns).chain(["outside"]).collect();
     ip(anchor, ROOT, namespaces.iter().map(|ns| format!("netns add {ns}")))?;
     for ns in namespaces.into_iter().chain([ROOT]) {
         // Duplicate address detection would hold every address up for a second or two; there are no duplicates yet.
@@ -213,31 +246,32 @@ fn make_namespaces(anchor: &Anchor, nodes: &[Node], hosts: &[Host<'_>]) -> Resul
             ip(anchor, ns, ["link set dev lo up"])?;
         }
     }
-    for ns in nodes.iter().map(|node| node.ns.as_str()).chain(["router"]) {
-        sysctl(
-            anchor,
-            ns,
-            &[
-                ("ipv4/ip_forward", "1"),
-                ("ipv6/conf/all/forwarding", "1"),
-                ("ipv4/conf/all/rp_filter", "0"),
-                ("ipv4/conf/default/rp_filter", "0"),
-            ],
-        )?;
+    for ns in nodes.iter().map(|node| node.ns.as_str()).chain(routers.iter().copied()) {
+        sysctl(anchor, ns, &FORWARDING)?;
     }
-    sysctl(
-        anchor,
-        "router",
-        &[
-            // By addresses and ports, so that the connections of one client spread.
-            ("ipv4/fib_multipath_hash_policy", "1"),
-            ("ipv6/fib_multipath_hash_policy", "1"),
-            // The clients are to keep to the router, although some destinations are next to them.
-            ("ipv4/conf/all/send_redirects", "0"),
-            ("ipv4/conf/default/send_redirects", "0"),
-        ],
-    )
+    for router in routers {
+        sysctl(anchor, router, &ROUTING)?;
+    }
+    Ok(())
 }
+
+/// What makes a host forward.
+pub(crate) const FORWARDING: [(&str, &str); 4] = [
+    ("ipv4/ip_forward", "1"),
+    ("ipv6/conf/all/forwarding", "1"),
+    ("ipv4/conf/all/rp_filter", "0"),
+    ("ipv4/conf/default/rp_filter", "0"),
+];
+
+/// What a router has beyond it.
+pub(crate) const ROUTING: [(&str, &str); 4] = [
+    // By addresses and ports, so that the connections of one client spread.
+    ("ipv4/fib_multipath_hash_policy", "1"),
+    ("ipv6/fib_multipath_hash_policy", "1"),
+    // The clients are to keep to the router, although some destinations are next to them.
+    ("ipv4/conf/all/send_redirects", "0"),
+    ("ipv4/conf/default/send_redirects", "0"),
+];
 
 /// The bridge that is the switch, and the address on it of the tests themselves.
 fn switch() -> Vec<String> {
@@ -247,7 +281,7 @@ fn switch() -> Vec<String> {
 }
 
 /// A link comes up with an address of each family.
-fn addresses(link: &str, (ipv4, length): (Ipv4Addr, u8), ipv6: Ipv6Addr) -> [String; 3] {
+pub(crate) fn addresses(link: &str, (ipv4, length): (Ipv4Addr, u8), ipv6: Ipv6Addr) -> [String; 3] {
     [
         format!("link set dev {link} up"),
         format!("addr add {ipv4}/{length} brd + dev {link}"),
@@ -255,7 +289,7 @@ fn addresses(link: &str, (ipv4, length): (Ipv4Addr, u8), ipv6: Ipv6Addr) -> [Str
     ]
 }
 
-fn default_routes(ipv4: IpAddr, ipv6: IpAddr) -> [String; 2] {
+pub(crate) fn default_routes(ipv4: IpAddr, ipv6: IpAddr) -> [String; 2] {
     [
         format!("route add default via {ipv4}"),
         format!("route add default via {ipv6}"),
