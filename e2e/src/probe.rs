@@ -1,6 +1,7 @@
 //! Measuring for how long a client loses a service: a request every few milliseconds, each from a socket of its own.
 //!
-//! Every request is a new flow, as kernels and proxies remember the way of an old one.
+//! Every request is a new flow, as kernels and proxies remember the way of an old one; but for [`Protocol::Flow`], which
+//! is that old one.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -29,6 +30,8 @@ pub enum Protocol {
     Http,
     /// A datagram, which the lab's backends echo.
     Udp,
+    /// The same, but all from one socket: a single flow.
+    Flow,
 }
 
 /// A running probe. Dropping it stops it.
@@ -189,8 +192,63 @@ struct Target {
 fn run(door: &Door, target: Target, record: &Arc<Mutex<Record>>, stopped: oneshot::Receiver<()>) -> Result<()> {
     door.enter_network()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(send(target, record, stopped));
+    match target.protocol {
+        Protocol::Flow => runtime.block_on(flow(target, record, stopped)),
+        Protocol::Http | Protocol::Udp => {
+            runtime.block_on(send(target, record, stopped));
+            Ok(())
+        }
+    }
+}
+
+/// Sends numbered datagrams from one socket, and takes note of those that come back.
+async fn flow(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) -> Result<()> {
+    let socket = udp(target.server).await?;
+    let mut ticks = tokio::time::interval(target.interval);
+    // When each was sent; nothing once it is back.
+    let mut out: Vec<Option<Instant>> = Vec::new();
+    let mut answer = [0; 512];
+    let mut waits_until = None;
+    loop {
+        let is_over = waits_until.is_some();
+        tokio::select! {
+            _ = &mut stopped, if !is_over => {
+                lock(record).stopped = Some(Instant::now());
+                waits_until = Some(tokio::time::Instant::now() + PATIENCE);
+            }
+            // Whatever the network says of one datagram, the next may pass.
+            Ok(length) = socket.recv(&mut answer) => {
+                let text = String::from_utf8_lossy(answer.get(..length).unwrap_or_default());
+                let mut words = text.split_whitespace().skip(2);
+                let (node, number) = (words.next().unwrap_or_default(), words.next().and_then(|word| word.parse().ok()));
+                if number.and_then(|number: usize| out.get_mut(number)).and_then(Option::take).is_some() {
+                    lock(record).answers.push((Instant::now(), node.to_owned()));
+                }
+            }
+            _ = ticks.tick(), if !is_over => {
+                lock(record).sent += 1;
+                let _ = socket.try_send(out.len().to_string().as_bytes());
+                out.push(Some(Instant::now()));
+            }
+            () = tokio::time::sleep_until(waits_until.unwrap_or_else(tokio::time::Instant::now)), if is_over => break,
+        }
+        if waits_until.is_some() && out.iter().all(Option::is_none) {
+            break;
+        }
+    }
+    lock(record).losses.extend(out.into_iter().flatten());
     Ok(())
+}
+
+async fn udp(server: SocketAddr) -> Result<UdpSocket> {
+    let any: SocketAddr = if server.is_ipv4() {
+        ([0; 4], 0).into()
+    } else {
+        ([0; 16], 0).into()
+    };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(server).await?;
+    Ok(socket)
 }
 
 async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) {
@@ -226,14 +284,8 @@ async fn ask(target: Target) -> Result<String> {
             let uri: Uri = format!("http://{}/", target.server).parse()?;
             Ok(http::request(stream, &uri, started).await?.node)
         }
-        Protocol::Udp => {
-            let any: SocketAddr = if target.server.is_ipv4() {
-                ([0; 4], 0).into()
-            } else {
-                ([0; 16], 0).into()
-            };
-            let socket = UdpSocket::bind(any).await?;
-            socket.connect(target.server).await?;
+        Protocol::Udp | Protocol::Flow => {
+            let socket = udp(target.server).await?;
             socket.send(b"probe").await?;
             let mut answer = [0; 512];
             let length = socket.recv(&mut answer).await?;

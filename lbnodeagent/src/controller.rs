@@ -340,8 +340,10 @@ impl<'a> Agent<'a> {
         let subnets = plan::subnets(&snapshot, &config);
         let now = self.started.elapsed();
         let mut candidates = self.presence.candidates(now, &self.settings.node, living);
+        let is_drained = self.cluster.is_excluded(&self.settings.node);
         let this = Candidate {
             addresses: subnets.clone(),
+            is_withdrawn: is_drained,
             ..Candidate::default()
         };
         candidates.insert(self.settings.node.clone(), this);
@@ -377,6 +379,7 @@ impl<'a> Agent<'a> {
         self.tell_members(Meta {
             subnets,
             generation: self.generation,
+            is_drained,
             ..self.meta.clone()
         })
         .await;
@@ -521,7 +524,7 @@ impl<'a> Agent<'a> {
         if meta == self.meta {
             return;
         }
-        tracing::info!(subnets = ?meta.subnets, leaving = meta.is_leaving, "telling the members");
+        tracing::info!(subnets = ?meta.subnets, leaving = meta.is_leaving, drained = meta.is_drained, "telling the members");
         match self.links.members.set_meta(&meta).await {
             Ok(0) => {}
             Ok(left_out) => tracing::warn!(

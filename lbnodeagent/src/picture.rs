@@ -38,6 +38,11 @@ pub enum Seen {
 /// The label that ties an EndpointSlice to its Service (KEP-752).
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// The label of nodes that load balancers leave out, whatever its value (KEP-1143).
+const EXCLUDED: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
+/// The taint of a node that is about to be deleted, for which load balancers leave it out too (KEP-3458).
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+
 /// The API server's side of the picture.
 #[derive(Debug, Default)]
 pub struct Cluster {
@@ -86,6 +91,16 @@ impl Cluster {
     pub fn labels(&self, node: &str) -> BTreeMap<String, String> {
         let node = self.nodes.get(&(String::new(), node.to_owned()));
         node.map(|node| node.labels().clone()).unwrap_or_default()
+    }
+
+    /// Whether a node is to carry no load balancer's traffic: its label says so (KEP-1143), or it is about to be deleted
+    /// (KEP-3458). A cordon does not: it is about new Pods.
+    pub fn is_excluded(&self, node: &str) -> bool {
+        let Some(node) = self.nodes.get(&(String::new(), node.to_owned())) else {
+            return false;
+        };
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        node.labels().contains_key(EXCLUDED) || taints.into_iter().any(|taint| taint.key == TO_BE_DELETED)
     }
 
     /// The other nodes and their InternalIPs.
@@ -254,6 +269,33 @@ mod tests {
         assert_eq!(read.pool_type, Some(Announce::Remote));
         assert_eq!(announced(&service("other", "LoadBalancer", "Cluster")), None);
         assert_eq!(announced(&service("PureLB", "ClusterIP", "Cluster")), None);
+    }
+
+    #[test]
+    fn a_node_is_excluded_by_its_label_or_the_autoscalers_taint_and_not_by_a_cordon() {
+        let mut cluster = Cluster::default();
+        for (name, labels, spec, expected) in [
+            ("plain", json!({"a": "b"}), json!({}), false),
+            ("labelled", json!({EXCLUDED: ""}), json!({}), true),
+            ("labelled false", json!({EXCLUDED: "false"}), json!({}), true),
+            (
+                "cordoned",
+                json!({}),
+                json!({"unschedulable": true, "taints": [{"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}]}),
+                false,
+            ),
+            (
+                "scaled down",
+                json!({}),
+                json!({"taints": [{"key": TO_BE_DELETED, "effect": "NoSchedule"}]}),
+                true,
+            ),
+        ] {
+            let node = json!({"metadata": {"name": name, "labels": labels}, "spec": spec});
+            cluster.see(Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap())));
+            assert_eq!(cluster.is_excluded(name), expected, "{name}");
+        }
+        assert!(!cluster.is_excluded("unknown"));
     }
 
     #[test]
