@@ -5,12 +5,15 @@ SHELL := /bin/bash
 
 # System packages, Debian's names. `make setup` installs those that are missing.
 PACKAGES := bird2 build-essential ca-certificates conntrack curl frr gobgpd iproute2 ipset iptables iputils-arping \
-            iputils-ping nftables procps tcpdump
+            iputils-ping keepalived nftables procps tcpdump
 
 # Tests that start clusters: two at a time is what two cores carry.
 THREADS ?= 2
 
-.PHONY: help setup build kubernetes demo lab test lint unit e2e chart crds manifest deny clean
+# How often bench-failover does everything it measures.
+ROUNDS ?= 20
+
+.PHONY: help setup build kubernetes demo lab test lint unit e2e chart bench-failover crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +59,10 @@ chart: ## The chart's tests; the manifest must be what it renders
 e2e: kubernetes ## Tests on real clusters in network namespaces (as root)
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --package e2e -- --test-threads $(THREADS)
+
+bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
+	@cargo build --quiet --locked --workspace --bins
+	@target/debug/bench-failover $(ROUNDS)
 
 crds: ## Write crds/*.yaml from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds
