@@ -86,6 +86,7 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
     let (sender, mut inputs) = mpsc::unbounded_channel();
     watch_all(&client, &settings.namespace, &sender);
 
+    let again = Arc::new(Notify::new());
     let mut agent = Agent::new(
         client.clone(),
         settings,
@@ -94,11 +95,11 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
             announcer: Arc::new(announcer),
             members: &members,
             watcher: &watcher,
+            again: again.clone(),
         },
         peers,
         sender,
     );
-    let again = Arc::new(Notify::new());
     let mut announcing = std::pin::pin!(greeting::keep_announcing(
         agent.links.announcer.clone(),
         agent.held.subscribe(),
@@ -165,6 +166,8 @@ struct Links<'a> {
     announcer: Arc<Announcer>,
     members: &'a Members,
     watcher: &'a Watcher,
+    /// Asks for everything held to be announced again.
+    again: Arc<Notify>,
 }
 
 struct Agent<'a> {
@@ -208,6 +211,8 @@ struct Agent<'a> {
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// Services whose annotation is being written.
     annotating: BTreeSet<ServiceKey>,
+    /// When this node last wrote that it announces an address, while it does.
+    claimed: BTreeMap<(ServiceKey, IpAddr), Instant>,
     /// What was last said of an LBNodeAgent, by its title, and of a Service's address.
     told: HashMap<(String, String), Notice>,
     wake_at: Option<Instant>,
@@ -250,6 +255,7 @@ impl<'a> Agent<'a> {
             held: watch::Sender::new(Held::new()),
             lingering: BTreeMap::new(),
             annotating: BTreeSet::new(),
+            claimed: BTreeMap::new(),
             told: HashMap::new(),
             wake_at: None,
         }
@@ -271,6 +277,9 @@ impl<'a> Agent<'a> {
             }
             Input::Annotated(key, result) => {
                 self.annotating.remove(&key);
+                if result.is_err() {
+                    self.claimed.retain(|(claimed, _), _| *claimed != key);
+                }
                 match *result {
                     Ok(service) => self.cluster.service_written(service),
                     // Someone else changed it first, or it is gone: the watch tells, and we look again.

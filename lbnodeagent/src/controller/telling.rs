@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use crds::event::Notice;
 use crds::service::annotation;
@@ -9,6 +10,7 @@ use crds::{Announce, Family, ServiceKey};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{Agent, Input, RETRY};
 use crate::annotation as announcing;
@@ -17,6 +19,9 @@ use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::plan::{Plan, Verdict};
+
+/// How often an entry is written again that another node keeps overwriting.
+const CONTESTED: Duration = Duration::from_secs(10);
 
 impl Agent<'_> {
     /// Tells neighbours and users what changed. `is_adopted`: the address was there when this process
@@ -134,8 +139,13 @@ impl Agent<'_> {
     /// so yet.
     pub(super) fn annotate(&mut self, plan: &Plan) {
         let mut wanted: BTreeMap<ServiceKey, BTreeMap<IpAddr, Option<String>>> = BTreeMap::new();
+        self.claimed.retain(|known, _| {
+            let verdict = plan.verdicts.get(known);
+            verdict.is_some_and(|verdict| matches!(verdict, Verdict::Local(_)))
+        });
         for ((key, ip), verdict) in &plan.verdicts {
             let own = match verdict {
+                Verdict::Local(_) if self.is_contested(key, *ip) => continue,
                 Verdict::Local(placed) if self.announcing.contains_key(&(key.clone(), *ip)) => {
                     Some(placed.interface.clone())
                 }
@@ -162,6 +172,9 @@ impl Agent<'_> {
                 "annotations": changed,
             }});
             self.annotating.insert(key.clone());
+            let now = Instant::now();
+            let claims = own.iter().filter(|(_, interface)| interface.is_some());
+            self.claimed.extend(claims.map(|(ip, _)| ((key.clone(), *ip), now)));
             let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
             let sender = self.sender.clone();
             tokio::spawn(async move {
@@ -171,6 +184,27 @@ impl Agent<'_> {
                 let _ = sender.send(Input::Annotated(key, Box::new(result)));
             });
         }
+    }
+
+    /// Whether another node has overwritten what this one wrote a moment ago while it announces on: in a cluster that is
+    /// split both sides do, each for its part of the network, and writing at once would only go to and fro.
+    fn is_contested(&mut self, key: &ServiceKey, ip: IpAddr) -> bool {
+        let Some(claimed) = self.claimed.get(&(key.clone(), ip)) else {
+            return false;
+        };
+        let said = self.cluster.announced().get(key);
+        let other = said.and_then(|announced| announced.announcers.get(&ip));
+        if other.is_none_or(|other| *other == self.settings.node) {
+            return false;
+        }
+        let left = CONTESTED.saturating_sub(claimed.elapsed());
+        if left.is_zero() {
+            // It has told the neighbours too.
+            self.links.again.notify_one();
+            return false;
+        }
+        self.wake_in(left);
+        true
     }
 
     /// Whether a Service's addresses come from a v1 group, whose annotations have v1's form.
