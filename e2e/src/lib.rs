@@ -10,6 +10,7 @@
 
 mod anchor;
 mod audit;
+pub mod chart;
 mod control_plane;
 mod cutter;
 mod http;

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, wait_until};
+use e2e::{Lab, chart, wait_until};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
@@ -231,6 +232,53 @@ impl Stage {
         self.routes_are("a Service was deleted", &held).await?;
 
         self.local_follows_endpoints(&mut held).await
+    }
+
+    /// The same with the chart's daemon, from the `values.yaml` of this topology, and `check` while it runs. Returns when its
+    /// last Pod has stopped.
+    pub(crate) async fn chart_does_it_too(
+        &self,
+        (topology, sets): (&str, &[&str]),
+        entries: &Names,
+        check: impl AsyncFnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let values = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("topologies")
+            .join(topology)
+            .join("values.yaml");
+        let template = if sets.iter().all(|set| set.starts_with("frr")) {
+            "frr.yaml"
+        } else {
+            "bird.yaml"
+        };
+        let manifest = chart::render(&[template], &[&values])?;
+        self.lab.apply(&manifest).await?;
+        let mut processes = Vec::new();
+        for set in sets {
+            processes.extend(self.lab.run_daemon_set(set).await?.into_values());
+        }
+        let started = Instant::now();
+        self.routes_are(&format!("the chart's {sets:?}"), &self.usual()).await?;
+        println!(
+            "the chart's {sets:?}: routes complete after {} ms",
+            started.elapsed().as_millis()
+        );
+        for vip in [VIP, VIP6] {
+            self.answers(vip).await?;
+            self.entries_are("outside", vip, entries).await?;
+        }
+        check().await?;
+        for process in processes {
+            process.stop().await?;
+        }
+        for set in sets {
+            self.lab
+                .kubectl(["delete", "-n", "purelb", "daemonset,configmap", set])
+                .await?;
+        }
+        self.routes_are("the chart's daemon has stopped", &Routes::new())
+            .await
+            .map(drop)
     }
 
     /// With `externalTrafficPolicy: Local` the next hops are the nodes with ready endpoints.
