@@ -14,9 +14,9 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
-use crds::service::{ingress, is_load_balancer, is_ours};
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey};
-use daemon::{Change, Mirror, Reporter};
+use crds::service::{annotation, ingress, is_load_balancer, is_ours};
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, annotations};
+use daemon::{Change, Mirror, Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::Api;
@@ -32,6 +32,7 @@ use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
 use crate::ledger::{Claim, Ledger};
+use crate::metrics::Metrics;
 use crate::notices;
 use crate::patch::{assignment, guarded, load_balancer, withdrawal};
 use crate::refusal::Refusal;
@@ -56,15 +57,16 @@ enum Input {
     Retry(ServiceKey),
 }
 
-/// Runs until the watches end, which they do not. Dropping the future ends its writes with it.
+/// Runs until the watches end, which they do not. Dropping the future ends its writes with it. `ready` is told
+/// when the whole picture has been read.
 ///
 /// # Errors
 /// When the input streams end.
-pub async fn run(client: Client, settings: Settings) -> anyhow::Result<()> {
+pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &Ready) -> anyhow::Result<()> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
     daemon::watch(Api::all(client.clone()), &sender, Input::Service);
     daemon::watch(Api::all(client.clone()), &sender, Input::Group);
-    let mut controller = Controller::new(client, settings, sender);
+    let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
         let flush = controller.status_due;
         tokio::select! {
@@ -82,6 +84,8 @@ struct Controller {
     reporter: Reporter,
     sender: mpsc::UnboundedSender<Input>,
     slots: Arc<Semaphore>,
+    metrics: Metrics,
+    ready: Ready,
 
     services: Mirror<Service>,
     groups: Mirror<ServiceGroup>,
@@ -109,7 +113,13 @@ struct Controller {
 }
 
 impl Controller {
-    fn new(client: Client, settings: Settings, sender: mpsc::UnboundedSender<Input>) -> Self {
+    fn new(
+        client: Client,
+        settings: Settings,
+        sender: mpsc::UnboundedSender<Input>,
+        metrics: Metrics,
+        ready: Ready,
+    ) -> Self {
         let life = CancellationToken::new();
         Self {
             _end: life.clone().drop_guard(),
@@ -120,6 +130,8 @@ impl Controller {
             client,
             settings,
             sender,
+            metrics,
+            ready,
             slots: Arc::new(Semaphore::new(daemon::CONCURRENCY)),
             services: Mirror::default(),
             groups: Mirror::default(),
@@ -141,6 +153,9 @@ impl Controller {
     }
 
     fn take(&mut self, input: Input) {
+        if matches!(input, Input::Service(_) | Input::Group(_)) {
+            self.metrics.client.updates.inc();
+        }
         match input {
             Input::Service(event) => self.service_event(event),
             Input::Group(event) => self.group_event(event),
@@ -148,6 +163,8 @@ impl Controller {
             Input::StatusWritten(key, result) => self.status_written(&key, result),
             Input::Retry(key) => self.reconcile(&key),
         }
+        let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);
+        self.metrics.waiting.set(waiting);
     }
 
     // ---- Services -------------------------------------------------------------------------------
@@ -218,6 +235,8 @@ impl Controller {
             self.reconcile(key);
         }
         self.is_starting = false;
+        self.ready.set(Ok(()));
+        self.metrics.client.config_loaded.set(1);
         self.usage_changed();
     }
 
@@ -347,6 +366,9 @@ impl Controller {
                 self.tell_once(key, service, notices::incomplete(refusal));
             }
             if ingress(service) != grant.addresses {
+                let group = grant.groups.first().and_then(|name| self.ledger.group(name));
+                let is_balanced = group.is_some_and(|group| group.balance_pools) && request.claim.sharing_key.is_none();
+                self.metrics.granted(&grant, is_balanced);
                 let granted = Granted {
                     notices: notices::granted(service, request, &grant),
                     addresses: grant.addresses,
@@ -415,6 +437,8 @@ impl Controller {
             return;
         }
         if !saying.is_said(service) {
+            let asked = annotation(service, annotations::SERVICE_GROUP);
+            self.metrics.rejected(refusal, asked);
             self.tell_once(key, service, notices::refused(service, refusal));
         }
         let mut status = json!({"conditions": saying.among_others(service)});

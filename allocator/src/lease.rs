@@ -16,6 +16,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use daemon::Ready;
 use futures::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::jiff::Timestamp;
@@ -52,10 +53,18 @@ impl Times {
     }
 }
 
+/// Whose the Lease is, as far as is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Term {
+    Unknown,
+    Anothers,
+    /// Ours, until then.
+    Ours(Instant),
+}
+
 /// A candidate for the Lease.
 pub struct Candidate {
-    /// Until when we hold the Lease, as far as is known.
-    term: watch::Receiver<Option<Instant>>,
+    term: watch::Receiver<Term>,
     resign: oneshot::Sender<()>,
     task: JoinHandle<()>,
 }
@@ -63,7 +72,7 @@ pub struct Candidate {
 impl Candidate {
     /// Runs for the Lease as `identity`, the Pod's name: a container that is restarted goes on at once.
     pub fn new(client: Client, namespace: &str, identity: &str, times: Times) -> Self {
-        let (sender, term) = watch::channel(None);
+        let (sender, term) = watch::channel(Term::Unknown);
         let (resign, resigned) = oneshot::channel();
         let candidacy = Candidacy {
             client,
@@ -79,20 +88,25 @@ impl Candidate {
         }
     }
 
-    /// Waits until we lead.
+    /// Waits until we lead. `ready` is told when another does, and that is known: it stands by.
     ///
     /// # Errors
     /// When the candidacy ended, which it does not by itself.
-    pub async fn elected(&mut self) -> anyhow::Result<()> {
-        let is_leading = |term: &Option<Instant>| term.is_some_and(|until| until > Instant::now());
-        self.term.wait_for(is_leading).await.context("the candidacy ended")?;
-        Ok(())
+    pub async fn elected(&mut self, ready: &Ready) -> anyhow::Result<()> {
+        loop {
+            match *self.term.borrow_and_update() {
+                Term::Ours(until) if until > Instant::now() => return Ok(()),
+                Term::Anothers => ready.set(Ok(())),
+                Term::Ours(_) | Term::Unknown => ready.set(Err("no answer about the Lease")),
+            }
+            self.term.changed().await.context("the candidacy ended")?;
+        }
     }
 
     /// Waits until we do not lead any more.
     pub async fn deposed(&mut self) {
         loop {
-            let Some(until) = *self.term.borrow_and_update() else {
+            let Term::Ours(until) = *self.term.borrow_and_update() else {
                 return;
             };
             tokio::select! {
@@ -116,7 +130,7 @@ struct Candidacy {
     namespace: String,
     identity: String,
     times: Times,
-    term: watch::Sender<Option<Instant>>,
+    term: watch::Sender<Term>,
 }
 
 impl Candidacy {
@@ -185,7 +199,7 @@ impl Candidacy {
         let Some(holder) = &spec.holder_identity else {
             // A fresh one nobody has held yet is being taken already.
             let was_held = spec.lease_transitions.is_some();
-            return was_held && self.term.borrow().is_none();
+            return was_held && !matches!(*self.term.borrow(), Term::Ours(_));
         };
         if *holder != self.identity {
             self.lost();
@@ -197,12 +211,16 @@ impl Candidacy {
                 .duration
                 .saturating_sub(self.times.margin())
                 .saturating_sub(age);
-            self.term.send_replace(Some(Instant::now() + left));
+            self.term.send_replace(Term::Ours(Instant::now() + left));
         }
         false
     }
 
     fn lost(&self) {
-        self.term.send_if_modified(|term| term.take().is_some());
+        self.term.send_if_modified(|term| {
+            let is_news = *term != Term::Anothers;
+            *term = Term::Anothers;
+            is_news
+        });
     }
 }

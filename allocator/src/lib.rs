@@ -11,6 +11,7 @@ pub mod decide;
 pub mod groups;
 pub mod lease;
 pub mod ledger;
+pub mod metrics;
 pub mod namespaces;
 pub mod notices;
 pub mod patch;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use allocator::bootstrap;
 use allocator::controller::{self, Settings};
 use allocator::lease::{Candidate, Times};
+use allocator::metrics::Metrics;
 use anyhow::Context;
 use clap::Parser;
 
@@ -33,6 +34,8 @@ async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     flags.common.start_log()?;
     let client = flags.common.client().await?;
+    let metrics = Metrics::default();
+    let ready = daemon::serve(&flags.common.listen, None, metrics.registry()).await?;
     let settings = Settings {
         namespace: flags.common.namespace,
         is_default: flags.default_announcer == crds::annotations::BRAND,
@@ -62,16 +65,20 @@ async fn main() -> anyhow::Result<()> {
     let mut stop = std::pin::pin!(daemon::asked_to_stop());
     let signal = loop {
         tokio::select! {
-            elected = candidate.elected() => elected?,
+            elected = candidate.elected(&ready) => elected?,
             signal = &mut stop => break signal?,
         }
         tracing::info!(instance = settings.instance, "leading");
+        ready.set(Err("reading Services and ServiceGroups"));
+        metrics.leading.set(1);
         // The picture is read from the start: what was true before this term is not.
         tokio::select! {
-            ended = controller::run(client.clone(), settings.clone()) => ended?,
+            ended = controller::run(client.clone(), settings.clone(), &metrics, &ready) => ended?,
             () = candidate.deposed() => tracing::warn!(instance = settings.instance, "not leading any more"),
             signal = &mut stop => break signal?,
         }
+        metrics.not_leading();
+        ready.set(Err("waiting for the Lease"));
     };
     tracing::info!(signal, "stopping");
     candidate.resign().await;

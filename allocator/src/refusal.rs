@@ -198,6 +198,29 @@ impl Refusal {
         }
     }
 
+    /// The group it is about, where it is about one.
+    pub fn group(&self) -> Option<&str> {
+        match self {
+            Self::UnknownGroup { group, .. }
+            | Self::Elsewhere { group, .. }
+            | Self::Exhausted { group, .. }
+            | Self::NoFamily { group, .. }
+            | Self::GroupClosed { group, .. }
+            | Self::NamespaceConfined { group, .. }
+            | Self::MultiPoolBalanced(group)
+            | Self::RangesFull { group, .. } => Some(group),
+            Self::NotInAnyGroup(_)
+            | Self::InvalidAddress(_)
+            | Self::TwoOfAFamily(..)
+            | Self::FamilyNotAsked { .. }
+            | Self::SharingKey { .. }
+            | Self::PortInUse { .. }
+            | Self::BoundElsewhere { .. }
+            | Self::Ambiguous(_)
+            | Self::MultiPoolShared => None,
+        }
+    }
+
     /// The word for this reason in `purelb_address_pool_allocation_rejected_total`.
     pub const fn reason(&self) -> &'static str {
         match self {

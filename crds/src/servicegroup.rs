@@ -355,6 +355,21 @@ impl ServiceGroupSpec {
         })
     }
 
+    /// The source it names: `local`, `remote`, `external` or `netbox`; `none` where it names none.
+    pub const fn kind(&self) -> &'static str {
+        if self.local.is_some() {
+            "local"
+        } else if self.remote.is_some() {
+            "remote"
+        } else if self.external.is_some() {
+            "external"
+        } else if self.netbox.is_some() {
+            "netbox"
+        } else {
+            "none"
+        }
+    }
+
     fn parse_source(&self) -> Result<Group, GroupError> {
         let (announce, pools, flat, skip_ipv6_dad) = if let Some(local) = &self.local {
             let announce = if self.announce.is_some() {

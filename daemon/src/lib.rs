@@ -1,7 +1,8 @@
-//! What both processes need to run: flags they share, logs, the API client, watches, events, signals.
+//! What both processes need to run: flags they share, logs, metrics, the API client, watches, events, signals.
 //!
 //! Nothing here knows what an allocator or a node agent does.
 
+mod http;
 mod report;
 mod watch;
 
@@ -14,6 +15,7 @@ use kube::{Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use report::{CONCURRENCY, Reporter};
 pub use watch::{Change, Key, Mirror, watch};
 
@@ -32,6 +34,9 @@ pub struct Common {
     /// How it is logged.
     #[arg(long, env = "PURELB_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
+    /// Where metrics and health are served.
+    #[command(flatten)]
+    pub listen: Listen,
 }
 
 /// How log lines look.

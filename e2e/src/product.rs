@@ -54,14 +54,17 @@ impl Lab {
         self.start_replica("allocator", &[]).await
     }
 
-    /// Starts an allocator as the Pod `name` of several, in the one network namespace they share here.
+    /// Starts an allocator as the Pod `name` of several, in the one network namespace they share here: only the one named
+    /// `allocator` serves metrics, on port 7472.
     pub async fn start_replica(&self, name: &str, environment: &[(&str, &str)]) -> Result<Process> {
         let program = own_binary("allocator")?;
         let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "allocator").await?;
         pods::wire_allocator(self, ALLOCATOR_NS)
             .await
             .context("wiring up the allocator's Pod")?;
+        let port = if name == ALLOCATOR_NS { "7472" } else { "0" };
         let own = [
+            ("PURELB_PORT", port),
             ("KUBECONFIG", kubeconfig.as_str()),
             ("PURELB_NAMESPACE", NAMESPACE),
             ("PURELB_POD_NAME", name),

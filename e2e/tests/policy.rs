@@ -352,3 +352,57 @@ fn of_two_services_with_one_address_the_older_keeps_it() -> Result<()> {
         .await
     })
 }
+
+#[test]
+fn both_programs_serve_metrics_and_health() -> Result<()> {
+    with_allocator(async |lab, allocator| {
+        create(
+            lab,
+            "default",
+            "web",
+            json!({"spec": {"ipFamilyPolicy": "RequireDualStack"}}),
+        )
+        .await?;
+        create(lab, "default", "lost", in_group("nowhere")).await?;
+        has(lab, "default", "web", &["10.31.200.1", "fd00:10:31::c8:1"]).await?;
+        says(
+            lab,
+            "default",
+            "lost",
+            ("False", "UnknownPool", "unknown pool \"nowhere\""),
+        )
+        .await?;
+        let own = "http://127.0.0.1:7472";
+        wait_until("the allocator tells all of it", SOON, async || {
+            let scraped = lab.curl("allocator", &format!("{own}/metrics")).await?;
+            for line in [
+                "purelb_address_pool_size{pool=\"default\"} 60.0",
+                "purelb_address_pool_addresses_in_use{pool=\"default\"} 2.0",
+                "purelb_address_pool_used{pool=\"default\",family=\"IPv6\"} 1.0",
+                "purelb_address_pool_free{pool=\"default\",family=\"IPv6\"} 29.0",
+                "purelb_address_pool_allocation_rejected_total{pool=\"<unknown>\",reason=\"unknown_pool\"} 1",
+                "purelb_allocator_services_waiting 1",
+                "purelb_k8s_client_config_loaded_bool 1",
+            ] {
+                ensure!(
+                    scraped.lines().any(|found| found == line),
+                    "{line} is not in\n{scraped}"
+                );
+            }
+            Ok(())
+        })
+        .await?;
+        ensure!(lab.curl("allocator", &format!("{own}/readyz")).await? == "ready\n");
+        ensure!(lab.curl("allocator", &format!("{own}/healthz")).await? == "ok\n");
+        let _agent = lab.start_agent("m").await?;
+        wait_until("the agent is ready", SOON, async || {
+            let state = lab.curl("m", "http://10.31.188.1:7472/readyz").await?;
+            ensure!(state == "ready\n", "{state}");
+            Ok(())
+        })
+        .await?;
+        let scraped = lab.curl("m", "http://10.31.188.1:7472/metrics").await?;
+        ensure!(scraped.contains("purelb_k8s_client_config_loaded_bool 1"), "{scraped}");
+        allocator.check()
+    })
+}

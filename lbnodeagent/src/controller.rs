@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
 use crds::{LBNodeAgent, ServiceKey};
-use daemon::Reporter;
+use daemon::{ClientMetrics, Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
 use kube::Client;
 use kube::api::Api;
@@ -69,7 +69,13 @@ enum Input {
 ///
 /// # Errors
 /// When gossip or netlink cannot start, or the input streams end.
-pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn run(
+    client: Client,
+    settings: Settings,
+    metrics: ClientMetrics,
+    ready: Ready,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let kernel = Kernel::connect().context("reaching the kernel; the agent needs NET_ADMIN")?;
     let announcer = Announcer::open().context("announcing addresses; the agent needs NET_RAW")?;
     let (members, mut living) = Members::start(members::Config {
@@ -96,6 +102,8 @@ pub async fn run(client: Client, settings: Settings, stop: impl Future<Output = 
             members: &members,
             watcher: &watcher,
             again: again.clone(),
+            metrics,
+            ready,
         },
         peers,
         sender,
@@ -168,6 +176,8 @@ struct Links<'a> {
     watcher: &'a Watcher,
     /// Asks for everything held to be announced again.
     again: Arc<Notify>,
+    metrics: ClientMetrics,
+    ready: Ready,
 }
 
 struct Agent<'a> {
@@ -264,6 +274,7 @@ impl<'a> Agent<'a> {
     fn take(&mut self, input: Input) {
         match input {
             Input::Seen(seen) => {
+                self.links.metrics.updates.inc();
                 let is_node = matches!(seen, Seen::Node(_));
                 self.cluster.see(seen);
                 if is_node {
@@ -285,6 +296,7 @@ impl<'a> Agent<'a> {
                     // Someone else changed it first, or it is gone: the watch tells, and we look again.
                     Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => {}
                     Err(error) => {
+                        self.links.metrics.update_errors.inc();
                         tracing::warn!(service = %key, %error, "annotation not written, will try again");
                         self.wake_in(RETRY);
                     }
@@ -326,6 +338,8 @@ impl<'a> Agent<'a> {
             self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || age >= SETTLING;
             if self.is_settled {
                 tracing::info!(members = living.len(), "ready");
+                self.links.ready.set(Ok(()));
+                self.links.metrics.config_loaded.set(1);
             } else {
                 self.wake_in(SETTLING.saturating_sub(age));
             }

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use anyhow::Context;
 use clap::Parser;
+use daemon::ClientMetrics;
 use lbnodeagent::controller::{self, Settings};
 use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
 
@@ -38,6 +39,8 @@ async fn main() -> anyhow::Result<()> {
         .iter()
         .filter(|key| !key.is_empty())
         .map(String::as_bytes);
+    let metrics = ClientMetrics::default();
+    let ready = daemon::serve(&flags.common.listen, Some(flags.host), metrics.registry()).await?;
     let settings = Settings {
         node: flags.node_name,
         host: flags.host,
@@ -57,5 +60,5 @@ async fn main() -> anyhow::Result<()> {
             Err(error) => tracing::error!(%error, "signals cannot be waited for"),
         }
     };
-    controller::run(client, settings, stop).await
+    controller::run(client, settings, metrics, ready, stop).await
 }

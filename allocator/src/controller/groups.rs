@@ -67,7 +67,19 @@ impl Controller {
             .collect();
         self.verdicts = verdicts;
         self.ledger.set_groups(valid);
+        self.metrics.groups(self.verdicts.iter().filter_map(|(key, verdict)| {
+            let object = self.groups.get(key)?;
+            Some((key, verdict, object.spec.kind()))
+        }));
+        self.measure();
         true
+    }
+
+    /// Tells Prometheus how full the groups are.
+    fn measure(&self) {
+        for (key, verdict) in &self.verdicts {
+            self.metrics.usage(&key.1, verdict, &self.ledger);
+        }
     }
 
     pub(super) fn usage_changed(&mut self) {
@@ -76,6 +88,7 @@ impl Controller {
 
     pub(super) fn write_statuses(&mut self) {
         self.status_due = None;
+        self.measure();
         for (key, verdict) in &self.verdicts {
             let current = status::status(verdict, &key.1, &self.ledger);
             let known = self
@@ -95,6 +108,7 @@ impl Controller {
     }
 
     pub(super) fn status_written(&mut self, key: &GroupKey, result: kube::Result<ServiceGroup>) {
+        self.metrics.status_written(&result);
         match result {
             Ok(_) => {}
             Err(kube::Error::Api(status)) if status.is_not_found() => {}

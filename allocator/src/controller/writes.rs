@@ -91,6 +91,7 @@ impl Controller {
             // Gone meanwhile: the watch says so as well.
             Err(kube::Error::Api(status)) if status.is_not_found() => {}
             Err(error) => {
+                self.metrics.client.update_errors.inc();
                 let failures = self.failures.entry(key.clone()).or_default();
                 *failures += 1;
                 let wait = RETRY_MIN.saturating_mul(1 << (*failures - 1).min(10)).min(RETRY_MAX);
