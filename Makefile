@@ -13,7 +13,7 @@ THREADS ?= 2
 # How often bench-failover does everything it measures.
 ROUNDS ?= 20
 
-.PHONY: help setup build kubernetes demo lab test lint unit e2e chart bench-failover crds manifest deny clean
+.PHONY: help setup build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root)
 bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/bench-failover $(ROUNDS)
+
+bench-routing: kubernetes ## What a node's death and a lost next hop cost, measured
+	cargo build --quiet --locked --workspace --bins
+	cargo test --quiet --locked --package e2e --test routing -- --ignored --nocapture --test-threads 1 measured
 
 crds: ## Write crds/*.yaml from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds

@@ -2,7 +2,8 @@
 //!
 //! Every Pod that is bound to a node gets a network namespace, addresses of both families, routed as Calico does it (a /32
 //! at the end of a veth pair, no bridge), and `e2e-backend` as its only program, whatever its containers say. Its status
-//! becomes Running and Ready once that answers, so that `EndpointSlices` come from the real controllers. Pods of the host
+//! becomes Running and Ready once that answers, so that `EndpointSlices` come from the real controllers. Of a container's
+//! lifecycle only `preStop.sleep` counts. Pods of the host
 //! network and of [`Options::foreign_namespaces`](crate::Options) are left alone.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::TryStreamExt;
-use k8s_openapi::api::core::v1::{Binding, ObjectReference, Pod};
+use k8s_openapi::api::core::v1::{Binding, Node as NodeObject, ObjectReference, Pod};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::watcher::{self, Event, watcher};
@@ -45,6 +46,8 @@ struct Runner {
     lab: Lab,
     /// By UID: where a Pod runs, and the task that runs it until it is told to stop.
     running: HashMap<String, Running>,
+    /// The UIDs of Pods that pause before they stop.
+    ending: BTreeSet<String>,
     /// The numbers taken on each node.
     taken: BTreeMap<String, BTreeSet<u8>>,
     /// Whose turn it is to get a Pod that may run anywhere.
@@ -62,6 +65,7 @@ pub(crate) fn start(lab: &Lab) -> Result<()> {
     let mut runner = Runner {
         lab: lab.clone(),
         running: HashMap::new(),
+        ending: BTreeSet::new(),
         taken: BTreeMap::new(),
         turn: 0,
     };
@@ -106,6 +110,21 @@ impl Runner {
         let uid = pod.uid().context("a Pod without a UID")?;
         let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
         if pod.metadata.deletion_timestamp.is_some() {
+            if let Some(pause) = pause_before_stop(pod)
+                && self.running.contains_key(&uid)
+            {
+                // It goes on serving meanwhile, and ends with its object.
+                if self.ending.insert(uid.clone()) {
+                    let (lab, pod) = (self.lab.clone(), pod.clone());
+                    tokio::spawn(async move {
+                        tokio::time::sleep(pause).await;
+                        if let Err(error) = confirm_deletion(&lab, &pod, uid).await {
+                            eprintln!("pod runner: {error:#}");
+                        }
+                    });
+                }
+                return Ok(());
+            }
             self.stop(pod).await?;
             return confirm_deletion(&self.lab, pod, uid).await;
         }
@@ -131,7 +150,18 @@ impl Runner {
 
     /// What a scheduler does.
     async fn bind(&mut self, pod: &Pod) -> Result<()> {
-        let candidates: Vec<_> = self.lab.nodes().iter().filter(|node| may_run_on(pod, node)).collect();
+        let objects: Api<NodeObject> = Api::all(self.lab.client());
+        let objects = objects.list(&ListParams::default()).await?.items;
+        let is_cordoned = |node: &Node| {
+            let object = objects.iter().find(|object| object.name_any() == node.name);
+            object.and_then(|object| object.spec.as_ref()?.unschedulable) == Some(true)
+        };
+        let candidates: Vec<_> = self
+            .lab
+            .nodes()
+            .iter()
+            .filter(|node| may_run_on(pod, node) && !is_cordoned(node))
+            .collect();
         ensure!(!candidates.is_empty(), "no node matches its selector");
         let node = candidates[self.turn % candidates.len()];
         self.turn += 1;
@@ -196,6 +226,13 @@ impl Runner {
 
 fn pods_beside(lab: &Lab, pod: &Pod) -> Api<Pod> {
     Api::namespaced(lab.client(), &pod.namespace().unwrap_or_default())
+}
+
+/// How long a Pod serves on before it stops: `lifecycle.preStop.sleep` of its first container (KEP-3960).
+fn pause_before_stop(pod: &Pod) -> Option<Duration> {
+    let container = pod.spec.as_ref()?.containers.first()?;
+    let sleep = container.lifecycle.as_ref()?.pre_stop.as_ref()?.sleep.as_ref()?;
+    u64::try_from(sleep.seconds).ok().map(Duration::from_secs)
 }
 
 /// Does the Pod's node selector, or the affinity that a `DaemonSet` gives it, allow this node?

@@ -15,6 +15,7 @@ use hyper::Uri;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::anchor::Door;
 use crate::http;
@@ -204,7 +205,7 @@ fn run(door: &Door, target: Target, record: &Arc<Mutex<Record>>, stopped: onesho
 /// Sends numbered datagrams from one socket, and takes note of those that come back.
 async fn flow(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) -> Result<()> {
     let socket = udp(target.server).await?;
-    let mut ticks = tokio::time::interval(target.interval);
+    let mut ticks = steady(target.interval);
     // When each was sent; nothing once it is back.
     let mut out: Vec<Option<Instant>> = Vec::new();
     let mut answer = [0; 512];
@@ -251,8 +252,16 @@ async fn udp(server: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
+/// A tick that a busy machine has missed is not made up for: a burst would fill the sockets' buffers and lose requests that nobody
+/// but the probe is to blame for.
+fn steady(interval: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
+}
+
 async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) {
-    let mut ticks = tokio::time::interval(target.interval);
+    let mut ticks = steady(target.interval);
     let mut requests = JoinSet::new();
     loop {
         tokio::select! {

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use crate::config::{self, NodeConfig};
 use crate::greeting::{self, Held};
 use crate::isolation::{self, Isolation};
-use crate::kernel::{DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
+use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
 use crate::members::{self, Keys, Living, Members, Meta, Peers};
 use crate::neighbor::Announcer;
 use crate::picture::{Cluster, Seen};
@@ -44,6 +44,8 @@ pub struct Settings {
     pub namespace: String,
     /// The gossip keys.
     pub keys: Keys,
+    /// How long routers may need to stop sending to a node that has withdrawn its routed addresses.
+    pub routers_follow_in: Duration,
 }
 
 /// How long an address stays after another node has won its election: the winner adds it and tells the
@@ -585,6 +587,9 @@ impl<'a> Agent<'a> {
     }
 
     /// Says that this node leaves, gives the others time to take over, and takes everything off.
+    ///
+    /// Routed addresses go first: the other nodes have them already. This node goes on forwarding what still comes for them, and
+    /// the process stays until routers have had the time to send it elsewhere, since who stops it may be about to stop the node.
     async fn withdraw(&mut self) {
         let has_others = self.links.members.snapshot().len() > 1;
         self.tell_members(Meta {
@@ -595,18 +600,32 @@ impl<'a> Agent<'a> {
         let Ok(snapshot) = self.links.kernel.snapshot().await else {
             return;
         };
-        let changes = difference(&BTreeSet::new(), &snapshot);
-        if has_others && !changes.is_empty() {
+        let dummy = self.dummy.as_deref().and_then(|name| snapshot.link_named(name));
+        let (routed, local): (Vec<_>, Vec<_>) = difference(&BTreeSet::new(), &snapshot)
+            .into_iter()
+            .partition(|change| dummy.is_some_and(|link| link.index == change.key().0));
+        self.take_off(&routed).await;
+        let routers_know = Instant::now() + self.settings.routers_follow_in;
+        if has_others && !local.is_empty() {
             tokio::time::sleep(HANDOVER).await;
         }
         self.held.send_replace(Held::new());
-        let applied = self.links.kernel.apply(&changes).await;
-        let failed = applied.iter().filter(|step| step.result.is_err()).count();
-        tracing::info!(addresses = applied.len(), failed, cause = "stopping", "withdrawn");
+        self.take_off(&local).await;
+        if has_others && !routed.is_empty() {
+            tokio::time::sleep_until(routers_know).await;
+        }
         if let Some(name) = self.dummy.take()
             && let Err(error) = self.links.kernel.remove_dummy(&name).await
         {
             tracing::warn!(interface = name, %error, "dummy interface not removed");
+        }
+    }
+
+    async fn take_off(&self, changes: &[Change]) {
+        let applied = self.links.kernel.apply(changes).await;
+        let failed = applied.iter().filter(|step| step.result.is_err()).count();
+        if !applied.is_empty() {
+            tracing::info!(addresses = applied.len(), failed, cause = "stopping", "withdrawn");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The node agent's process: flags, wiring, shutdown.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
@@ -26,6 +27,9 @@ struct Flags {
     /// A second key that is accepted too, while keys are changed.
     #[arg(long, env = "ML_GROUP_SECONDARY", hide_env_values = true)]
     second_gossip_key: Option<String>,
+    /// Seconds between taking routed addresses off and the end of this process: routers follow within them.
+    #[arg(long, env = "PURELB_ROUTERS_FOLLOW_SECONDS", default_value = "5", value_parser = clap::value_parser!(u16).range(0..=600))]
+    routers_follow_seconds: u16,
 }
 
 #[tokio::main]
@@ -46,6 +50,7 @@ async fn main() -> anyhow::Result<()> {
         host: flags.host,
         namespace: flags.common.namespace,
         keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
+        routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

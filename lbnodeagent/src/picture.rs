@@ -54,7 +54,7 @@ pub struct Cluster {
     announced: BTreeMap<ServiceKey, Announced>,
     valid_groups: BTreeMap<String, Group>,
     /// Nodes with usable endpoints, by Service and slice.
-    endpoints: BTreeMap<ServiceKey, BTreeMap<String, BTreeSet<String>>>,
+    endpoints: BTreeMap<ServiceKey, BTreeMap<String, Usable>>,
 }
 
 impl Cluster {
@@ -188,15 +188,25 @@ impl Cluster {
         }
     }
 
+    /// Nodes with a ready endpoint. Where there is none at all, those with one that still serves while it terminates: like
+    /// kube-proxy (KEP-1669), but for all nodes, so that traffic has moved elsewhere before the endpoint ends.
     fn endpoint_nodes(&self, key: &ServiceKey) -> BTreeSet<String> {
-        self.endpoints
-            .get(key)
-            .into_iter()
-            .flat_map(BTreeMap::values)
-            .flatten()
-            .cloned()
-            .collect()
+        let slices = || self.endpoints.get(key).into_iter().flat_map(BTreeMap::values);
+        let ready: BTreeSet<String> = slices().flat_map(|slice| &slice.ready).cloned().collect();
+        if ready.is_empty() {
+            return slices().flat_map(|slice| &slice.serving).cloned().collect();
+        }
+        ready
     }
+}
+
+/// Nodes with endpoints of a slice.
+#[derive(Debug, Default)]
+struct Usable {
+    /// That are ready.
+    ready: BTreeSet<String>,
+    /// That serve while they terminate (KEP-1672).
+    serving: BTreeSet<String>,
 }
 
 /// A Service's part in the picture; `None` when it has no addresses of ours.
@@ -223,17 +233,21 @@ fn announced(service: &Service) -> Option<Announced> {
     })
 }
 
-/// Nodes of a slice with an endpoint that is ready, or still serving while it terminates (KEP-1672).
-fn usable_nodes(slice: &EndpointSlice) -> BTreeSet<String> {
-    let endpoints = slice.endpoints.iter();
-    endpoints
-        .filter(|endpoint| {
-            let conditions = endpoint.conditions.as_ref();
-            let is_ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-            is_ready || conditions.and_then(|c| c.serving).unwrap_or(false)
-        })
-        .filter_map(|endpoint| endpoint.node_name.clone())
-        .collect()
+/// Nodes of a slice with endpoints that traffic may go to.
+fn usable_nodes(slice: &EndpointSlice) -> Usable {
+    let mut usable = Usable::default();
+    for endpoint in &slice.endpoints {
+        let Some(node) = endpoint.node_name.clone() else {
+            continue;
+        };
+        let conditions = endpoint.conditions.as_ref();
+        if conditions.and_then(|c| c.ready).unwrap_or(true) {
+            usable.ready.insert(node);
+        } else if conditions.and_then(|c| c.serving).unwrap_or(false) {
+            usable.serving.insert(node);
+        }
+    }
+    usable
 }
 
 fn internal_ips(node: &Node) -> Vec<IpAddr> {
@@ -299,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_count_while_ready_or_serving_and_leave_with_their_slice() {
+    fn endpoints_that_terminate_count_where_none_is_ready_and_all_leave_with_their_slice() {
         let slice = |name: &str, conditions: serde_json::Value, node: &str| -> EndpointSlice {
             serde_json::from_value(json!({
                 "metadata": {"namespace": "default", "name": name, "labels": {SERVICE_NAME: "web"}},
@@ -333,7 +347,7 @@ mod tests {
             let announced = cluster.announced().values().next().unwrap();
             announced.endpoint_nodes.iter().cloned().collect::<Vec<_>>()
         };
-        assert_eq!(nodes(&cluster), ["serving", "unknown-is-ready"]);
+        assert_eq!(nodes(&cluster), ["unknown-is-ready"]);
         cluster.see(Seen::Slice(watcher::Event::Delete(slice(
             "a",
             json!({}),

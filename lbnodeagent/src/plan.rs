@@ -27,7 +27,7 @@ pub struct Announced {
     pub pool_type: Option<Announce>,
     /// `externalTrafficPolicy: Local`: only nodes with a ready endpoint serve it.
     pub is_traffic_local: bool,
-    /// Nodes with an endpoint that is ready, or serving while it terminates.
+    /// Nodes with an endpoint that is ready; where there is none, with one that serves while it terminates.
     pub endpoint_nodes: BTreeSet<String>,
     /// Who announces an address, as its annotation says.
     pub announcers: BTreeMap<IpAddr, String>,

@@ -1,8 +1,11 @@
 //! Routed VIPs on networks of several kinds: the same Services, the same expectations, other daemons and other wires.
 //!
-//! The configurations of nodes and routers are in `topologies/`.
+//! The configurations of nodes and routers are in `topologies/`; `docs/routing.md` has the pictures.
 
 mod calico;
+mod docs;
+mod leaving;
+mod measured;
 mod sites;
 mod stage;
 

@@ -141,7 +141,7 @@ impl Stage {
     }
 
     /// What routers have of the Services in `services.yaml`.
-    fn usual(&self) -> BTreeMap<String, Names> {
+    pub(crate) fn usual(&self) -> BTreeMap<String, Names> {
         let exact = [format!("{VIP}/32"), format!("{VIP6}/128")];
         let prefixes = AGGREGATES.iter().map(|prefix| (*prefix).to_owned()).chain(exact);
         prefixes.map(|prefix| (prefix, self.all_nodes())).collect()
