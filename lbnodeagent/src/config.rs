@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crds::LBNodeAgent;
-use crds::lbnodeagent::LocalConfig;
+use crds::lbnodeagent::{AddressOptions, LocalConfig};
 use kube::core::{Selector, SelectorExt};
 use kube::{Resource, ResourceExt};
 use regex::Regex;
 
+use crate::kernel::{Lifetime, VipAddress};
 use crate::neighbor::Repetition;
 
 /// Rounds of announcements where none are configured.
@@ -38,10 +39,56 @@ pub struct NodeConfig {
     pub announcements: Option<Repetition>,
     /// Whether ownership is looked at again before each.
     pub verifies: bool,
-    /// Whether local VIPs come without the kernel's prefix route.
-    pub local_without_route: bool,
-    /// Whether routed VIPs come without the kernel's prefix route.
-    pub routed_without_route: bool,
+    /// How the kernel keeps local VIPs.
+    pub local_addresses: AddressStyle,
+    /// How the kernel keeps routed VIPs.
+    pub routed_addresses: AddressStyle,
+}
+
+/// How the kernel keeps VIPs of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AddressStyle {
+    /// How long, unless refreshed.
+    pub valid: Lifetime,
+    /// How long it calls them preferred, where that is configured. IPv6 VIPs on nodes' own interfaces never are.
+    pub preferred: Option<Lifetime>,
+    /// Whether they come without the kernel's prefix route, where that is configured.
+    pub no_prefix_route: Option<bool>,
+}
+
+/// The shortest lifetime, in seconds: an address is refreshed when half of it is over.
+const LEAST_LIFETIME: u32 = 60;
+
+impl AddressStyle {
+    fn read(options: Option<&AddressOptions>) -> Self {
+        let seconds = |lifetime: Option<u32>| lifetime.filter(|seconds| *seconds > 0);
+        let options = options.cloned().unwrap_or_default();
+        let valid = seconds(options.valid_lifetime).map(|valid| valid.max(LEAST_LIFETIME));
+        let preferred = seconds(options.preferred_lifetime);
+        Self {
+            valid: valid.map_or(Lifetime::Forever, Lifetime::Seconds),
+            preferred: preferred.map(|preferred| Lifetime::Seconds(preferred.min(valid.unwrap_or(u32::MAX)))),
+            no_prefix_route: options.no_prefix_route,
+        }
+    }
+
+    /// A VIP on a node's own interface, kept like this.
+    pub fn local(&self, vip: VipAddress) -> VipAddress {
+        VipAddress {
+            valid: self.valid,
+            preferred: self.preferred.unwrap_or(self.valid),
+            no_prefix_route: self.no_prefix_route.unwrap_or(vip.no_prefix_route),
+            ..vip
+        }
+    }
+
+    /// A VIP on the dummy interface, kept like this.
+    pub fn routed(&self, vip: VipAddress) -> VipAddress {
+        VipAddress {
+            is_deprecated: vip.is_deprecated && self.preferred.is_none(),
+            ..self.local(vip)
+        }
+    }
 }
 
 /// What is wrong with an LBNodeAgent, in words for its author.
@@ -101,9 +148,6 @@ impl NodeConfig {
         };
         let garp = config.garp_config.clone().unwrap_or_default();
         let options = config.address_config.clone().unwrap_or_default();
-        let without_route = |options: Option<crds::lbnodeagent::AddressOptions>| {
-            options.and_then(|o| o.no_prefix_route).unwrap_or(false)
-        };
         Ok(Self {
             local,
             extra: config.interfaces.clone().unwrap_or_default(),
@@ -118,8 +162,8 @@ impl NodeConfig {
                 },
             }),
             verifies: garp.verify_before_send.unwrap_or(true),
-            local_without_route: without_route(options.local_interface),
-            routed_without_route: without_route(options.dummy_interface),
+            local_addresses: AddressStyle::read(options.local_interface.as_ref()),
+            routed_addresses: AddressStyle::read(options.dummy_interface.as_ref()),
         })
     }
 }
@@ -204,6 +248,65 @@ mod tests {
             (own.initial_delay.as_millis(), own.interval.as_secs(), own.count),
             (100, 1, 5)
         );
+    }
+
+    #[test]
+    fn lifetimes_are_at_least_a_minute_and_preferred_ends_with_valid() {
+        let read = |options: serde_json::Value| {
+            let config = json!({"addressConfig": {"localInterface": options.clone(), "dummyInterface": options}});
+            let config = NodeConfig::read(&serde_json::from_value(config).unwrap()).unwrap();
+            let local = config
+                .local_addresses
+                .local(VipAddress::local(2, "fd00::1".parse().unwrap(), 64));
+            let routed = config
+                .routed_addresses
+                .routed(VipAddress::routed(3, "fd00::1".parse().unwrap(), 64));
+            assert!(local.is_deprecated, "whatever is configured");
+            assert_eq!(local.valid, routed.valid);
+            let no_route = (local.no_prefix_route, routed.no_prefix_route);
+            (local.valid, local.preferred, routed.is_deprecated, no_route)
+        };
+        let (forever, seconds) = (Lifetime::Forever, Lifetime::Seconds);
+        for (name, options, expected) in [
+            ("nothing", json!({}), (forever, forever, true, (true, false))),
+            (
+                "never",
+                json!({"validLifetime": 0, "preferredLifetime": 0}),
+                (forever, forever, true, (true, false)),
+            ),
+            (
+                "upstream's",
+                json!({"validLifetime": 300}),
+                (seconds(300), seconds(300), true, (true, false)),
+            ),
+            (
+                "short",
+                json!({"validLifetime": 5}),
+                (seconds(60), seconds(60), true, (true, false)),
+            ),
+            (
+                "preferred for longer than valid",
+                json!({"validLifetime": 100, "preferredLifetime": 200}),
+                (seconds(100), seconds(100), false, (true, false)),
+            ),
+            (
+                "preferred for a while, valid for ever",
+                json!({"preferredLifetime": 200}),
+                (forever, seconds(200), false, (true, false)),
+            ),
+            (
+                "a route",
+                json!({"noPrefixRoute": false}),
+                (forever, forever, true, (false, false)),
+            ),
+            (
+                "no route",
+                json!({"noPrefixRoute": true}),
+                (forever, forever, true, (true, true)),
+            ),
+        ] {
+            assert_eq!(read(options), expected, "{name}");
+        }
     }
 
     #[test]

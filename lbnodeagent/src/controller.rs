@@ -575,11 +575,7 @@ impl<'a> Agent<'a> {
             let until = *self.lingering.get(&key).unwrap_or(&(now + LINGER));
             lingering.insert(key, until);
             if until > now {
-                desired.insert(VipAddress {
-                    no_prefix_route: address.has_no_prefix_route,
-                    is_deprecated: address.is_deprecated,
-                    ..VipAddress::local(address.link, address.ip, address.prefix_len)
-                });
+                desired.insert(VipAddress::held(address));
                 self.wake_in(until - now);
             }
         }

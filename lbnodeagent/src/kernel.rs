@@ -4,8 +4,8 @@
 //! the planner's business, which compares its wish with a [`Snapshot`] through [`difference`] and hands the [`Change`]s
 //! to [`Kernel::apply`].
 //!
-//! The kernel is reconciled, not remembered: nothing here is cached. What is ours is marked in the kernel itself with
-//! [`ADDRESS_PROTOCOL`], so that an agent that was killed finds its addresses again and never touches anybody else's.
+//! The kernel is reconciled, not remembered: nothing here is cached. What is ours is marked in the kernel itself, see
+//! [`Mark`], so that an agent that was killed finds its addresses again and never touches anybody else's.
 
 mod apply;
 mod difference;
@@ -31,9 +31,9 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use apply::{Added, Applied};
-pub use difference::{Change, Lifetime, VipAddress, difference};
+pub use difference::{Change, Lifetime, VipAddress, difference, refresh_in};
 pub use dummy::{DummyKind, DummyLink, peer_name};
-pub use snapshot::{ADDRESS_PROTOCOL, Address, DefaultRoute, Link, Snapshot};
+pub use snapshot::{ADDRESS_METRIC, ADDRESS_PROTOCOL, Address, DefaultRoute, Link, Snapshot};
 
 /// Longest time to wait for the kernel's answer. It answers within the system call; only a lost answer takes longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -93,11 +93,39 @@ impl KernelError {
     }
 }
 
+/// How an address is marked as ours, in the kernel itself: it outlasts the process and needs no file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// By [`ADDRESS_PROTOCOL`].
+    Protocol,
+    /// By [`ADDRESS_METRIC`], where the kernel is too old for that.
+    Metric,
+}
+
+impl Mark {
+    /// The mark that the running kernel keeps. Both are always recognised.
+    pub fn of_this_kernel() -> Self {
+        let release = nix::sys::utsname::uname().ok();
+        let release = release.as_ref().and_then(|name| name.release().to_str());
+        release.map_or(Self::Protocol, Self::of_release)
+    }
+
+    /// `IFA_PROTO` came with Linux 5.18; before it the kernel ignores the attribute silently.
+    fn of_release(release: &str) -> Self {
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) if (major, minor) < (5, 18) => Self::Metric,
+            _ => Self::Protocol,
+        }
+    }
+}
+
 /// A connection to the kernel of the network namespace it was made in. Dropping it ends its tasks.
 #[derive(Debug)]
 pub struct Kernel {
     handle: Handle,
     changed: Arc<Notify>,
+    mark: Mark,
     tasks: [JoinHandle<()>; 2],
 }
 
@@ -113,6 +141,11 @@ impl Kernel {
     /// Connects to the kernel and subscribes to its changes. Must be called inside a tokio runtime, on a thread that is
     /// in the network namespace wanted: sockets stay where they were opened.
     pub fn connect() -> Result<Self, KernelError> {
+        Self::connect_marking(Mark::of_this_kernel())
+    }
+
+    /// As [`Kernel::connect`], with a mark of one's choice: tests try that for old kernels on new ones.
+    pub fn connect_marking(mark: Mark) -> Result<Self, KernelError> {
         let changed = Arc::new(Notify::new());
         let watcher = watch::Watcher::open().map_err(KernelError::Socket)?;
         let (mut connection, handle, _) = rtnetlink::new_connection().map_err(KernelError::Socket)?;
@@ -125,7 +158,12 @@ impl Kernel {
             tokio::spawn(connection),
             tokio::spawn(watcher.run(Arc::clone(&changed))),
         ];
-        Ok(Self { handle, changed, tasks })
+        Ok(Self {
+            handle,
+            changed,
+            mark,
+            tasks,
+        })
     }
 
     /// Resolves when a link, an address or a default route has changed since it last resolved, by whomever, this agent
@@ -205,5 +243,24 @@ fn tolerate_existing(result: Result<(), KernelError>) -> Result<(), KernelError>
     match result {
         Err(error) if error.is_any_of(&[Errno::EEXIST]) => Ok(()),
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_before_5_18_keep_no_address_protocol() {
+        for (release, expected) in [
+            ("4.19.0-27-amd64", Mark::Metric),
+            ("5.15.0-1066-aws", Mark::Metric),
+            ("5.18.0", Mark::Protocol),
+            ("6.1", Mark::Protocol),
+            ("10.0-rc1", Mark::Protocol),
+            ("what", Mark::Protocol),
+        ] {
+            assert_eq!(Mark::of_release(release), expected, "{release}");
+        }
     }
 }

@@ -323,10 +323,10 @@ fn routed(picture: &Picture<'_>, service: &Announced, vip: IpAddr, pool: Option<
     // Without its group the widest that is safe is the address alone.
     let prefix_len = pool.map_or(Family::of(vip).bits(), Pool::routed_prefix);
     Verdict::Routed(Placed {
-        address: VipAddress {
-            no_prefix_route: picture.config.routed_without_route,
-            ..VipAddress::routed(link.index, vip, prefix_len)
-        },
+        address: picture
+            .config
+            .routed_addresses
+            .routed(VipAddress::routed(link.index, vip, prefix_len)),
         interface: link.name.clone(),
     })
 }
@@ -363,10 +363,10 @@ fn place(picture: &Picture<'_>, vip: IpAddr) -> Option<Placed> {
             .filter(|net| net.contains(&vip))
             .max_by_key(|net| net.prefix_len())?;
         Some(Placed {
-            address: VipAddress {
-                no_prefix_route: picture.config.local_without_route,
-                ..VipAddress::local(link.index, vip, subnet.prefix_len())
-            },
+            address: picture
+                .config
+                .local_addresses
+                .local(VipAddress::local(link.index, vip, subnet.prefix_len())),
             interface: link.name.clone(),
         })
     })
@@ -381,7 +381,8 @@ fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> 
     };
     links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
     let mut seen = BTreeSet::new();
-    links.retain(|link| link.is_usable() && link.name != config.dummy && seen.insert(link.index));
+    let fits = |link: &Link| link.is_usable() && !kernel.is_port(link) && link.name != config.dummy;
+    links.retain(|link| fits(link) && seen.insert(link.index));
     links
 }
 

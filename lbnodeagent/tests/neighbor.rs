@@ -6,17 +6,13 @@ mod common;
 
 use std::cell::Cell;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::process::{Child, Command};
 use std::time::Duration;
 
-use common::{in_namespace, ip, veth_pair};
+use common::{Neighbour, Tap, in_namespace, ip, veth_pair};
 use lbnodeagent::kernel::{Kernel, Link};
 use lbnodeagent::neighbor::{
     AnnounceError, Announcer, Repetition, Target, gratuitous_arp_reply, gratuitous_arp_request, unsolicited_na,
 };
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, socket};
 
 const NOW: Repetition = Repetition {
     initial_delay: Duration::ZERO,
@@ -33,36 +29,6 @@ async fn link(name: &str) -> Link {
         .link_named(name)
         .unwrap()
         .clone()
-}
-
-/// Every frame that arrives in this namespace.
-struct Tap(OwnedFd);
-
-impl Tap {
-    fn open() -> Self {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        Self(socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).unwrap())
-    }
-
-    /// The frames that arrived on a link so far and that the filter accepts.
-    fn frames(&self, link: u32, accepts: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
-        const OUTGOING: u8 = 4;
-        let mut frames = Vec::new();
-        loop {
-            let mut buffer = [0; 2048];
-            match recvfrom::<LinkAddr>(self.0.as_raw_fd(), &mut buffer) {
-                Ok((length, from)) => {
-                    let from = from.unwrap();
-                    let frame = &buffer[..length];
-                    if from.ifindex() == link as usize && from.pkttype() != OUTGOING && accepts(frame) {
-                        frames.push(frame.to_vec());
-                    }
-                }
-                Err(Errno::EAGAIN) => return frames,
-                Err(errno) => panic!("{errno}"),
-            }
-        }
-    }
 }
 
 #[test]
@@ -93,47 +59,6 @@ fn the_frames_arrive_as_built_at_the_other_end_of_the_wire() {
         let is_advertisement = |frame: &[u8]| frame[..6] == [0x33, 0x33, 0, 0, 0, 1] && frame[54] == 136;
         assert_eq!(tap.frames(far0.index, is_advertisement), expected);
     });
-}
-
-/// A neighbour: a process in a further namespace, with the other end of the wire.
-struct Neighbour(Child);
-
-impl Neighbour {
-    fn new() -> Self {
-        let neighbour = Self(Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap());
-        // The child has its namespace when it has become `sleep`.
-        let comm = format!("/proc/{}/comm", neighbour.0.id());
-        while std::fs::read_to_string(&comm).unwrap().trim() != "sleep" {
-            std::thread::yield_now();
-        }
-        ip(&format!("link set far0 netns {}", neighbour.0.id()));
-        neighbour.ip("address add 10.31.0.2/16 dev far0");
-        neighbour.ip("address add 2001:db8::2/64 dev far0 nodad");
-        neighbour.ip("link set far0 up");
-        neighbour
-    }
-
-    fn ip(&self, arguments: &str) -> String {
-        let target = self.0.id().to_string();
-        let output = Command::new("nsenter")
-            .args(["--net", "--target", &target, "ip"])
-            .args(arguments.split_whitespace())
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "ip {arguments}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        String::from_utf8(output.stdout).unwrap()
-    }
-}
-
-impl Drop for Neighbour {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 #[test]

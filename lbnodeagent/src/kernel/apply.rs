@@ -1,5 +1,6 @@
 //! Carrying out changes of addresses: idempotent, and many requests in flight.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::{StreamExt, stream};
@@ -10,15 +11,13 @@ use rtnetlink::packet_route::address::{
 };
 
 use super::difference::{Change, Lifetime, VipAddress};
-use super::snapshot::{ADDRESS_PROTOCOL, Address};
-use super::{Kernel, KernelError, answer, tolerate_existing};
+use super::parse::FOREVER;
+use super::snapshot::{ADDRESS_METRIC, ADDRESS_PROTOCOL, Address};
+use super::{Kernel, KernelError, Mark, answer, tolerate_existing};
 
 /// Requests in flight at once. Enough to hide the way through the connection's task, few enough for their answers to
 /// fit the socket's default buffer of 208 KiB.
 const IN_FLIGHT: usize = 64;
-
-/// `INFINITY_LIFE_TIME` (`net/addrconf.h`).
-const FOREVER: u32 = u32::MAX;
 
 /// The answers that mean that an address is not there to be removed.
 const GONE: [Errno; 4] = [Errno::EADDRNOTAVAIL, Errno::ENODEV, Errno::ENOENT, Errno::ENXIO];
@@ -28,8 +27,7 @@ const GONE: [Errno; 4] = [Errno::EADDRNOTAVAIL, Errno::ENODEV, Errno::ENOENT, Er
 pub enum Added {
     /// It was not there and is now.
     New,
-    /// It was there already and stays; a finite lifetime begins anew. Also where the kernel keeps no marks and it could
-    /// be anybody's.
+    /// It was there already and stays; a finite lifetime begins anew.
     Present,
     /// It was there, ours but with another prefix or other flags, and was made as wanted.
     Replaced,
@@ -78,6 +76,9 @@ impl Kernel {
     pub async fn apply(&self, changes: &[Change]) -> Vec<Applied> {
         let mut applied = Vec::with_capacity(changes.len());
         applied.extend(self.apply_additions(changes).await);
+        if let Err(error) = self.spare_secondaries(changes).await {
+            tracing::warn!(%error, "cannot tell which addresses would go with ours");
+        }
         for kind in [is_replacement, is_removal] {
             let steps = changes.iter().copied().filter(kind);
             let results = stream::iter(steps)
@@ -131,6 +132,7 @@ impl Kernel {
     async fn apply_one(&self, change: Change) -> Result<(), KernelError> {
         match change {
             Change::Add(vip) => self.add_address(&vip).await.map(|_| ()),
+            Change::Refresh(vip) => self.request_add(&vip, true).await,
             Change::Remove { link, ip, prefix_len } => self.request_remove(link, ip, prefix_len).await,
             Change::Replace { old_prefix_len, new } => self.replace(old_prefix_len, &new).await,
         }
@@ -154,8 +156,6 @@ impl Kernel {
     /// The kernel says the address exists already: makes it as wanted if it is ours.
     async fn settle_existing(&self, vip: &VipAddress, actual: &[Address]) -> Result<Added, KernelError> {
         let same = |address: &&Address| (address.link, address.ip) == (vip.link, vip.ip);
-        // Where the kernel keeps no marks nobody can tell whose it is: left as it is, whatever its flags.
-        let keeps_marks = actual.iter().any(|address| address.protocol.is_some());
         let found = actual
             .iter()
             .filter(same)
@@ -163,9 +163,8 @@ impl Kernel {
         match found {
             // Gone again in the meantime.
             None => self.request_add(vip, false).await.map(|()| Added::New),
-            Some(address) if keeps_marks && !address.is_ours => Ok(Added::Foreign),
-            Some(address) if !address.is_ours && vip.valid == Lifetime::Forever => Ok(Added::Present),
-            Some(address) if address.is_ours && !vip.is_met_by(address) => {
+            Some(address) if !address.is_ours => Ok(Added::Foreign),
+            Some(address) if vip.valid == Lifetime::Forever && !vip.is_met_by(address) => {
                 self.replace(address.prefix_len, vip).await?;
                 Ok(Added::Replaced)
             }
@@ -175,9 +174,34 @@ impl Kernel {
         }
     }
 
+    /// Makes sure that no other address goes with one of ours. When the primary IPv4 address of a subnet is removed the
+    /// kernel removes the others as well, the node's own among them, unless the link has `promote_secondaries`.
+    async fn spare_secondaries(&self, changes: &[Change]) -> Result<(), KernelError> {
+        let is_v4 = |change: &&Change| matches!(change.key().1, IpAddr::V4(_));
+        let goes = |change: &&Change| !matches!(change, Change::Add(_) | Change::Refresh(_));
+        let going: BTreeSet<(u32, IpAddr)> = changes.iter().filter(is_v4).filter(goes).map(Change::key).collect();
+        if going.is_empty() {
+            return Ok(());
+        }
+        let actual = self.addresses().await?;
+        let primaries = actual
+            .iter()
+            .filter(|address| !address.is_secondary && going.contains(&(address.link, address.ip)));
+        let has_others = |primary: &&Address| {
+            actual
+                .iter()
+                .any(|other| other.is_secondary && other.is_beside(primary))
+        };
+        let links: BTreeSet<u32> = primaries.filter(has_others).map(|address| address.link).collect();
+        for link in links {
+            self.promote_secondaries(link).await?;
+        }
+        Ok(())
+    }
+
     async fn request_add(&self, vip: &VipAddress, in_place: bool) -> Result<(), KernelError> {
         let mut request = self.handle.address().add(vip.link, vip.ip, vip.prefix_len);
-        *request.message_mut() = message(vip);
+        *request.message_mut() = message(vip, self.mark);
         if in_place {
             request = request.replace();
         }
@@ -196,7 +220,7 @@ impl Kernel {
 }
 
 const fn is_replacement(change: &Change) -> bool {
-    matches!(change, Change::Replace { .. })
+    matches!(change, Change::Refresh(_) | Change::Replace { .. })
 }
 
 const fn is_removal(change: &Change) -> bool {
@@ -217,7 +241,7 @@ fn plain_message(link: u32, ip: IpAddr, prefix_len: u8) -> AddressMessage {
     }
 }
 
-fn message(vip: &VipAddress) -> AddressMessage {
+fn message(vip: &VipAddress, mark: Mark) -> AddressMessage {
     let mut message = plain_message(vip.link, vip.ip, vip.prefix_len);
     let mut flags = AddressFlags::empty();
     if vip.ip.is_ipv6() {
@@ -232,21 +256,23 @@ fn message(vip: &VipAddress) -> AddressMessage {
         message.header.flags = AddressHeaderFlags::from_bits_retain(low);
         message.attributes.push(AddressAttribute::Flags(flags));
     }
-    let valid = match vip.valid {
+    let seconds = |lifetime| match lifetime {
         Lifetime::Forever => FOREVER,
         Lifetime::Seconds(seconds) => seconds,
     };
+    let valid = seconds(vip.valid);
     let preferred = if vip.ip.is_ipv6() && vip.is_deprecated {
         0
     } else {
-        valid
+        seconds(vip.preferred).min(valid)
     };
     let mut cache = CacheInfo::default();
     cache.ifa_valid = valid;
     cache.ifa_preferred = preferred;
     message.attributes.push(AddressAttribute::CacheInfo(cache));
-    message
-        .attributes
-        .push(AddressAttribute::Protocol(AddressProtocol::Other(ADDRESS_PROTOCOL)));
+    message.attributes.push(match mark {
+        Mark::Protocol => AddressAttribute::Protocol(AddressProtocol::Other(ADDRESS_PROTOCOL)),
+        Mark::Metric => AddressAttribute::RoutePriority(ADDRESS_METRIC),
+    });
     message
 }

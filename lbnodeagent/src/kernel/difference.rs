@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use super::snapshot::{Address, Snapshot};
 
@@ -17,6 +18,20 @@ pub enum Lifetime {
     Seconds(u32),
 }
 
+impl Lifetime {
+    /// Whether an address that has so many seconds left need not be refreshed: it has more than half of them.
+    fn lasts(self, expires_in: Option<u32>) -> bool {
+        match (self, expires_in) {
+            (Self::Forever, None) => true,
+            (Self::Seconds(lifetime), Some(left)) => left >= lifetime / 2 && left <= lifetime,
+            (Self::Forever, Some(_)) | (Self::Seconds(_), None) => false,
+        }
+    }
+}
+
+/// The kernel counts whole seconds.
+const A_BIT: Duration = Duration::from_secs(1);
+
 /// A VIP as the kernel is to hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VipAddress {
@@ -26,8 +41,10 @@ pub struct VipAddress {
     pub ip: IpAddr,
     /// Length of the prefix in bits: the mask of the interface's own subnet, or the aggregation of a routed pool.
     pub prefix_len: u8,
-    /// How long the kernel keeps it.
+    /// How long the kernel keeps it, unless it is refreshed, which [`difference`] asks for when half of it is over.
     pub valid: Lifetime,
+    /// How long the kernel calls it preferred; never longer than it keeps it.
+    pub preferred: Lifetime,
     /// Adds the address with preferred lifetime 0, so that the node never picks it as the source of a connection of its
     /// own. Only IPv6 knows that (RFC 6724 rule 3); IPv4 prefers the primary address of a subnet anyway, and the flag
     /// is ignored.
@@ -44,23 +61,51 @@ impl VipAddress {
             ip,
             prefix_len,
             valid: Lifetime::Forever,
+            preferred: Lifetime::Forever,
             is_deprecated: ip.is_ipv6(),
-            no_prefix_route: false,
+            no_prefix_route: ip.is_ipv6(),
         }
     }
 
     /// A VIP on the dummy interface, with the kernel's prefix route for routing daemons to pick up.
     pub const fn routed(link: u32, ip: IpAddr, prefix_len: u8) -> Self {
         Self {
-            is_deprecated: false,
+            no_prefix_route: false,
             ..Self::local(link, ip, prefix_len)
+        }
+    }
+
+    /// A VIP that stays as it is.
+    pub fn held(address: &Address) -> Self {
+        Self {
+            link: address.link,
+            ip: address.ip,
+            prefix_len: address.prefix_len,
+            valid: address.expires_in.map_or(Lifetime::Forever, Lifetime::Seconds),
+            preferred: Lifetime::Forever,
+            is_deprecated: address.is_deprecated,
+            no_prefix_route: address.has_no_prefix_route,
         }
     }
 
     /// Whether an address of the same link and IP needs no change to be this one.
     pub(super) fn is_met_by(&self, actual: &Address) -> bool {
+        self.has_shape_of(actual) && self.valid.lasts(actual.expires_in) && !actual.is_claimed
+    }
+
+    /// Whether only its lifetime or our mark are to change, which the kernel does in place.
+    fn has_shape_of(&self, actual: &Address) -> bool {
         let deprecated = !self.ip.is_ipv6() || self.is_deprecated == actual.is_deprecated;
         self.prefix_len == actual.prefix_len && self.no_prefix_route == actual.has_no_prefix_route && deprecated
+    }
+
+    /// When an address that is there has to be refreshed; `None`: never.
+    fn refresh_in(&self, actual: &Address) -> Option<Duration> {
+        let Lifetime::Seconds(lifetime) = self.valid else {
+            return None;
+        };
+        let left = actual.expires_in?.saturating_sub(lifetime / 2);
+        Some(Duration::from_secs(left.into()) + A_BIT)
     }
 }
 
@@ -69,7 +114,9 @@ impl VipAddress {
 pub enum Change {
     /// Put the address there.
     Add(VipAddress),
-    /// The address is there but with another prefix or other flags.
+    /// The address is there, but its lifetime runs out or it is not marked as ours: is set right in place.
+    Refresh(VipAddress),
+    /// The address is there but with another prefix or other flags, or before the node's own.
     Replace {
         /// Prefix length it has now.
         old_prefix_len: u8,
@@ -91,15 +138,15 @@ impl Change {
     /// Link and address it is about.
     pub const fn key(&self) -> (u32, IpAddr) {
         match self {
-            Self::Add(vip) | Self::Replace { new: vip, .. } => (vip.link, vip.ip),
+            Self::Add(vip) | Self::Refresh(vip) | Self::Replace { new: vip, .. } => (vip.link, vip.ip),
             Self::Remove { link, ip, .. } => (*link, *ip),
         }
     }
 }
 
-/// The changes from what the kernel holds of ours to what it should hold: additions first, then replacements, then
-/// removals, each in address order, so that an address that moves to another link is never missing. Addresses that are
-/// not ours are not looked at.
+/// The changes from what the kernel holds of ours to what it should hold: additions first, then refreshments and
+/// replacements, then removals, each in address order, so that an address that moves to another link is never missing.
+/// Addresses that are not ours are left alone.
 pub fn difference(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Vec<Change> {
     let wanted: BTreeMap<(u32, IpAddr), &VipAddress> = desired.iter().map(|vip| ((vip.link, vip.ip), vip)).collect();
     let mut held: BTreeMap<(u32, IpAddr), Vec<&Address>> = BTreeMap::new();
@@ -107,6 +154,7 @@ pub fn difference(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Vec<Chan
         held.entry((address.link, address.ip)).or_default().push(address);
     }
 
+    let misplaced = actual.misplaced();
     let mut additions = Vec::new();
     let mut replacements = Vec::new();
     let mut removals = Vec::new();
@@ -116,10 +164,13 @@ pub fn difference(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Vec<Chan
             .remove(key)
             .unwrap_or_default()
             .into_iter()
-            .partition(|address| vip.is_met_by(address));
+            .partition(|address| vip.is_met_by(address) && !misplaced.contains(key));
         if fitting.is_empty() {
             match others.pop() {
                 None => additions.push(Change::Add(**vip)),
+                Some(address) if vip.has_shape_of(address) && !misplaced.contains(key) => {
+                    replacements.push(Change::Refresh(**vip));
+                }
                 Some(address) => replacements.push(Change::Replace {
                     old_prefix_len: address.prefix_len,
                     new: **vip,
@@ -130,6 +181,15 @@ pub fn difference(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Vec<Chan
     }
     removals.extend(held.into_values().flatten().map(removal));
     additions.into_iter().chain(replacements).chain(removals).collect()
+}
+
+/// When the next of the desired addresses that are there wants to be refreshed; `None` where all stay until removed.
+pub fn refresh_in(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Option<Duration> {
+    let finite = desired.iter().filter(|vip| vip.valid != Lifetime::Forever);
+    let finite: BTreeMap<(u32, IpAddr), &VipAddress> = finite.map(|vip| ((vip.link, vip.ip), vip)).collect();
+    let ours = actual.ours();
+    ours.filter_map(|address| finite.get(&(address.link, address.ip))?.refresh_in(address))
+        .min()
 }
 
 const fn removal(address: &Address) -> Change {
@@ -181,10 +241,47 @@ mod tests {
         };
         let deprecated = Address {
             is_deprecated: true,
+            has_no_prefix_route: true,
             ..ours(2, "fd00::5/64")
         };
-        let rows: [Row; 9] = [
+        let claimed = Address {
+            is_claimed: true,
+            ..ours(2, "10.0.0.5/24")
+        };
+        let lasting = |seconds| VipAddress {
+            valid: Lifetime::Seconds(seconds),
+            ..vip(2, "10.0.0.5/24")
+        };
+        let left = |seconds| Address {
+            expires_in: Some(seconds),
+            ..ours(2, "10.0.0.5/24")
+        };
+        let rows: [Row; 13] = [
             ("at rest", vec![], vec![], vec![]),
+            (
+                "left by somebody else and wanted",
+                vec![vip(2, "10.0.0.5/24")],
+                vec![claimed],
+                vec![Change::Refresh(vip(2, "10.0.0.5/24"))],
+            ),
+            (
+                "left by somebody else",
+                vec![],
+                vec![claimed],
+                vec![remove(2, "10.0.0.5/24")],
+            ),
+            (
+                "more than half of its lifetime left",
+                vec![lasting(100)],
+                vec![left(50)],
+                vec![],
+            ),
+            (
+                "less than half of its lifetime left",
+                vec![lasting(100)],
+                vec![left(49)],
+                vec![Change::Refresh(lasting(100))],
+            ),
             (
                 "missing",
                 vec![vip(2, "10.0.0.5/24")],
@@ -258,14 +355,20 @@ mod tests {
             let (link, ip) = change.key();
             let gone = match change {
                 Change::Add(_) => None,
+                Change::Refresh(vip) => Some(vip.prefix_len),
                 Change::Replace { old_prefix_len, .. } => Some(*old_prefix_len),
                 Change::Remove { prefix_len, .. } => Some(*prefix_len),
             };
             addresses.retain(|a| !(a.link == link && a.ip == ip && Some(a.prefix_len) == gone));
-            if let Change::Add(vip) | Change::Replace { new: vip, .. } = change {
+            if let Change::Add(vip) | Change::Refresh(vip) | Change::Replace { new: vip, .. } = change {
                 addresses.push(Address {
                     is_ours: true,
+                    expires_in: match vip.valid {
+                        Lifetime::Forever => None,
+                        Lifetime::Seconds(seconds) => Some(seconds),
+                    },
                     is_deprecated: vip.is_deprecated,
+                    has_no_prefix_route: vip.no_prefix_route,
                     ..Address::new(vip.link, vip.ip, vip.prefix_len)
                 });
             }

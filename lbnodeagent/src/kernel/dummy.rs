@@ -136,7 +136,7 @@ impl Kernel {
         answer(format_args!("set {name} up"), request).await
     }
 
-    async fn promote_secondaries(&self, index: u32) -> Result<(), KernelError> {
+    pub(super) async fn promote_secondaries(&self, index: u32) -> Result<(), KernelError> {
         // The kernel dumps these settings as an array but wants them one attribute each, which the library does not
         // write.
         let setting = attribute(PROMOTE_SECONDARIES, &1_u32.to_ne_bytes());

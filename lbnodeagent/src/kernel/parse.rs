@@ -8,7 +8,10 @@ use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMe
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{RouteAttribute, RouteHeader, RouteMessage, RouteType};
 
-use super::snapshot::{ADDRESS_PROTOCOL, Address, DefaultRoute, Link};
+use super::snapshot::{ADDRESS_METRIC, ADDRESS_PROTOCOL, Address, DefaultRoute, Link};
+
+/// `INFINITY_LIFE_TIME` (`net/addrconf.h`): the lifetime, in seconds, of an address that stays.
+pub(super) const FOREVER: u32 = u32::MAX;
 
 /// The link a `RTM_NEWLINK` message describes.
 pub(super) fn link(message: &LinkMessage) -> Link {
@@ -25,6 +28,7 @@ pub(super) fn link(message: &LinkMessage) -> Link {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
+            LinkAttribute::Controller(index) => link.master = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {
@@ -44,6 +48,8 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
     let mut address = None;
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     let mut protocol = None;
+    let mut metric = None;
+    let mut expires_in = None;
     for attribute in &message.attributes {
         match attribute {
             // On a point-to-point link the address attribute is the peer's, the local one ours.
@@ -51,13 +57,16 @@ pub(super) fn address(message: &AddressMessage) -> Option<Address> {
             AddressAttribute::Address(ip) => address = Some(*ip),
             AddressAttribute::Flags(all) => flags = *all,
             AddressAttribute::Protocol(who) => protocol = Some(u8::from(*who)).filter(|p| *p != 0),
+            AddressAttribute::RoutePriority(priority) => metric = Some(*priority),
+            AddressAttribute::CacheInfo(cache) => expires_in = Some(cache.ifa_valid).filter(|left| *left != FOREVER),
             _ => {}
         }
     }
     let ip: IpAddr = local.or(address)?;
     Some(Address {
         protocol,
-        is_ours: protocol == Some(ADDRESS_PROTOCOL),
+        is_ours: protocol == Some(ADDRESS_PROTOCOL) || metric == Some(ADDRESS_METRIC),
+        expires_in,
         is_secondary: flags.contains(AddressFlags::Secondary),
         is_tentative: flags.contains(AddressFlags::Tentative),
         is_dad_failed: flags.contains(AddressFlags::Dadfailed),

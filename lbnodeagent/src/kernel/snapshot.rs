@@ -13,6 +13,10 @@ use ipnet::IpNet;
 /// to 3 are the kernel's own, the rest is free; `ip address show proto 0x50` lists what is ours.
 pub const ADDRESS_PROTOCOL: u8 = 0x50;
 
+/// Metric of an address's prefix route (`IFA_RT_PRIORITY`, kernel 4.18) that marks an address as ours where the kernel
+/// keeps no protocol: the letters `PuLB`. Nobody sets it by chance, and as a metric it loses against every other route.
+pub const ADDRESS_METRIC: u32 = 0x5075_4c42;
+
 /// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)] // The kernel's flags, each of them independent.
@@ -33,6 +37,8 @@ pub struct Link {
     pub is_noarp: bool,
     /// Ethernet address; `None` for links that have none of six bytes.
     pub mac: Option<[u8; 6]>,
+    /// Index of the link it is a part of (`IFLA_MASTER`): a bridge, a bond, a VRF.
+    pub master: Option<u32>,
 }
 
 impl Link {
@@ -54,8 +60,12 @@ pub struct Address {
     pub prefix_len: u8,
     /// `IFA_PROTO`: who put it there; `None` before kernel 5.18 and for addresses that do not say.
     pub protocol: Option<u8>,
-    /// Whether this agent put it there: by its protocol, or by [`Snapshot::claim`].
+    /// Whether this agent put it there: by its mark, or by [`Snapshot::claim`].
     pub is_ours: bool,
+    /// Ours by [`Snapshot::claim`], and not marked yet.
+    pub is_claimed: bool,
+    /// Seconds until the kernel removes it; `None`: never.
+    pub expires_in: Option<u32>,
     /// `IFA_F_SECONDARY` (IPv4: not the first of its subnet) or temporary (IPv6).
     pub is_secondary: bool,
     /// `IFA_F_TENTATIVE`: duplicate address detection still runs.
@@ -77,6 +87,8 @@ impl Address {
             prefix_len,
             protocol: None,
             is_ours: false,
+            is_claimed: false,
+            expires_in: None,
             is_secondary: false,
             is_tentative: false,
             is_dad_failed: false,
@@ -88,6 +100,11 @@ impl Address {
     /// The prefix it lies in; `None` when the length does not fit the family.
     pub fn subnet(&self) -> Option<IpNet> {
         IpNet::new(self.ip, self.prefix_len).ok().map(|net| net.trunc())
+    }
+
+    /// Whether another address is in the same subnet of the same link.
+    pub(super) fn is_beside(&self, other: &Self) -> bool {
+        self.link == other.link && self.prefix_len == other.prefix_len && self.subnet() == other.subnet()
     }
 
     /// Whether the prefix has room for this one address only: /32 or /128.
@@ -196,18 +213,41 @@ impl Snapshot {
         IpNet::new(address.ip, address.prefix_len).ok()
     }
 
-    /// Whether this kernel keeps `IFA_PROTO`, seen from any address that carries one: from 5.18 the kernel marks `::1`
-    /// and link-local addresses itself. `false` may also mean that there is no such address, as where IPv6 is off.
-    pub fn shows_protocols(&self) -> bool {
-        self.addresses.iter().any(|address| address.protocol.is_some())
+    /// Whether a link is a port of a bridge or of a bond, whose addresses belong on the bridge or bond. A part of a VRF
+    /// has its own.
+    pub fn is_port(&self, link: &Link) -> bool {
+        let master = link.master.and_then(|index| self.link(index));
+        master.is_some_and(|master| ["bridge", "bond", "team", "openvswitch"].contains(&master.kind.as_str()))
     }
 
-    /// Calls addresses ours that the kernel could not mark: those on the dedicated interface, or those a state file
-    /// lists.
+    /// Calls addresses ours that nobody marked, such as those another load balancer left behind. [`super::difference`]
+    /// then marks those that are wanted and removes the others.
     pub fn claim(&mut self, is_ours: impl Fn(&Address) -> bool) {
-        for address in &mut self.addresses {
-            address.is_ours = address.is_ours || is_ours(address);
+        for address in self.addresses.iter_mut().filter(|address| !address.is_ours) {
+            address.is_ours = is_ours(address);
+            address.is_claimed = address.is_ours;
         }
+    }
+
+    /// IPv4 addresses of ours, with their link, that push the node's own address in the same subnet aside: of a subnet's
+    /// addresses the first one is primary, and the node sends from it. A VIP gets there when the node's own address is
+    /// taken off and put on again, as DHCP clients and network managers do.
+    pub fn misplaced(&self) -> BTreeSet<(u32, IpAddr)> {
+        let mut misplaced = BTreeSet::new();
+        let is_own = |address: &&Address| !address.is_ours && address.is_secondary && address.ip.is_ipv4();
+        for own in self.addresses.iter().filter(is_own) {
+            // The kernel lists them in their order.
+            let mut beside = self
+                .addresses
+                .iter()
+                .filter(|address| address.is_beside(own))
+                .peekable();
+            if beside.peek().is_some_and(|primary| primary.is_ours) {
+                let before = beside.take_while(|address| address.is_ours);
+                misplaced.extend(before.map(|vip| (vip.link, vip.ip)));
+            }
+        }
+        misplaced
     }
 }
 
@@ -354,13 +394,14 @@ mod tests {
     }
 
     #[test]
-    fn what_a_state_file_claims_is_ours_and_stays_so() {
+    fn what_is_claimed_is_ours_and_stays_so() {
         let mut snapshot = Snapshot {
             addresses: vec![address(2, "10.0.0.7/24"), address(3, "10.1.0.1/32")],
             ..Snapshot::default()
         };
         snapshot.claim(|address| address.link == 3);
         snapshot.claim(|_| false);
+        assert!(snapshot.addresses[1].is_claimed);
         let ours: Vec<IpAddr> = snapshot.ours().map(|address| address.ip).collect();
         assert_eq!(ours, ["10.1.0.1".parse::<IpAddr>().unwrap()]);
     }
