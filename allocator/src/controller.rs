@@ -6,6 +6,7 @@
 //! exists to repair: after a crash the Services themselves say who holds what.
 
 mod groups;
+mod strangers;
 mod writes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -55,6 +56,7 @@ enum Input {
     Written(ServiceKey, kube::Result<Written>),
     StatusWritten(GroupKey, kube::Result<ServiceGroup>),
     Retry(ServiceKey),
+    Forget(ServiceKey, IpAddr),
 }
 
 /// Runs until the watches end, which they do not. Dropping the future ends its writes with it. `ready` is told
@@ -162,6 +164,7 @@ impl Controller {
             Input::Written(key, result) => self.written(key, result),
             Input::StatusWritten(key, result) => self.status_written(&key, result),
             Input::Retry(key) => self.reconcile(&key),
+            Input::Forget(host, ip) => self.forget_stranger(&host, ip),
         }
         let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);
         self.metrics.waiting.set(waiting);
@@ -325,6 +328,7 @@ impl Controller {
 
     fn serve(&mut self, service: &Arc<Service>, request: &Request) {
         let key = &request.service;
+        self.heed_strangers(service, request);
         let held = self.ledger.addresses_of(key).to_vec();
         let contested = self.contested(key, &held, &request.claim);
         let mut current = held.clone();
@@ -423,7 +427,12 @@ impl Controller {
         instead: &[IpAddr],
     ) {
         for (ip, why) in contested {
-            self.tell_once(key, service, notices::conflict(*ip, why, instead));
+            let notice = strangers::moved(service, *ip, instead);
+            self.tell_once(
+                key,
+                service,
+                notice.unwrap_or_else(|| notices::conflict(*ip, why, instead)),
+            );
         }
     }
 

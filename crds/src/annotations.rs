@@ -27,6 +27,16 @@ pub const RE_EVALUATE: &str = "purelb.io/re-evaluate";
 /// `true`: no duplicate address detection for the Service's IPv6 addresses.
 pub const SKIP_IPV6_DAD: &str = "purelb.io/skip-ipv6-dad";
 
+/// `service-endpoints`: among the nodes that could announce the Service's local addresses, those with a ready
+/// endpoint come first.
+pub const NODE_AFFINITY: &str = "purelb.io/node-affinity";
+/// `false`: the Service is announced only while it has an endpoint.
+pub const ANNOUNCE_WITHOUT_ENDPOINTS: &str = "purelb.io/announce-without-endpoints";
+/// Addresses of the Service that are not announced since a host outside the cluster has them:
+/// `<ip>,<mac>,<node>` entries, separated by spaces and sorted by address. Written by the node that found
+/// it, read by the allocator, which gives another address where the user asked for none in particular.
+pub const ADDRESS_CONFLICT: &str = "purelb.io/address-conflict";
+
 /// Value of [`ALLOCATED_BY`], and of the environment variable `DEFAULT_ANNOUNCER` that makes Services
 /// without a load-balancer class ours.
 pub const BRAND: &str = "PureLB";

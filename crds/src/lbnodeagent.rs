@@ -53,6 +53,10 @@ pub struct LocalConfig {
     /// Gratuitous ARP and unsolicited neighbour advertisements. They are sent by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub garp_config: Option<GarpConfig>,
+    /// Before an address is announced for the first time, ask its segment whether another host has it
+    /// (RFC 5227, RFC 4862), and do not announce it then. Absent: true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detect_conflicts: Option<bool>,
     /// Lifetimes and routes of the addresses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address_config: Option<AddressConfig>,
@@ -108,14 +112,16 @@ pub struct AddressConfig {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AddressOptions {
-    /// Seconds until the kernel drops the address unless it is refreshed; 0: never. Other values below 60
-    /// count as 60.
+    /// Seconds until the kernel drops the address unless it is refreshed, which happens when half of them
+    /// are over. Absent or 0: never. Other values below 60 count as 60.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub valid_lifetime: Option<u32>,
-    /// Seconds until the kernel stops choosing it as a source address; at most validLifetime.
+    /// Seconds until the kernel calls it deprecated; at most validLifetime. Absent or 0: as validLifetime.
+    /// IPv6 addresses on nodes' own interfaces always are deprecated, so that nothing is sent from them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub preferred_lifetime: Option<u32>,
-    /// Do not let the kernel add the prefix route of the address.
+    /// Do not let the kernel add the prefix route of the address. Absent: true for IPv6 addresses on nodes'
+    /// own interfaces, else false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_prefix_route: Option<bool>,
 }

@@ -6,6 +6,7 @@
 //! done with a parsed value belongs to them.
 
 pub mod annotations;
+pub mod conflict;
 pub mod event;
 pub mod lbnodeagent;
 pub mod manifest;

@@ -39,6 +39,8 @@ pub struct NodeConfig {
     pub announcements: Option<Repetition>,
     /// Whether ownership is looked at again before each.
     pub verifies: bool,
+    /// Whether neighbours are asked whether they have an address before it is announced for the first time.
+    pub detects_conflicts: bool,
     /// How the kernel keeps local VIPs.
     pub local_addresses: AddressStyle,
     /// How the kernel keeps routed VIPs.
@@ -105,11 +107,14 @@ pub enum ConfigError {
         /// What the parser says.
         cause: String,
     },
+    /// Another one of the same rank comes first.
+    #[error("LBNodeAgent {0} takes precedence")]
+    Ignored(String),
 }
 
 /// The LBNodeAgent that applies to a node with these labels, of those in the install namespace: one that
-/// selects the node before one without a selector, then by name. Those with a bad selector apply nowhere
-/// and are returned with what is wrong with them.
+/// selects the node before one without a selector, then by name. Those with a bad selector apply nowhere, and of
+/// several of one rank all but the first apply not here: they are returned with what is wrong with them.
 pub fn select<'a>(
     agents: impl IntoIterator<Item = &'a LBNodeAgent>,
     labels: &BTreeMap<String, String>,
@@ -129,8 +134,15 @@ pub fn select<'a>(
             Err(error) => bad.push((agent, ConfigError::Selector(error.to_string()))),
         }
     }
-    let best = fitting.into_iter().min_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-    (best.map(|(_, _, agent)| agent), bad)
+    fitting.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    let mut fitting = fitting.into_iter();
+    let Some((rank, _, best)) = fitting.next() else {
+        return (None, bad);
+    };
+    // That a catch-all is not asked where one selects the node is what catch-alls are for.
+    let rivals = fitting.filter(|(other, _, _)| *other == rank);
+    bad.extend(rivals.map(|(_, _, agent)| (agent, ConfigError::Ignored(title(best)))));
+    (Some(best), bad)
 }
 
 impl NodeConfig {
@@ -162,6 +174,7 @@ impl NodeConfig {
                 },
             }),
             verifies: garp.verify_before_send.unwrap_or(true),
+            detects_conflicts: config.detect_conflicts.unwrap_or(true),
             local_addresses: AddressStyle::read(options.local_interface.as_ref()),
             routed_addresses: AddressStyle::read(options.dummy_interface.as_ref()),
         })
@@ -210,6 +223,26 @@ mod tests {
         assert_eq!(name("rack=1").as_deref(), Some("rack"));
         assert_eq!(name("rack=2").as_deref(), Some("a-all"));
         assert_eq!(select([&rack, &empty], &labels("rack=2")).0, None);
+    }
+
+    #[test]
+    fn of_two_of_one_rank_the_second_is_told_that_it_is_ignored() {
+        let agents = [agent("b", &json!({"local": {}})), agent("a", &json!({"local": {}}))];
+        let rack = agent(
+            "rack",
+            &json!({"local": {}, "nodeSelector": {"matchLabels": {"rack": "1"}}}),
+        );
+        let (chosen, wrong) = select(&agents, &labels("rack=1"));
+        assert_eq!(chosen.map(ResourceExt::name_any).as_deref(), Some("a"));
+        let wrong: Vec<_> = wrong
+            .iter()
+            .map(|(agent, error)| (agent.name_any(), error.to_string()))
+            .collect();
+        assert_eq!(
+            wrong,
+            [("b".to_owned(), "LBNodeAgent purelb/a takes precedence".to_owned())]
+        );
+        assert_eq!(select([&agents[0], &rack], &labels("rack=1")).1, []);
     }
 
     #[test]

@@ -4,9 +4,11 @@
 //! the same reconciliation of what should be with what is. The API server is not on the failover path:
 //! when it is away, what was last heard from it holds, and members and kernel go on.
 
+mod asking;
 mod telling;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,14 +23,16 @@ use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-use crate::config::{self, NodeConfig};
+use crate::config::{self, ConfigError, NodeConfig};
+use crate::conflict::Findings;
 use crate::greeting::{self, Held};
 use crate::isolation::{self, Isolation};
-use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference};
+use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
 use crate::members::{self, Keys, Living, Members, Meta, Peers};
 use crate::neighbor::Announcer;
+use crate::neighbor::frame::Mac;
 use crate::picture::{Cluster, Seen};
-use crate::plan::{self, Candidate, Picture, Plan};
+use crate::plan::{self, Candidate, Picture, Place, Plan};
 use crate::presence::Presence;
 use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher};
 use crate::steadiness::{Others, Steadiness};
@@ -65,6 +69,7 @@ const RETRY: Duration = Duration::from_secs(1);
 enum Input {
     Seen(Seen),
     Annotated(ServiceKey, Box<kube::Result<Service>>),
+    Asked(Vec<Place>, io::Result<BTreeMap<IpAddr, Mac>>),
 }
 
 /// Runs until `stop` resolves, then hands over what this node announces and leaves.
@@ -221,6 +226,8 @@ struct Agent<'a> {
     held: watch::Sender<Held>,
     /// Addresses that another node has won, and until when they stay here.
     lingering: BTreeMap<(u32, IpAddr), Instant>,
+    /// What is known of addresses that were never announced.
+    findings: Findings,
     /// Services whose annotation is being written.
     annotating: BTreeSet<ServiceKey>,
     /// When this node last wrote that it announces an address, while it does.
@@ -266,6 +273,7 @@ impl<'a> Agent<'a> {
             announcing: BTreeMap::new(),
             held: watch::Sender::new(Held::new()),
             lingering: BTreeMap::new(),
+            findings: Findings::default(),
             annotating: BTreeSet::new(),
             claimed: BTreeMap::new(),
             told: HashMap::new(),
@@ -288,6 +296,7 @@ impl<'a> Agent<'a> {
                     });
                 }
             }
+            Input::Asked(asked, answer) => self.answered(&asked, answer),
             Input::Annotated(key, result) => {
                 self.annotating.remove(&key);
                 if result.is_err() {
@@ -354,6 +363,9 @@ impl<'a> Agent<'a> {
             return self.idle().await;
         };
         let mut snapshot = self.with_dummy(&config).await?;
+        if self.is_first {
+            self.claim_leftovers(&mut snapshot, &config);
+        }
         let others = match living.len() {
             _ if self.peers.borrow().is_empty() => Others::None,
             0 | 1 => Others::Missing,
@@ -386,7 +398,9 @@ impl<'a> Agent<'a> {
             has_let_go,
             kernel: &snapshot,
             config: &config,
+            findings: &self.findings,
         });
+        self.ask(&plan, &snapshot, &candidates);
         if self.watches != plan.watches {
             self.watches.clone_from(&plan.watches);
             self.links.watcher.watch(plan.watches.clone());
@@ -395,6 +409,9 @@ impl<'a> Agent<'a> {
         self.linger(&plan, &snapshot, &mut desired);
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
         let applied = self.links.kernel.apply(&difference(&desired, &snapshot)).await;
+        if let Some(wait) = refresh_in(&desired, &snapshot) {
+            self.wake_in(wait);
+        }
         let is_first = std::mem::take(&mut self.is_first);
         self.report(&plan, &snapshot, &config, &applied, |address| {
             is_first && held.contains(&(address.link, address.ip))
@@ -490,7 +507,13 @@ impl<'a> Agent<'a> {
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
         let mut notices: Vec<(LBNodeAgent, Notice)> = Vec::new();
         for (agent, error) in bad.drain(..) {
-            notices.push((agent.clone(), Notice::warning("InvalidNodeSelector", error.to_string())));
+            let notice = match &error {
+                ConfigError::Ignored(_) => {
+                    Notice::warning("ConfigIgnored", format!("{error} on node {}", self.settings.node))
+                }
+                _ => Notice::warning("InvalidNodeSelector", error.to_string()),
+            };
+            notices.push((agent.clone(), notice));
         }
         let config = match read {
             Some((_, Ok(config))) => Some(config),

@@ -4,6 +4,7 @@
 
 pub mod annotation;
 pub mod config;
+pub mod conflict;
 pub mod controller;
 pub mod election;
 pub mod greeting;
@@ -14,5 +15,6 @@ pub mod neighbor;
 pub mod picture;
 pub mod plan;
 pub mod presence;
+pub mod probe;
 pub mod standby;
 pub mod steadiness;

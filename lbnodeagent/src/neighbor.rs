@@ -1,12 +1,12 @@
 //! Telling the neighbours on a link where a VIP lives now: gratuitous ARP and unsolicited neighbour advertisements.
 //!
-//! Owns the frames and the socket they leave through. Whether a VIP is ours to announce, and when, is decided elsewhere
+//! Owns the socket that the [`frame`]s leave through. Whether a VIP is ours to announce, and when, is decided elsewhere
 //! and given as a [`Target`], a [`Repetition`] and a question asked before each round. The kernel answers ordinary ARP
 //! and ND for the VIP by itself; this is for those who do not ask because they still remember the previous owner.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -15,126 +15,14 @@ use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, sendto, socket};
 
+pub use self::frame::{Mac, gratuitous_arp_reply, gratuitous_arp_request, shown, unsolicited_na};
 use crate::kernel::Link;
 
-/// An Ethernet address.
-pub type Mac = [u8; 6];
-
-/// `ff:ff:ff:ff:ff:ff`.
-const BROADCAST: Mac = [0xff; 6];
-/// The Ethernet address of `ff02::1`: 33:33 and its last four bytes (RFC 2464 section 7).
-const ALL_NODES_MAC: Mac = [0x33, 0x33, 0, 0, 0, 1];
-/// The link-local all-nodes group (RFC 4291 section 2.7.1).
-const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
-
-/// Length of an ARP frame for IPv4 over Ethernet in bytes: header 14, ARP 28. The driver pads it to the minimum of 60.
-pub const ARP_FRAME_LEN: usize = 42;
-/// Length of a neighbour advertisement frame in bytes: Ethernet 14, IPv6 40, `ICMPv6` 24, option 8.
-pub const NA_FRAME_LEN: usize = 86;
+pub mod frame;
 
 /// Tries to get a frame past a full buffer or transmit queue, and the wait between them: 50 ms in all.
 const QUEUE_TRIES: u32 = 25;
 const QUEUE_WAIT: Duration = Duration::from_millis(2);
-
-/// A gratuitous ARP request: broadcast, sender and target protocol address the VIP, target hardware address zero.
-///
-/// RFC 826 for the format, RFC 5227 section 2.3 ("ARP announcement") for the content. Makes everybody who has an entry
-/// for the VIP update it.
-pub fn gratuitous_arp_request(mac: Mac, ip: Ipv4Addr) -> [u8; ARP_FRAME_LEN] {
-    arp(1, mac, [0; 6], ip)
-}
-
-/// A gratuitous ARP reply: the same, but with the sender's own address as target hardware address (RFC 5944 section
-/// 4.6). For those who update only from replies.
-pub fn gratuitous_arp_reply(mac: Mac, ip: Ipv4Addr) -> [u8; ARP_FRAME_LEN] {
-    arp(2, mac, mac, ip)
-}
-
-fn arp(operation: u8, sender: Mac, target: Mac, ip: Ipv4Addr) -> [u8; ARP_FRAME_LEN] {
-    let mut frame = Frame::new();
-    frame.put(&BROADCAST).put(&sender).put(&[0x08, 0x06]);
-    // Hardware type Ethernet, protocol type IPv4, their address lengths, operation.
-    frame.put(&[0, 1, 0x08, 0x00, 6, 4, 0, operation]);
-    frame.put(&sender).put(&ip.octets()).put(&target).put(&ip.octets());
-    frame.bytes
-}
-
-/// An unsolicited neighbour advertisement for a VIP, from the VIP to all nodes (RFC 4861 sections 4.4 and 7.2.6):
-/// Override set so that existing entries are replaced, Solicited clear, Router as given, with the target link-layer
-/// address option, hop limit 255.
-///
-/// `is_router` should say whether the node forwards IPv6 for others: hosts that use the VIP as a router drop it as one
-/// when the flag is clear.
-pub fn unsolicited_na(mac: Mac, ip: Ipv6Addr, is_router: bool) -> [u8; NA_FRAME_LEN] {
-    const ROUTER: u8 = 0x80;
-    const OVERRIDE: u8 = 0x20;
-    let flags = if is_router { ROUTER | OVERRIDE } else { OVERRIDE };
-    let mut message = Frame::<32>::new();
-    // Type 136, code 0, checksum to come, flags and reserved bits, target, option 2 of one unit of eight bytes.
-    message
-        .put(&[136, 0, 0, 0, flags, 0, 0, 0])
-        .put(&ip.octets())
-        .put(&[2, 1])
-        .put(&mac);
-    let checksum = icmpv6_checksum(ip, ALL_NODES, &message.bytes);
-    let [_, _, high, low, ..] = &mut message.bytes;
-    [*high, *low] = checksum.to_be_bytes();
-
-    let mut frame = Frame::new();
-    frame.put(&ALL_NODES_MAC).put(&mac).put(&[0x86, 0xdd]);
-    // Version 6, payload of 32 bytes, next header ICMPv6, hop limit 255.
-    frame
-        .put(&[0x60, 0, 0, 0, 0, 32, 58, 255])
-        .put(&ip.octets())
-        .put(&ALL_NODES.octets());
-    frame.put(&message.bytes);
-    frame.bytes
-}
-
-/// The Internet checksum over the IPv6 pseudo-header and an `ICMPv6` message (RFC 4443 section 2.3, RFC 8200 section
-/// 8.1).
-fn icmpv6_checksum(source: Ipv6Addr, destination: Ipv6Addr, message: &[u8; 32]) -> u16 {
-    const NEXT_HEADER: u32 = 58;
-    let words = |bytes: &[u8]| -> u32 {
-        bytes
-            .chunks(2)
-            .map(|pair| match pair {
-                [high, low] => u32::from(u16::from_be_bytes([*high, *low])),
-                _ => 0,
-            })
-            .sum()
-    };
-    let mut sum = words(&source.octets()) + words(&destination.octets()) + 32 + NEXT_HEADER + words(message);
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
-}
-
-/// Bytes written one after the other into a frame of known length.
-struct Frame<const N: usize> {
-    bytes: [u8; N],
-    written: usize,
-}
-
-impl<const N: usize> Frame<N> {
-    const fn new() -> Self {
-        Self {
-            bytes: [0; N],
-            written: 0,
-        }
-    }
-
-    fn put(&mut self, part: &[u8]) -> &mut Self {
-        let free = self.bytes.iter_mut().skip(self.written);
-        for (byte, value) in free.zip(part) {
-            *byte = *value;
-        }
-        self.written += part.len();
-        debug_assert!(self.written <= N, "the parts are longer than the frame");
-        self
-    }
-}
 
 /// A VIP and the link whose neighbours are told about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -272,7 +160,8 @@ impl Announcer {
         sent
     }
 
-    async fn send(&self, link: u32, frame: &[u8]) -> Result<(), AnnounceError> {
+    /// Sends one frame, given with its Ethernet header.
+    pub async fn send(&self, link: u32, frame: &[u8]) -> Result<(), AnnounceError> {
         let address = self.address_of(link)?;
         let mut tries = 0;
         loop {
@@ -323,62 +212,9 @@ impl Announcer {
 mod tests {
     use super::*;
 
+    use std::net::Ipv4Addr;
+
     const MAC: Mac = [0x02, 0x42, 0xac, 0x11, 0x00, 0x02];
-
-    fn bytes(hex: &str) -> Vec<u8> {
-        let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
-        digits
-            .chunks(2)
-            .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
-            .collect()
-    }
-
-    #[test]
-    fn frames_are_byte_for_byte_what_the_rfcs_say() {
-        let v4 = Ipv4Addr::new(10, 31, 188, 64);
-        let v6: Ipv6Addr = "2001:db8::64".parse().unwrap();
-        let rows = [
-            (
-                "ARP announcement, RFC 5227 section 2.3",
-                gratuitous_arp_request(MAC, v4).to_vec(),
-                "ffffffffffff 0242ac110002 0806
-                 0001 0800 06 04 0001
-                 0242ac110002 0a1fbc40 000000000000 0a1fbc40",
-            ),
-            (
-                "gratuitous ARP reply, RFC 5944 section 4.6",
-                gratuitous_arp_reply(MAC, v4).to_vec(),
-                "ffffffffffff 0242ac110002 0806
-                 0001 0800 06 04 0002
-                 0242ac110002 0a1fbc40 0242ac110002 0a1fbc40",
-            ),
-            (
-                "unsolicited neighbour advertisement, RFC 4861 section 4.4",
-                unsolicited_na(MAC, v6, false).to_vec(),
-                "333300000001 0242ac110002 86dd
-                 60000000 0020 3a ff
-                 20010db8000000000000000000000064
-                 ff020000000000000000000000000001
-                 88 00 4c10 20000000
-                 20010db8000000000000000000000064
-                 02 01 0242ac110002",
-            ),
-            (
-                "the same from a router",
-                unsolicited_na(MAC, v6, true).to_vec(),
-                "333300000001 0242ac110002 86dd
-                 60000000 0020 3a ff
-                 20010db8000000000000000000000064
-                 ff020000000000000000000000000001
-                 88 00 cc0f a0000000
-                 20010db8000000000000000000000064
-                 02 01 0242ac110002",
-            ),
-        ];
-        for (name, frame, expected) in rows {
-            assert_eq!(frame, bytes(expected), "{name}");
-        }
-    }
 
     #[test]
     fn a_link_without_neighbours_is_not_announced_on() {

@@ -53,7 +53,7 @@ pub struct Cluster {
     slices: Mirror<EndpointSlice>,
     announced: BTreeMap<ServiceKey, Announced>,
     valid_groups: BTreeMap<String, Group>,
-    /// Nodes with usable endpoints, by Service and slice.
+    /// Nodes with usable endpoints, by Service and slice. A slice without usable endpoints is left out.
     endpoints: BTreeMap<ServiceKey, BTreeMap<String, Usable>>,
 }
 
@@ -101,6 +101,12 @@ impl Cluster {
         };
         let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
         node.labels().contains_key(EXCLUDED) || taints.into_iter().any(|taint| taint.key == TO_BE_DELETED)
+    }
+
+    /// A node's InternalIPs.
+    pub fn addresses_of(&self, node: &str) -> Vec<IpAddr> {
+        let node = self.nodes.get(&(String::new(), node.to_owned()));
+        node.map(|node| internal_ips(node)).unwrap_or_default()
     }
 
     /// The other nodes and their InternalIPs.
@@ -151,9 +157,9 @@ impl Cluster {
             Change::Set(key, service) => {
                 let key = ServiceKey::new(key.0, key.1);
                 match announced(&service) {
-                    Some(mut announced) => {
-                        announced.endpoint_nodes = self.endpoint_nodes(&key);
-                        self.announced.insert(key, announced);
+                    Some(announced) => {
+                        self.announced.insert(key.clone(), announced);
+                        self.endpoints_changed(&key);
                     }
                     None => _ = self.announced.remove(&key),
                 }
@@ -174,17 +180,22 @@ impl Cluster {
         };
         let key = ServiceKey::new(slice.namespace().unwrap_or_default(), service);
         let of_service = self.endpoints.entry(key.clone()).or_default();
-        if is_gone {
-            of_service.remove(&slice.name_any());
-            if of_service.is_empty() {
-                self.endpoints.remove(&key);
-            }
-        } else {
-            of_service.insert(slice.name_any(), usable_nodes(&slice));
+        match usable_nodes(&slice).filter(|_| !is_gone) {
+            Some(nodes) => _ = of_service.insert(slice.name_any(), nodes),
+            None => _ = of_service.remove(&slice.name_any()),
         }
-        let nodes = self.endpoint_nodes(&key);
-        if let Some(announced) = self.announced.get_mut(&key) {
+        if of_service.is_empty() {
+            self.endpoints.remove(&key);
+        }
+        self.endpoints_changed(&key);
+    }
+
+    fn endpoints_changed(&mut self, key: &ServiceKey) {
+        let nodes = self.endpoint_nodes(key);
+        let has_endpoints = self.endpoints.contains_key(key);
+        if let Some(announced) = self.announced.get_mut(key) {
             announced.endpoint_nodes = nodes;
+            announced.has_endpoints = has_endpoints;
         }
     }
 
@@ -224,6 +235,10 @@ fn announced(service: &Service) -> Option<Announced> {
             _ => None,
         },
         is_traffic_local: is_traffic_local(service),
+        is_drawn_to_endpoints: annotation(service, annotations::NODE_AFFINITY) == Some("service-endpoints"),
+        needs_endpoints: annotation(service, annotations::ANNOUNCE_WITHOUT_ENDPOINTS) == Some("false"),
+        skips_dad: annotation(service, annotations::SKIP_IPV6_DAD) == Some("true"),
+        has_endpoints: false,
         endpoint_nodes: BTreeSet::new(),
         announcers: [Family::V4, Family::V6]
             .into_iter()
@@ -233,21 +248,24 @@ fn announced(service: &Service) -> Option<Announced> {
     })
 }
 
-/// Nodes of a slice with endpoints that traffic may go to.
-fn usable_nodes(slice: &EndpointSlice) -> Usable {
+/// Nodes of a slice with endpoints that traffic may go to; `None` where it has no such endpoint. One outside the cluster is
+/// on no node.
+fn usable_nodes(slice: &EndpointSlice) -> Option<Usable> {
     let mut usable = Usable::default();
+    let mut is_any = false;
     for endpoint in &slice.endpoints {
-        let Some(node) = endpoint.node_name.clone() else {
+        let conditions = endpoint.conditions.as_ref();
+        let nodes = if conditions.and_then(|c| c.ready).unwrap_or(true) {
+            &mut usable.ready
+        } else if conditions.and_then(|c| c.serving).unwrap_or(false) {
+            &mut usable.serving
+        } else {
             continue;
         };
-        let conditions = endpoint.conditions.as_ref();
-        if conditions.and_then(|c| c.ready).unwrap_or(true) {
-            usable.ready.insert(node);
-        } else if conditions.and_then(|c| c.serving).unwrap_or(false) {
-            usable.serving.insert(node);
-        }
+        is_any = true;
+        nodes.extend(endpoint.node_name.clone());
     }
-    usable
+    is_any.then_some(usable)
 }
 
 fn internal_ips(node: &Node) -> Vec<IpAddr> {

@@ -4,6 +4,9 @@
 //! interface, one of them announces it; if none has, every eligible node binds it to the dummy interface.
 //! All agents decide alike, since each says in its gossip metadata which subnets it has.
 
+mod interfaces;
+mod vip;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -11,13 +14,21 @@ use crds::servicegroup::Group;
 use crds::{Announce, Family, Pool, ServiceKey};
 use ipnet::IpNet;
 
-use crate::config::{Choice, NodeConfig};
+use crate::config::NodeConfig;
+use crate::conflict::{Finding, Findings};
 use crate::election;
-use crate::kernel::{Link, Snapshot, VipAddress};
+use crate::kernel::{Snapshot, VipAddress};
+use crate::neighbor::Target;
+use crate::neighbor::frame::Mac;
 use crate::standby::{Verdict as Direct, Verdicts, Watched};
+
+use interfaces::Offers;
+pub use interfaces::subnets;
+use vip::Vip;
 
 /// A Service with addresses of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // What its author asks for, each by itself.
 pub struct Announced {
     /// Its addresses.
     pub vips: Vec<IpAddr>,
@@ -27,6 +38,14 @@ pub struct Announced {
     pub pool_type: Option<Announce>,
     /// `externalTrafficPolicy: Local`: only nodes with a ready endpoint serve it.
     pub is_traffic_local: bool,
+    /// `purelb.io/node-affinity: service-endpoints`: nodes with a ready endpoint are preferred for its local addresses.
+    pub is_drawn_to_endpoints: bool,
+    /// `purelb.io/announce-without-endpoints: false`: it is announced only while it has an endpoint.
+    pub needs_endpoints: bool,
+    /// `purelb.io/skip-ipv6-dad`: nobody is asked about its IPv6 addresses.
+    pub skips_dad: bool,
+    /// It has an endpoint that is ready, or serving while it terminates.
+    pub has_endpoints: bool,
     /// Nodes with an endpoint that is ready; where there is none, with one that serves while it terminates.
     pub endpoint_nodes: BTreeSet<String>,
     /// Who announces an address, as its annotation says.
@@ -113,6 +132,8 @@ pub struct Picture<'a> {
     pub kernel: &'a Snapshot,
     /// How this node announces.
     pub config: &'a NodeConfig,
+    /// What is known of addresses that were never announced.
+    pub findings: &'a Findings,
 }
 
 /// Who announces a VIP, and where.
@@ -120,6 +141,10 @@ pub struct Picture<'a> {
 pub enum Verdict {
     /// This node, on an interface of the VIP's subnet.
     Local(Placed),
+    /// This node, once its neighbours have been asked whether somebody has the address.
+    Unclear(Placed),
+    /// This node, if it were not for a host outside the cluster that has the address.
+    Taken(Placed, Mac),
     /// This node and the other eligible ones, on the dummy interface.
     Routed(Placed),
     /// Another node.
@@ -133,7 +158,7 @@ pub enum Verdict {
 pub enum Reason {
     /// Its group is local, and no living node has its subnet.
     NoSubnet,
-    /// Its traffic policy is Local, and no endpoint is here.
+    /// Its traffic policy is Local, and no endpoint is here; or it has none at all, and is to be announced only with one.
     NoEndpoint,
     /// This node carries no VIPs.
     Withdrawn,
@@ -144,6 +169,9 @@ pub enum Reason {
     /// It is local, and this node's interface there is down.
     LinkDown,
 }
+
+/// An address and the index of the link it is on, or to be on.
+pub type Place = (u32, IpAddr);
 
 /// An address on an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,15 +185,14 @@ pub struct Placed {
 /// The decision for every VIP.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// By Service and address. Services that share an address have the same verdict for it, but for an
-    /// `externalTrafficPolicy: Local`.
+    /// By Service and address. Services that share an address have the same verdict for it.
     pub verdicts: BTreeMap<(ServiceKey, IpAddr), Verdict>,
     /// Whom this node has to watch, since it would be next: nodes, the link over which, and their address there.
     pub watches: BTreeMap<Watched, IpAddr>,
 }
 
 impl Plan {
-    /// What the kernel shall hold: an address stays while one Service needs it here.
+    /// What the kernel shall hold.
     pub fn addresses(&self) -> BTreeSet<VipAddress> {
         self.placed().map(|placed| placed.address).collect()
     }
@@ -173,8 +200,26 @@ impl Plan {
     fn placed(&self) -> impl Iterator<Item = &Placed> {
         self.verdicts.values().filter_map(|verdict| match verdict {
             Verdict::Local(placed) | Verdict::Routed(placed) => Some(placed),
-            Verdict::Other(_) | Verdict::Nobody(_) => None,
+            _ => None,
         })
+    }
+
+    /// Addresses that this node would announce on links of its own, with the links, and those of them that it does not
+    /// announce yet, since nobody knows who else has them.
+    pub fn asked_about(&self) -> (BTreeSet<Place>, BTreeSet<Place>) {
+        let mut here = BTreeSet::new();
+        let mut unclear = BTreeSet::new();
+        for verdict in self.verdicts.values() {
+            let (Verdict::Local(placed) | Verdict::Unclear(placed) | Verdict::Taken(placed, _)) = verdict else {
+                continue;
+            };
+            let key = (placed.address.link, placed.address.ip);
+            here.insert(key);
+            if !matches!(verdict, Verdict::Local(_)) {
+                unclear.insert(key);
+            }
+        }
+        (here, unclear)
     }
 
     /// VIPs that another node owns now.
@@ -189,21 +234,38 @@ impl Plan {
 
 /// Decides for every VIP of every Service.
 pub fn plan(picture: &Picture<'_>) -> Plan {
-    let mut plan = Plan::default();
+    let mut users: BTreeMap<IpAddr, Vec<(&ServiceKey, &Announced)>> = BTreeMap::new();
     for (key, service) in picture.services {
-        for &vip in &service.vips {
-            let verdict = judge(picture, service, vip, &mut plan.watches);
-            plan.verdicts.insert((key.clone(), vip), verdict);
+        for vip in &service.vips {
+            users.entry(*vip).or_default().push((key, service));
         }
+    }
+    let offers = Offers::of(picture.kernel, picture.config);
+    let mut plan = Plan::default();
+    for (ip, users) in users {
+        let vip = Vip {
+            ip,
+            users: users.iter().map(|(_, service)| *service).collect(),
+        };
+        let verdict = judge(picture, &offers, &vip, &mut plan.watches);
+        let keys = users.iter().map(|(key, _)| ((*key).clone(), ip));
+        plan.verdicts.extend(keys.map(|key| (key, verdict.clone())));
     }
     plan
 }
 
-fn judge(picture: &Picture<'_>, service: &Announced, vip: IpAddr, watches: &mut BTreeMap<Watched, IpAddr>) -> Verdict {
-    let pool = pool_of(picture.groups, service, vip);
+fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut BTreeMap<Watched, IpAddr>) -> Verdict {
+    let vip = of.ip;
+    if of.is_unwanted() {
+        return Verdict::Nobody(Reason::NoEndpoint);
+    }
+    let pool = of
+        .users
+        .iter()
+        .find_map(|service| pool_of(picture.groups, service, vip));
     let announce = pool
         .map(|(group, _)| group.announce)
-        .or(service.pool_type)
+        .or(of.users.iter().find_map(|service| service.pool_type))
         .unwrap_or(Announce::Auto);
     let candidates: Vec<(&str, &Candidate)> = picture
         .candidates
@@ -217,32 +279,33 @@ fn judge(picture: &Picture<'_>, service: &Announced, vip: IpAddr, watches: &mut 
         return Verdict::Nobody(Reason::Isolated);
     }
     if !candidates.is_empty() {
-        return local(picture, service, vip, candidates, watches);
+        return local(picture, offers, of, candidates, watches);
     }
     if announce == Announce::Local {
         return Verdict::Nobody(Reason::NoSubnet);
     }
     // Nobody else is heard, since this node's own cable is out: that makes no address a routed one.
-    if is_near_down_link(picture, vip) {
+    if offers.is_near_down_link(vip) {
         return Verdict::Nobody(Reason::LinkDown);
     }
-    routed(picture, service, vip, pool.map(|(_, pool)| pool))
+    routed(picture, of, pool.map(|(_, pool)| pool))
 }
 
 /// One of the candidates announces. Where the traffic policy is Local those with an endpoint stand, as
 /// long as there is any: elsewhere the traffic would be dropped.
 fn local(
     picture: &Picture<'_>,
-    service: &Announced,
-    vip: IpAddr,
+    offers: &Offers,
+    of: &Vip<'_>,
     mut candidates: Vec<(&str, &Candidate)>,
     watches: &mut BTreeMap<Watched, IpAddr>,
 ) -> Verdict {
-    let has_endpoint = |name: &str| service.is_traffic_local && service.endpoint_nodes.contains(name);
-    if candidates.iter().any(|(name, _)| has_endpoint(name)) {
-        candidates.retain(|(name, _)| has_endpoint(name));
-    }
-    let placed = place(picture, vip);
+    let vip = of.ip;
+    // An affinity says nothing where the address is shared.
+    let is_alone = of.users.len() == 1;
+    let asks = |service: &Announced| service.is_traffic_local || (service.is_drawn_to_endpoints && is_alone);
+    of.retain_served(&mut candidates, |(name, _)| name, asks);
+    let placed = offers.place(picture.config, vip);
     let link = placed.as_ref().map(|placed| placed.address.link);
     let verdict_on = |name: &str| {
         let it = Watched {
@@ -254,14 +317,14 @@ fn local(
     if let Some(link) = link {
         watch_seniors(picture.node, vip, &candidates, link, &verdict_on, watches);
     }
-    let announcer = service.announcers.get(&vip).map(String::as_str);
+    let announcer = of.announcer();
     let standing = candidates
         .iter()
         .filter(|(name, candidate)| candidate.stands(verdict_on(name), announcer == Some(*name)))
         .map(|(name, _)| *name);
     match election::owner(standing, vip) {
         Some(owner) if owner == picture.node => match placed {
-            Some(placed) => Verdict::Local(placed),
+            Some(placed) => settle(picture, of, placed),
             // What we told the others a moment ago is not so any more: they will hear of it.
             None => Verdict::Nobody(Reason::NoSubnet),
         },
@@ -306,7 +369,30 @@ fn watch_seniors(
     }
 }
 
-fn routed(picture: &Picture<'_>, service: &Announced, vip: IpAddr, pool: Option<&Pool>) -> Verdict {
+/// Announces, unless the address was never announced and somebody might have it.
+fn settle(picture: &Picture<'_>, of: &Vip<'_>, placed: Placed) -> Verdict {
+    let VipAddress { link, ip, .. } = placed.address;
+    let is_clear = !picture.config.detects_conflicts || of.was_announced() || of.skips_dad();
+    let target = picture.kernel.link(link).and_then(|link| Target::new(link, ip));
+    let Some(target) = target.filter(|_| !is_clear) else {
+        return Verdict::Local(placed);
+    };
+    let known = picture.kernel.addresses_on(link).find(|known| known.ip == ip);
+    match known {
+        Some(known) if known.is_ours => return Verdict::Local(placed),
+        // The node's own, which the pool contains, or put there by hand.
+        Some(_) => return Verdict::Taken(placed, target.mac),
+        None => {}
+    }
+    match picture.findings.of(link, ip) {
+        Some(Finding::Free) => Verdict::Local(placed),
+        Some(Finding::Taken(mac)) => Verdict::Taken(placed, mac),
+        None => Verdict::Unclear(placed),
+    }
+}
+
+fn routed(picture: &Picture<'_>, of: &Vip<'_>, pool: Option<&Pool>) -> Verdict {
+    let vip = of.ip;
     if picture
         .candidates
         .get(picture.node)
@@ -314,7 +400,7 @@ fn routed(picture: &Picture<'_>, service: &Announced, vip: IpAddr, pool: Option<
     {
         return Verdict::Nobody(Reason::Withdrawn);
     }
-    if service.is_traffic_local && !service.endpoint_nodes.contains(picture.node) {
+    if !of.is_routed_by(picture.node) {
         return Verdict::Nobody(Reason::NoEndpoint);
     }
     let Some(link) = picture.kernel.link_named(&picture.config.dummy) else {
@@ -342,68 +428,11 @@ fn pool_of<'a>(groups: &'a BTreeMap<String, Group>, service: &Announced, vip: Ip
     named.or_else(|| groups.values().find_map(find))
 }
 
-/// Whether a VIP's subnet is on an interface of this node that is down or without carrier.
-fn is_near_down_link(picture: &Picture<'_>, vip: IpAddr) -> bool {
-    let links = picture.kernel.links.iter();
-    let mut down = links.filter(|link| !link.is_usable() && link.name != picture.config.dummy);
-    down.any(|link| {
-        let subnets = picture.kernel.usable_subnets(link.index);
-        subnets.iter().any(|net| net.contains(&vip))
-    })
-}
-
-/// Where this node puts a local VIP: the first of its interfaces with the VIP's subnet, with that mask.
-fn place(picture: &Picture<'_>, vip: IpAddr) -> Option<Placed> {
-    let links = interfaces(picture.kernel, picture.config, Family::of(vip));
-    links.into_iter().find_map(|link| {
-        let subnets = picture.kernel.usable_subnets(link.index);
-        // The narrowest of several, as the kernel routes.
-        let subnet = subnets
-            .iter()
-            .filter(|net| net.contains(&vip))
-            .max_by_key(|net| net.prefix_len())?;
-        Some(Placed {
-            address: picture
-                .config
-                .local_addresses
-                .local(VipAddress::local(link.index, vip, subnet.prefix_len())),
-            interface: link.name.clone(),
-        })
-    })
-}
-
-/// The interfaces of this node that may hold local VIPs of a family, in the order they are tried: up and
-/// with a carrier, never the dummy.
-fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
-    let mut links: Vec<&Link> = match &config.local {
-        Choice::Default => kernel.default_interface(family).into_iter().collect(),
-        Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
-    };
-    links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
-    let mut seen = BTreeSet::new();
-    let fits = |link: &Link| link.is_usable() && !kernel.is_port(link) && link.name != config.dummy;
-    links.retain(|link| fits(link) && seen.insert(link.index));
-    links
-}
-
-/// The subnets this node can announce, each with this node's own address there: what it tells the others.
-pub fn subnets(kernel: &Snapshot, config: &NodeConfig) -> BTreeSet<IpNet> {
-    let of = |family| {
-        interfaces(kernel, config, family)
-            .into_iter()
-            .flat_map(|link| {
-                let subnets = kernel.usable_subnets(link.index).into_iter();
-                subnets.map(|subnet| kernel.own_address_in(link.index, subnet).unwrap_or(subnet))
-            })
-            .filter(move |net| Family::of(net.addr()) == family)
-    };
-    of(Family::V4).chain(of(Family::V6)).collect()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::interfaces::interfaces;
     use super::*;
-    use crate::kernel::{Address, DefaultRoute};
+    use crate::kernel::{Address, DefaultRoute, Link};
     use crds::ServiceGroupSpec;
     use serde_json::json;
 
@@ -451,6 +480,7 @@ mod tests {
         config: NodeConfig,
         heard: Verdicts,
         has_let_go: bool,
+        findings: Findings,
     }
 
     impl World {
@@ -491,6 +521,7 @@ mod tests {
                 candidates: NODES.iter().zip([1, 11, 12]).map(candidate).collect(),
                 heard: Verdicts::new(),
                 has_let_go: false,
+                findings: Findings::default(),
                 kernel: kernel(),
                 config: NodeConfig::read(&serde_json::from_value(json!({})).unwrap()).unwrap(),
             }
@@ -519,6 +550,7 @@ mod tests {
                 has_let_go: self.has_let_go,
                 kernel: &self.kernel,
                 config: &self.config,
+                findings: &self.findings,
             })
         }
     }
@@ -527,6 +559,8 @@ mod tests {
         match verdict {
             Verdict::Local(p) => format!("local {}/{} {}", p.address.ip, p.address.prefix_len, p.interface),
             Verdict::Routed(p) => format!("routed {}/{} {}", p.address.ip, p.address.prefix_len, p.interface),
+            Verdict::Unclear(p) => format!("unclear {} {}", p.address.ip, p.interface),
+            Verdict::Taken(p, mac) => format!("taken {} {} {}", p.address.ip, p.interface, mac[5]),
             Verdict::Other(node) => format!("other {node}"),
             Verdict::Nobody(reason) => format!("nobody {reason:?}"),
         }
@@ -669,19 +703,190 @@ mod tests {
     }
 
     #[test]
-    fn an_address_stays_while_one_of_its_services_needs_it() {
-        let world = World::new();
-        let routed = |is_traffic_local| Announced {
-            vips: vec!["10.189.0.0".parse().unwrap()],
+    fn services_that_share_an_address_have_one_owner_and_it_serves_all_if_any_node_does() {
+        // Of .64 the order is W11, W12, master.
+        let service = |is_traffic_local, nodes: &[usize]| Announced {
+            vips: vec!["10.31.188.64".parse().unwrap(), "10.189.0.0".parse().unwrap()],
             groups: vec!["v1".into()],
             is_traffic_local,
+            endpoint_nodes: nodes.iter().map(|node| NODES[*node].to_owned()).collect(),
             ..Announced::default()
         };
+        let other = |node: usize| format!("other {}", NODES[node]);
+        let (mine, routed) = ("local 10.31.188.64/16 eth0", "routed 10.189.0.0/32 kube-lb0");
+        for (name, a, b, local, remote) in [
+            ("anywhere", service(false, &[]), service(false, &[0]), mine, routed),
+            (
+                "one is particular",
+                service(true, &[0]),
+                service(false, &[1]),
+                &*other(0),
+                "nobody NoEndpoint",
+            ),
+            (
+                "both are",
+                service(true, &[0, 2]),
+                service(true, &[1, 2]),
+                &*other(2),
+                "nobody NoEndpoint",
+            ),
+            (
+                "both are, of different nodes",
+                service(true, &[0]),
+                service(true, &[1]),
+                mine,
+                routed,
+            ),
+            (
+                "one has none",
+                service(true, &[]),
+                service(true, &[2]),
+                &*other(2),
+                "nobody NoEndpoint",
+            ),
+            (
+                "one has none, the other does not mind",
+                service(true, &[]),
+                service(false, &[]),
+                mine,
+                routed,
+            ),
+            (
+                "neither has any",
+                service(true, &[]),
+                service(true, &[]),
+                mine,
+                "nobody NoEndpoint",
+            ),
+        ] {
+            let services = BTreeMap::from([
+                (ServiceKey::new("default", "a"), a),
+                (ServiceKey::new("default", "b"), b),
+            ]);
+            let verdicts: Vec<String> = World::new().plan(&services).verdicts.values().map(shown).collect();
+            assert_eq!(verdicts, [local, remote, local, remote], "{name}");
+        }
+    }
+
+    #[test]
+    fn an_affinity_draws_a_local_address_to_the_endpoints_unless_it_is_shared() {
+        let service = Announced {
+            vips: vec!["10.31.188.64".parse().unwrap()],
+            groups: vec!["v1".into()],
+            is_drawn_to_endpoints: true,
+            endpoint_nodes: [NODES[0].to_owned()].into(),
+            ..Announced::default()
+        };
+        let world = World::new();
+        assert_eq!(shown(&world.judge_service(&service)), format!("other {}", NODES[0]));
         let services = BTreeMap::from([
-            (ServiceKey::new("default", "a"), routed(true)),
-            (ServiceKey::new("default", "b"), routed(false)),
+            (ServiceKey::new("default", "a"), service.clone()),
+            (ServiceKey::new("default", "b"), service),
         ]);
-        assert_eq!(world.plan(&services).addresses().len(), 1);
+        for verdict in world.plan(&services).verdicts.values() {
+            assert_eq!(shown(verdict), "local 10.31.188.64/16 eth0");
+        }
+    }
+
+    #[test]
+    fn a_service_without_endpoints_is_announced_unless_its_user_says_otherwise() {
+        for (needs_endpoints, has_endpoints, expected) in [
+            (false, false, "local 10.31.188.64/16 eth0"),
+            (true, true, "local 10.31.188.64/16 eth0"),
+            (true, false, "nobody NoEndpoint"),
+        ] {
+            let service = Announced {
+                vips: vec!["10.31.188.64".parse().unwrap()],
+                groups: vec!["v1".into()],
+                needs_endpoints,
+                has_endpoints,
+                ..Announced::default()
+            };
+            assert_eq!(shown(&World::new().judge_service(&service)), expected);
+        }
+    }
+
+    #[test]
+    fn an_address_that_was_never_announced_is_asked_about_first() {
+        let ip: IpAddr = "10.31.188.64".parse().unwrap();
+        let (mine, unclear) = ("local 10.31.188.64/16 eth0", "unclear 10.31.188.64 eth0");
+        let mut world = World::new();
+        world.kernel.links[0].mac = Some([2; 6]);
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), unclear);
+        assert_eq!(shown(&world.judge("v1", "10.189.0.0")), "routed 10.189.0.0/32 kube-lb0");
+
+        world
+            .findings
+            .answered(std::time::Duration::ZERO, &[(2, ip)], &BTreeMap::from([(ip, [7; 6])]));
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "taken 10.31.188.64 eth0 7");
+        assert_eq!(
+            shown(&world.judge_service(&announced(NODES[0]))),
+            mine,
+            "it was announced before"
+        );
+        world
+            .findings
+            .answered(std::time::Duration::ZERO, &[(2, ip)], &BTreeMap::new());
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), mine);
+
+        world.findings = Findings::default();
+        world.kernel.addresses.push(Address {
+            is_ours: true,
+            ..Address::new(2, ip, 16)
+        });
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), mine, "this node has it");
+        world.kernel.addresses.last_mut().unwrap().is_ours = false;
+        assert_eq!(
+            shown(&world.judge("v1", "10.31.188.64")),
+            "taken 10.31.188.64 eth0 2",
+            "it is the node's own"
+        );
+        world.kernel.addresses.pop();
+        world.config.detects_conflicts = false;
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), mine);
+        world.config.detects_conflicts = true;
+        // The master owns fd00::64:1 of these nodes' /64.
+        let service = |skips_dad| Announced {
+            vips: vec!["fd00::64:1".parse().unwrap()],
+            skips_dad,
+            ..Announced::default()
+        };
+        for node in NODES {
+            world.node = node;
+            let verdicts = [false, true].map(|skips| shown(&world.judge_service(&service(skips))));
+            let is_owner = verdicts[0].starts_with("unclear");
+            assert_eq!(verdicts[1].starts_with("local"), is_owner, "{verdicts:?}");
+        }
+    }
+
+    #[test]
+    fn two_thousand_vips_are_decided_about_in_a_moment() {
+        let mut world = World::new();
+        let vips: Vec<IpAddr> = (0..2_000_u16)
+            .map(|host| {
+                let [high, low] = host.to_be_bytes();
+                IpAddr::from([10, 31, high, low])
+            })
+            .collect();
+        world.kernel.addresses.extend(vips.iter().map(|ip| Address {
+            is_ours: true,
+            ..Address::new(2, *ip, 16)
+        }));
+        let services = vips.iter().enumerate().map(|(number, ip)| {
+            let service = Announced {
+                vips: vec![*ip],
+                groups: vec!["v1".into()],
+                announcers: BTreeMap::from([(*ip, W11.to_owned())]),
+                ..Announced::default()
+            };
+            (ServiceKey::new("default", format!("web-{number}")), service)
+        });
+        let services = services.collect();
+        let began = std::time::Instant::now();
+        let plan = world.plan(&services);
+        println!("2,000 VIPs decided about in {:?}", began.elapsed());
+        assert_eq!(plan.verdicts.len(), 2_000);
+        assert!(began.elapsed() < std::time::Duration::from_secs(2));
     }
 
     // Of 10.31.188.64 the order is W11, W12, master.

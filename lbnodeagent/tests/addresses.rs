@@ -10,7 +10,10 @@ use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use common::{Tap, in_namespace, ip, ip_addresses, veth_pair};
+use lbnodeagent::config::NodeConfig;
 use lbnodeagent::kernel::{Address, Change, Kernel, Lifetime, Mark, Snapshot, VipAddress, difference, refresh_in};
+use lbnodeagent::plan::subnets;
+use serde_json::json;
 
 const OWN_V4: &str = "10.31.0.1";
 const OWN_V6: &str = "2001:db8::1";
@@ -148,6 +151,28 @@ fn the_nodes_own_address_is_first_again_after_it_was_taken_off_and_put_on() {
         assert_eq!(changes.len(), 3, "{changes:?}");
         assert_eq!(on_eth0()[0], OWN_V4);
         assert_eq!(sources(&kernel).await, [addr(OWN_V4), addr(OWN_V6)]);
+    });
+}
+
+#[test]
+fn a_port_of_a_bridge_holds_no_vips_and_the_bridge_does() {
+    in_namespace(async || {
+        veth_pair();
+        ip("link add br0 type bridge");
+        ip("link set br0 up");
+        ip("link set eth0 master br0");
+        ip("address add 10.31.0.7/16 dev br0");
+        let kernel = Kernel::connect().unwrap();
+        let snapshot = kernel.snapshot().await.unwrap();
+        let is_port = |name| snapshot.is_port(snapshot.link_named(name).unwrap());
+        assert_eq!(["eth0", "br0", "far0"].map(is_port), [true, false, false]);
+        let config = NodeConfig::read(&serde_json::from_value(json!({"localInterface": "eth0|br0"})).unwrap()).unwrap();
+        let subnets: Vec<String> = subnets(&snapshot, &config).iter().map(ToString::to_string).collect();
+        assert_eq!(
+            subnets,
+            ["10.31.0.7/16"],
+            "that of eth0 is left out though it still has one"
+        );
     });
 }
 

@@ -322,6 +322,20 @@ fn the_dummy_link_is_made_up_and_without_arp_and_goes_without_a_trace() {
 }
 
 #[test]
+fn a_dummy_link_that_was_renamed_is_made_anew() {
+    in_namespace(async || {
+        let kernel = Kernel::connect().unwrap();
+        kernel.ensure_dummy("kube-lb0").await.unwrap();
+        ip("link set kube-lb0 down");
+        ip("link set kube-lb0 name other0");
+        let dummy = kernel.ensure_dummy("kube-lb0").await.unwrap();
+        assert!(dummy.is_new);
+        let snapshot = kernel.snapshot().await.unwrap();
+        assert!(snapshot.link_named("kube-lb0").unwrap().is_usable());
+    });
+}
+
+#[test]
 fn a_link_that_exists_is_used_whatever_its_kind() {
     in_namespace(async || {
         ip("link add kube-lb0 type bridge");

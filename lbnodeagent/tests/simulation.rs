@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use crds::ServiceKey;
 use lbnodeagent::config::NodeConfig;
+use lbnodeagent::conflict::Findings;
 use lbnodeagent::kernel::{Address, DefaultRoute, Link, Snapshot};
 use lbnodeagent::members::{Living, Member, Meta};
 use lbnodeagent::plan::{Announced, Candidate, Picture, Verdict, plan};
@@ -507,6 +508,7 @@ impl World {
             has_let_go: false,
             kernel: &kernel(this.address),
             config: &NodeConfig::read(&serde_json::from_str("{}").unwrap()).unwrap(),
+            findings: &Findings::default(),
         });
         this.standby.watch(now, &decided.watches);
         if let Some(wait) = look_again {

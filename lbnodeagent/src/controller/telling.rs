@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crds::annotations::ADDRESS_CONFLICT;
+use crds::conflict::{self, Conflict};
 use crds::event::Notice;
-use crds::service::annotation;
+use crds::service::{annotation, ingress};
 use crds::{Announce, Family, ServiceKey};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
@@ -18,6 +20,7 @@ use crate::config::NodeConfig;
 use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
 use crate::neighbor::Target;
+use crate::neighbor::frame::{self, Mac};
 use crate::plan::{Plan, Verdict};
 
 /// How often an entry is written again that another node keeps overwriting.
@@ -62,21 +65,33 @@ impl Agent<'_> {
                 _ => None,
             })
             .collect();
-        self.held.send_replace(held(plan, snapshot, config));
-        let mut greeted = BTreeSet::new();
+        let held = held(plan, snapshot, config);
+        let before = self.held.send_replace(held.clone());
+        // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
+        let moved = |(ip, target): &(&IpAddr, &Target)| before.get(ip).is_some_and(|known| known != *target);
+        for (_, target) in held.iter().filter(moved) {
+            self.greet(config, *target);
+        }
+        let mut greeted: BTreeSet<IpAddr> = held.iter().filter(moved).map(|(ip, _)| *ip).collect();
         for ((key, ip), verdict) in &plan.verdicts {
             let (placed, is_local) = match verdict {
                 Verdict::Local(placed) => (placed, true),
                 Verdict::Routed(placed) => (placed, false),
-                Verdict::Other(_) | Verdict::Nobody(_) => continue,
+                Verdict::Taken(placed, mac) => {
+                    self.tell_conflict(key, *ip, &placed.interface, *mac);
+                    continue;
+                }
+                Verdict::Unclear(_) | Verdict::Other(_) | Verdict::Nobody(_) => continue,
             };
             if let Some(error) = failed.get(ip) {
                 self.tell_failure(key, *ip, &placed.interface, error);
                 continue;
             }
             let is_added = added.contains(&(placed.address.link, *ip));
-            if is_added && is_local && greeted.insert(*ip) {
-                self.greet(snapshot, config, placed.address.link, *ip);
+            if let Some(target) = held.get(ip).filter(|_| is_added && is_local)
+                && greeted.insert(*ip)
+            {
+                self.greet(config, *target);
             }
             let known = self.announcing.get(&(key.clone(), *ip));
             if is_added || (known != Some(&placed.interface) && !is_adopted(&placed.address)) {
@@ -86,17 +101,14 @@ impl Agent<'_> {
         self.announcing = now_announcing;
     }
 
-    /// Tells the neighbours on a link where an address is now.
-    fn greet(&self, snapshot: &Snapshot, config: &NodeConfig, link: u32, ip: IpAddr) {
+    /// Tells the neighbours on a link where an address is now. Before each round it is verified that this node still
+    /// holds it there: on that link, which is up, and with that Ethernet address.
+    fn greet(&self, config: &NodeConfig, target: Target) {
         let Some(repetition) = config.announcements else { return };
-        let Some(target) = snapshot.link(link).and_then(|link| Target::new(link, ip)) else {
-            return;
-        };
         let (announcer, held, verifies) = (self.links.announcer.clone(), self.held.subscribe(), config.verifies);
         tokio::spawn(async move {
-            announcer
-                .repeat(target, repetition, || !verifies || held.borrow().contains_key(&ip))
-                .await;
+            let holds = || held.borrow().get(&target.ip) == Some(&target);
+            announcer.repeat(target, repetition, || !verifies || holds()).await;
         });
     }
 
@@ -135,14 +147,34 @@ impl Agent<'_> {
         }
     }
 
-    /// Writes into each Service which of its local addresses this node announces, where it does not say
-    /// so yet.
+    fn tell_conflict(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, mac: Mac) {
+        let conflict = self.conflict(mac);
+        if let Some(service) = self.cluster.service(key).cloned() {
+            let message = format!("{} (interface {interface})", conflict.sentence(ip));
+            self.tell_once(
+                format!("{key} {ip}"),
+                service.as_ref(),
+                Notice::warning("AddressConflict", message),
+            );
+        }
+    }
+
+    fn conflict(&self, mac: Mac) -> Conflict {
+        Conflict {
+            mac: frame::shown(mac),
+            node: self.settings.node.clone(),
+        }
+    }
+
+    /// Writes into each Service which of its local addresses this node announces, and which another host has, where it
+    /// does not say so yet.
     pub(super) fn annotate(&mut self, plan: &Plan) {
         let mut wanted: BTreeMap<ServiceKey, BTreeMap<IpAddr, Option<String>>> = BTreeMap::new();
         self.claimed.retain(|known, _| {
             let verdict = plan.verdicts.get(known);
             verdict.is_some_and(|verdict| matches!(verdict, Verdict::Local(_)))
         });
+        let mut taken: BTreeMap<ServiceKey, BTreeMap<IpAddr, Known>> = BTreeMap::new();
         for ((key, ip), verdict) in &plan.verdicts {
             let own = match verdict {
                 Verdict::Local(_) if self.is_contested(key, *ip) => continue,
@@ -151,8 +183,17 @@ impl Agent<'_> {
                 }
                 // Its new owner overwrites what this node wrote.
                 Verdict::Local(_) | Verdict::Other(_) => continue,
-                Verdict::Routed(_) | Verdict::Nobody(_) => None,
+                Verdict::Unclear(_) | Verdict::Taken(..) | Verdict::Routed(_) | Verdict::Nobody(_) => None,
             };
+            let known = match verdict {
+                Verdict::Local(_) => Some(Known::Free),
+                Verdict::Taken(_, mac) => Some(Known::Taken(self.conflict(*mac))),
+                Verdict::Unclear(_) => Some(Known::Asking),
+                _ => None,
+            };
+            if let Some(known) = known {
+                taken.entry(key.clone()).or_default().insert(*ip, known);
+            }
             wanted.entry(key.clone()).or_default().insert(*ip, own);
         }
         for (key, own) in wanted {
@@ -163,14 +204,24 @@ impl Agent<'_> {
                 continue;
             };
             let is_short = self.is_v1(&key);
-            let changed = annotations(service, &self.settings.node, &own, is_short);
+            let mut changed = annotations(service, &self.settings.node, &own, is_short);
+            let found = taken.remove(&key).unwrap_or_default();
+            let conflicts = Some(conflicts(service, &self.settings.node, &found));
+            let conflicts = conflicts.filter(|now| *now != conflict::read(service));
+            if let Some(conflicts) = &conflicts {
+                changed.insert(ADDRESS_CONFLICT, conflict::write(conflicts));
+            }
             if changed.is_empty() {
                 continue;
             }
-            let patch = json!({"metadata": {
+            let mut patch = json!({"metadata": {
                 "resourceVersion": service.metadata.resource_version,
                 "annotations": changed,
             }});
+            if let (Some(conflicts), Some(patch)) = (&conflicts, patch.as_object_mut()) {
+                let conditions = conflict::conditions(service, conflicts);
+                patch.insert("status".into(), json!({"conditions": conditions}));
+            }
             self.annotating.insert(key.clone());
             let now = Instant::now();
             let claims = own.iter().filter(|(_, interface)| interface.is_some());
@@ -230,6 +281,30 @@ fn held(plan: &Plan, snapshot: &Snapshot, config: &NodeConfig) -> Held {
     verdicts
         .filter_map(|((_, ip), verdict)| Some((*ip, target(verdict, *ip)?)))
         .collect()
+}
+
+/// What this node knows of an address that it announces or would announce.
+enum Known {
+    Free,
+    Taken(Conflict),
+    /// What was said before holds until the answer is there.
+    Asking,
+}
+
+/// The addresses of a Service that other hosts have, given what this node found of those it would announce. It answers
+/// for what it wrote itself, and for what it announces.
+fn conflicts(service: &Service, node: &str, found: &BTreeMap<IpAddr, Known>) -> BTreeMap<IpAddr, Conflict> {
+    let mut said = conflict::read(service);
+    let vips = ingress(service);
+    said.retain(|ip, conflict| vips.contains(ip) && (conflict.node != node || found.contains_key(ip)));
+    for (ip, found) in found {
+        match found {
+            Known::Free => _ = said.remove(ip),
+            Known::Taken(conflict) => _ = said.insert(*ip, conflict.clone()),
+            Known::Asking => {}
+        }
+    }
+    said
 }
 
 /// The annotations of a Service that have to change so that they say what this node announces: `own`
@@ -303,6 +378,42 @@ mod tests {
                 .collect();
             assert_eq!(changed, expected, "{name}");
         }
+    }
+
+    #[test]
+    fn a_node_answers_for_the_conflicts_it_found_and_for_what_it_announces() {
+        let by = |node: &str| Conflict {
+            mac: "02:00:00:00:00:01".into(),
+            node: node.into(),
+        };
+        let ip: IpAddr = "10.0.0.1".parse().unwrap();
+        for (name, said, found, expected) in [
+            ("found", "", Some(Known::Taken(by("w11"))), Some("w11")),
+            ("still there", "w11", Some(Known::Taken(by("w11"))), Some("w11")),
+            ("being asked about", "w11", Some(Known::Asking), Some("w11")),
+            ("gone", "w11", Some(Known::Free), None),
+            ("found by the owner before", "m", Some(Known::Free), None),
+            ("not this node's to announce any more", "w11", None, None),
+            ("another's", "m", None, Some("m")),
+        ] {
+            let text = if said.is_empty() {
+                String::new()
+            } else {
+                format!("10.0.0.1,02:00:00:00:00:01,{said}")
+            };
+            let service = service(&json!({ADDRESS_CONFLICT: text}), &["10.0.0.1"]);
+            let found = found.map(|known| (ip, known)).into_iter().collect();
+            let now = conflicts(&service, "w11", &found);
+            assert_eq!(now.get(&ip).map(|conflict| conflict.node.as_str()), expected, "{name}");
+        }
+        let moved = service(
+            &json!({ADDRESS_CONFLICT: "10.0.0.1,02:00:00:00:00:01,m"}),
+            &["10.0.0.2"],
+        );
+        assert!(
+            conflicts(&moved, "w11", &BTreeMap::new()).is_empty(),
+            "it has another address now"
+        );
     }
 
     #[test]

@@ -119,6 +119,11 @@ impl Kernel {
         let dummy = self.handle.link().add(LinkDummy::new(name).build());
         match answer(format_args!("create dummy link {name}"), dummy.execute()).await {
             Err(error) if error.is_any_of(&[Errno::EOPNOTSUPP]) => {
+                // The other end of a pair of ours that somebody renamed: it would be in the way.
+                let orphan = self.find_link(&peer_name(name)).await?;
+                if orphan.is_some_and(|link| DummyKind::of(&link) == DummyKind::VethPair) {
+                    self.remove_dummy(&peer_name(name)).await?;
+                }
                 let pair = LinkVeth::new(name, &peer_name(name)).build();
                 let request = self.handle.link().add(pair).execute();
                 tolerate_existing(answer(format_args!("create veth pair {name}"), request).await)?;

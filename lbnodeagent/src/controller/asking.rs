@@ -1,0 +1,99 @@
+//! Whose addresses are: those that strangers have, and those that another load balancer left here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+
+use crds::Family;
+
+use super::{Agent, Input};
+use crate::annotation as announcing;
+use crate::config::NodeConfig;
+use crate::kernel::{Address, Snapshot};
+use crate::neighbor::Target;
+use crate::neighbor::frame::Mac;
+use crate::plan::{Candidate, Place, Plan};
+use crate::probe::{self, Question};
+
+impl Agent<'_> {
+    /// Starts to ask about addresses that were never announced. The answer comes as an [`Input::Asked`].
+    pub(super) fn ask(&mut self, plan: &Plan, snapshot: &Snapshot, candidates: &BTreeMap<String, Candidate>) {
+        let (here, unclear) = plan.asked_about();
+        let (due, look_again) = self.findings.due(self.started.elapsed(), &here, &unclear);
+        if let Some(wait) = look_again {
+            self.wake_in(wait);
+        }
+        if due.is_empty() {
+            return;
+        }
+        let targets = due
+            .iter()
+            .filter_map(|(link, ip)| Target::new(snapshot.link(*link)?, *ip));
+        let others = candidates.iter().filter(|(name, _)| **name != self.settings.node);
+        let others = others.flat_map(|(_, other)| other.addresses.iter().map(ipnet::IpNet::addr));
+        let question = Question {
+            targets: targets.collect(),
+            own: snapshot.links.iter().filter_map(|link| link.mac).collect(),
+            nodes: others.chain(self.peers.borrow().values().flatten().copied()).collect(),
+        };
+        let (announcer, sender) = (self.links.announcer.clone(), self.sender.clone());
+        tokio::spawn(async move {
+            let answer = probe::ask(&announcer, &question).await;
+            let _ = sender.send(Input::Asked(due, answer));
+        });
+    }
+
+    pub(super) fn answered(&mut self, asked: &[Place], answer: io::Result<BTreeMap<IpAddr, Mac>>) {
+        let taken = answer.unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot ask whether addresses are taken: announcing them without");
+            BTreeMap::new()
+        });
+        self.findings.answered(self.started.elapsed(), asked, &taken);
+    }
+
+    /// Claims what `PureLB`, which marks nothing, left on this node when it was killed: VIPs that their Services say are
+    /// announced here, and on the dummy interface every address that is a VIP or lies in a pool. The node's own
+    /// addresses are none of these, even where a pool contains them.
+    pub(super) fn claim_leftovers(&self, snapshot: &mut Snapshot, config: &NodeConfig) {
+        let services = self.cluster.announced();
+        let vips: BTreeSet<IpAddr> = services.values().flat_map(|service| &service.vips).copied().collect();
+        let own: BTreeSet<IpAddr> = self.cluster.addresses_of(&self.settings.node).into_iter().collect();
+        let is_own = |ip: IpAddr| ip == self.settings.host || own.contains(&ip);
+        let announced_here: BTreeSet<(IpAddr, String)> = services
+            .keys()
+            .filter_map(|key| self.cluster.service(key))
+            .flat_map(|service| [Family::V4, Family::V6].map(|family| announcing::entries(service, family)))
+            .flatten()
+            .filter(|(_, (node, _))| *node == self.settings.node)
+            .map(|(ip, (_, interface))| (ip, interface))
+            .collect();
+        let is_pooled = |ip| {
+            let mut pools = self
+                .cluster
+                .groups()
+                .values()
+                .flat_map(crds::servicegroup::Group::pools);
+            pools.any(|pool| pool.range.contains(ip))
+        };
+        let names: BTreeMap<u32, String> = snapshot
+            .links
+            .iter()
+            .map(|link| (link.index, link.name.clone()))
+            .collect();
+        let is_left = |address: &Address| {
+            let Some(name) = names.get(&address.link).filter(|_| !is_own(address.ip)) else {
+                return false;
+            };
+            if *name == config.dummy {
+                return vips.contains(&address.ip) || is_pooled(address.ip);
+            }
+            let is_first = address.ip.is_ipv4() && !address.is_secondary;
+            !is_first && announced_here.contains(&(address.ip, name.clone()))
+        };
+        snapshot.claim(is_left);
+        for address in snapshot.ours().filter(|address| address.is_claimed) {
+            let interface = names.get(&address.link);
+            tracing::info!(address = %address.ip, interface, "found an address of another load balancer: taken over");
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Which of a node's interfaces hold local VIPs, and which subnets they offer.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use crds::Family;
+use ipnet::IpNet;
+
+use super::Placed;
+use crate::config::{Choice, NodeConfig};
+use crate::kernel::{Link, Snapshot, VipAddress};
+
+/// The subnets in which this node can announce, found once for all VIPs.
+pub(super) struct Offers {
+    /// Each with its interface, in the order they are tried.
+    offers: Vec<Offer>,
+    /// Subnets of interfaces that are down or without carrier.
+    down: BTreeSet<IpNet>,
+}
+
+struct Offer {
+    family: Family,
+    link: u32,
+    name: String,
+    subnets: BTreeSet<IpNet>,
+}
+
+impl Offers {
+    pub(super) fn of(kernel: &Snapshot, config: &NodeConfig) -> Self {
+        let offers = [Family::V4, Family::V6].into_iter().flat_map(|family| {
+            let links = interfaces(kernel, config, family).into_iter();
+            links.map(move |link| Offer {
+                family,
+                link: link.index,
+                name: link.name.clone(),
+                subnets: kernel.usable_subnets(link.index),
+            })
+        });
+        let down = kernel
+            .links
+            .iter()
+            .filter(|link| !link.is_usable() && link.name != config.dummy);
+        Self {
+            offers: offers.collect(),
+            down: down.flat_map(|link| kernel.usable_subnets(link.index)).collect(),
+        }
+    }
+
+    /// Whether a VIP's subnet is on an interface of this node that is down or without carrier.
+    pub(super) fn is_near_down_link(&self, vip: IpAddr) -> bool {
+        self.down.iter().any(|net| net.contains(&vip))
+    }
+
+    /// Where this node puts a local VIP: the first of its interfaces with the VIP's subnet, with that mask.
+    pub(super) fn place(&self, config: &NodeConfig, vip: IpAddr) -> Option<Placed> {
+        let offers = self.offers.iter().filter(|offer| offer.family == Family::of(vip));
+        offers.into_iter().find_map(|offer| {
+            // The narrowest of several, as the kernel routes.
+            let near = offer.subnets.iter().filter(|net| net.contains(&vip));
+            let subnet = near.max_by_key(|net| net.prefix_len())?;
+            let address = VipAddress::local(offer.link, vip, subnet.prefix_len());
+            Some(Placed {
+                address: config.local_addresses.local(address),
+                interface: offer.name.clone(),
+            })
+        })
+    }
+}
+
+/// The interfaces of this node that may hold local VIPs of a family, in the order they are tried: up and
+/// with a carrier, never the dummy.
+pub(super) fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
+    let mut links: Vec<&Link> = match &config.local {
+        Choice::Default => kernel.default_interface(family).into_iter().collect(),
+        Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
+    };
+    links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
+    let mut seen = BTreeSet::new();
+    let fits = |link: &Link| link.is_usable() && !kernel.is_port(link) && link.name != config.dummy;
+    links.retain(|link| fits(link) && seen.insert(link.index));
+    links
+}
+
+/// The subnets this node can announce, each with this node's own address there: what it tells the others.
+pub fn subnets(kernel: &Snapshot, config: &NodeConfig) -> BTreeSet<IpNet> {
+    let of = |family| {
+        interfaces(kernel, config, family)
+            .into_iter()
+            .flat_map(|link| {
+                let subnets = kernel.usable_subnets(link.index).into_iter();
+                subnets.map(|subnet| kernel.own_address_in(link.index, subnet).unwrap_or(subnet))
+            })
+            .filter(move |net| Family::of(net.addr()) == family)
+    };
+    of(Family::V4).chain(of(Family::V6)).collect()
+}
