@@ -1,0 +1,165 @@
+//! Addresses that hosts outside the cluster have already.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Lab, Options, stays, wait_until};
+
+const SOON: Duration = Duration::from_secs(30);
+
+const GROUP: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec:
+  local:
+    v4pool: {pool: 10.31.200.1-10.31.200.30, subnet: 10.31.0.0/16}
+    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
+";
+
+fn service(name: &str, addresses: &str) -> String {
+    format!(
+        "
+---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, annotations: {{{addresses}}}}}
+spec: {{type: LoadBalancer, ipFamilyPolicy: RequireDualStack, ports: [{{port: 80}}]}}
+"
+    )
+}
+
+async fn get(lab: &Lab, name: &str, path: &str) -> Result<String> {
+    lab.kubectl(["get", "service", name, "-o", &format!("jsonpath={path}")])
+        .await
+}
+
+/// Nodes that have an address.
+async fn holders(lab: &Lab, vip: &str) -> Result<Vec<String>> {
+    let mut holders = Vec::new();
+    for node in lab.nodes() {
+        let shown = lab
+            .exec(&node.ns, ["ip", "-brief", "address", "show", "dev", "eth0"])
+            .await?;
+        if shown.contains(&format!(" {vip}/")) {
+            holders.push(node.ns.clone());
+        }
+    }
+    Ok(holders)
+}
+
+#[test]
+fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        lab.start_product().await?;
+        for address in ["10.31.200.1/16", "fd00:10:31::c8:1/64", "10.31.200.9/16"] {
+            lab.exec("client", ["ip", "address", "add", address, "dev", "eth0", "nodad"])
+                .await?;
+        }
+        let shown = lab.exec("client", ["ip", "-brief", "link", "show", "eth0"]).await?;
+        let mac = shown
+            .split_whitespace()
+            .nth(2)
+            .context("no Ethernet address")?
+            .to_owned();
+        let pinned = "purelb.io/addresses: '10.31.200.9,fd00:10:31::c8:9'";
+        lab.apply(&format!("{GROUP}{}{}", service("web", ""), service("pinned", pinned)))
+            .await?;
+
+        // Of the pool's first addresses one host has both; the next ones are free.
+        wait_until("it has other addresses, and they are announced", SOON, async || {
+            let ingress = get(&lab, "web", "{.status.loadBalancer.ingress[*].ip}").await?;
+            ensure!(ingress == "10.31.200.2 fd00:10:31::c8:2", "{ingress}");
+            for vip in ingress.split(' ') {
+                ensure!(holders(&lab, vip).await?.len() == 1, "{vip} is announced once");
+            }
+            let said = get(&lab, "web", "{.metadata.annotations}").await?;
+            ensure!(!said.contains("address-conflict"), "{said}");
+            let types = get(&lab, "web", "{.status.conditions[*].type}").await?;
+            ensure!(!types.contains("AddressConflict"), "{types}");
+            Ok(())
+        })
+        .await?;
+        for vip in ["10.31.200.1", "fd00:10:31::c8:1", "10.31.200.9"] {
+            ensure!(holders(&lab, vip).await?.is_empty(), "{vip} was announced");
+        }
+        let events = lab
+            .kubectl(["get", "events", "-o", "jsonpath={.items[*].message}"])
+            .await?;
+        ensure!(events.contains(&mac), "no event names {mac}: {events}");
+
+        // Who insists on an address keeps it and is told; the other family works.
+        wait_until("the condition says so", SOON, async || {
+            let message = get(
+                &lab,
+                "pinned",
+                "{.status.conditions[?(@.type==\"purelb.io/AddressConflict\")].message}",
+            )
+            .await?;
+            ensure!(message.contains("10.31.200.9") && message.contains(&mac), "{message}");
+            let said = get(&lab, "pinned", "{.metadata.annotations.purelb\\.io/address-conflict}").await?;
+            ensure!(said.starts_with(&format!("10.31.200.9,{mac},")), "{said}");
+            ensure!(
+                holders(&lab, "fd00:10:31::c8:9").await?.len() == 1,
+                "the other family is announced"
+            );
+            Ok(())
+        })
+        .await?;
+        stays("it is not announced", Duration::from_secs(1), async || {
+            ensure!(holders(&lab, "10.31.200.9").await?.is_empty(), "it is");
+            Ok(())
+        })
+        .await?;
+
+        // The host gives it up.
+        lab.exec("client", ["ip", "address", "del", "10.31.200.9/16", "dev", "eth0"])
+            .await?;
+        wait_until("it is announced", SOON, async || {
+            ensure!(holders(&lab, "10.31.200.9").await?.len() == 1, "it is not");
+            let types = get(&lab, "pinned", "{.status.conditions[*].type}").await?;
+            ensure!(
+                !types.contains("AddressConflict") && types.contains("Allocated"),
+                "{types}"
+            );
+            Ok(())
+        })
+        .await
+    })
+}
+
+#[test]
+fn an_address_that_another_node_has_is_no_conflict() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        // As with IPVS and without strict ARP: every node answers for it.
+        for node in lab.nodes() {
+            lab.exec(&node.ns, ["ip", "address", "add", "10.31.200.1/32", "dev", "lo"])
+                .await?;
+        }
+        lab.start_product().await?;
+        lab.apply(&format!("{GROUP}{}", service("web", ""))).await?;
+        wait_until("it is announced once", SOON, async || {
+            ensure!(holders(&lab, "10.31.200.1").await?.len() == 1, "it is not");
+            Ok(())
+        })
+        .await?;
+        let types = get(&lab, "web", "{.status.conditions[*].type}").await?;
+        ensure!(!types.contains("AddressConflict"), "{types}");
+        // It was announced before: a take-over asks nobody.
+        let holder = holders(&lab, "10.31.200.1").await?.pop().context("nobody")?;
+        lab.cut(&holder).await?;
+        let began = std::time::Instant::now();
+        wait_until("another node has it", SOON, async || {
+            ensure!(
+                holders(&lab, "10.31.200.1").await?.iter().any(|node| *node != holder),
+                "none"
+            );
+            Ok(())
+        })
+        .await?;
+        println!("taken over after {:?}", began.elapsed());
+        Ok(())
+    })
+}
