@@ -130,6 +130,7 @@ mod tests {
             family: Family::V4,
             service: service("a"),
             used,
+            holders: vec![service("b")],
         })
     }
 

@@ -32,7 +32,7 @@ use crate::condition::Saying;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
-use crate::ledger::{Claim, Ledger};
+use crate::ledger::{Claim, Conflict, Ledger};
 use crate::metrics::Metrics;
 use crate::notices;
 use crate::patch::{assignment, guarded, load_balancer, withdrawal};
@@ -72,7 +72,13 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
     loop {
         let flush = controller.status_due;
         tokio::select! {
-            input = inputs.recv() => controller.take(input.context("the allocator's inputs ended")?),
+            input = inputs.recv() => {
+                controller.take(input.context("the allocator's inputs ended")?);
+                while let Ok(input) = inputs.try_recv() {
+                    controller.take(input);
+                }
+                controller.serve_waiting();
+            }
             () = tokio::time::sleep_until(flush.unwrap_or_else(Instant::now)), if flush.is_some() => {
                 controller.write_statuses();
             }
@@ -101,6 +107,8 @@ struct Controller {
     granted: HashMap<ServiceKey, Granted>,
     /// Services without (all of) what they ask for.
     waiting: BTreeSet<ServiceKey>,
+    /// Whether there may be room for one of them.
+    made_room: bool,
     /// What each Service was last told, so that nothing is said twice for the same cause.
     told: HashMap<ServiceKey, Vec<Notice>>,
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
@@ -143,6 +151,7 @@ impl Controller {
             failures: HashMap::new(),
             granted: HashMap::new(),
             waiting: BTreeSet::new(),
+            made_room: false,
             told: HashMap::new(),
             statuses: BTreeMap::new(),
             status_due: None,
@@ -268,30 +277,28 @@ impl Controller {
     }
 
     /// The addresses of a Service that an older Service, or one that is not ours, holds as well and does not
-    /// share, each with why not.
-    ///
-    /// We never give an address twice, so this comes from outside: a status restored or written by hand, or a
-    /// sharing key or port that was changed. The older Service keeps the address. The younger one gets another
-    /// in the same PATCH, so that it is never without one. Where there is none to get, it keeps the address if
-    /// all ports differ, for then both work; where they do not it gives the address up and waits, so that it
-    /// takes no traffic that is the older Service's. In all three cases it is told.
-    fn contested(&self, key: &ServiceKey, held: &[IpAddr], claim: &Claim) -> Vec<(IpAddr, Refusal)> {
-        let is_older = |rival: &ServiceKey| {
+    /// share. The older Service keeps the address. The younger one gets another in the same PATCH, so that it is
+    /// never without one. Where there is none to get, it keeps the address if all ports differ, for then both
+    /// work; where they do not it gives the address up and waits, so that it takes no traffic that is the older
+    /// Service's. In all three cases it is told.
+    fn contested(&self, key: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
+        self.ledger.contested(key, claim, |rival| {
             let is_foreign = self.service(rival).is_some_and(|service| !is_ours(service));
             is_foreign || self.age(rival) < self.age(key)
-        };
-        let contested = held
-            .iter()
-            .copied()
-            .filter(|ip| self.ledger.rivals(*ip, key, claim).any(is_older));
-        contested
-            .filter_map(|ip| Some((ip, self.ledger.check(ip, key, claim).err()?)))
-            .collect()
+        })
     }
 
-    fn reconcile_waiting(&mut self) {
-        for key in self.by_age(self.waiting.iter().cloned().collect()) {
-            self.reconcile(&key);
+    /// There may be room for those who wait: they are decided about, the oldest first, when what has piled up
+    /// is taken in. Once for all of it, or a thousand Services that go would each look at a thousand that wait.
+    const fn reconcile_waiting(&mut self) {
+        self.made_room = true;
+    }
+
+    fn serve_waiting(&mut self) {
+        while std::mem::take(&mut self.made_room) {
+            for key in self.by_age(self.waiting.iter().cloned().collect()) {
+                self.reconcile(&key);
+            }
         }
     }
 
@@ -330,17 +337,15 @@ impl Controller {
         let key = &request.service;
         self.heed_strangers(service, request);
         let held = self.ledger.addresses_of(key).to_vec();
-        let contested = self.contested(key, &held, &request.claim);
+        let contested = self.contested(key, &request.claim);
         let mut current = held.clone();
-        current.retain(|ip| contested.iter().all(|(theirs, _)| ip != theirs));
+        current.retain(|ip| !contested.contains_key(ip));
         let grant = match decide(&self.ledger, request, &current) {
             Ok(grant) => grant,
             Err(refusal) => {
                 self.tell_of_conflicts(key, service, &contested, &[]);
-                current.extend(contested.iter().filter_map(|(ip, why)| {
-                    let is_usable = matches!(why, Refusal::SharingKey { .. });
-                    is_usable.then_some(*ip)
-                }));
+                let mut current = held;
+                current.retain(|ip| contested.get(ip).is_none_or(|conflict| conflict.is_bearable));
                 let made_room = self.ledger.hold(key, &current, &request.claim);
                 self.refuse(key, service, &refusal, Some(&current));
                 if made_room {
@@ -423,16 +428,13 @@ impl Controller {
         &mut self,
         key: &ServiceKey,
         service: &Service,
-        contested: &[(IpAddr, Refusal)],
+        contested: &BTreeMap<IpAddr, Conflict>,
         instead: &[IpAddr],
     ) {
-        for (ip, why) in contested {
+        for (ip, conflict) in contested {
             let notice = strangers::moved(service, *ip, instead);
-            self.tell_once(
-                key,
-                service,
-                notice.unwrap_or_else(|| notices::conflict(*ip, why, instead)),
-            );
+            let notice = notice.unwrap_or_else(|| notices::conflict(*ip, &conflict.why, instead));
+            self.tell_once(key, service, notice);
         }
     }
 

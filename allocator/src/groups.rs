@@ -20,26 +20,41 @@ pub enum Verdict {
     Invalid(GroupError),
     /// An older group has some of its addresses.
     Overlaps(String),
-    /// It is not in the install namespace. With that namespace, and its own.
-    OutOfScope(String),
+    /// It is not in the install namespace.
+    OutOfScope {
+        /// That namespace.
+        install: String,
+        /// What its addresses come from: `local`, `remote`, `external`, `netbox`.
+        kind: &'static str,
+    },
 }
 
 impl Verdict {
+    /// Why it gives out nothing, where it does not. `namespace` is its own.
+    pub fn fault(&self, namespace: &str) -> Option<String> {
+        match self {
+            Self::Valid(_) => None,
+            Self::Invalid(error) => Some(format!("Failed to parse: {error}")),
+            Self::Overlaps(other) => Some(format!("Pool overlaps with already defined pool \"{other}\"")),
+            Self::OutOfScope { install, .. } => Some(format!(
+                "it is in namespace \"{namespace}\", and only those in \"{install}\" count"
+            )),
+        }
+    }
+
     /// What its author is told.
     pub fn notice(&self, key: &GroupKey) -> Notice {
         let (namespace, name) = key;
         match self {
             Self::Valid(_) => Notice::normal("Parsed", "ServiceGroup parsed successfully"),
-            Self::Invalid(error) => Notice::warning("ParseFailed", format!("Failed to parse: {error}")),
-            Self::Overlaps(other) => Notice::warning(
-                "ParseFailed",
-                format!("Pool overlaps with already defined pool \"{other}\""),
-            ),
-            Self::OutOfScope(install) => Notice::warning(
+            Self::Invalid(_) | Self::Overlaps(_) => {
+                Notice::warning("ParseFailed", self.fault(namespace).unwrap_or_default())
+            }
+            Self::OutOfScope { install, kind } => Notice::warning(
                 "ServiceGroupOutOfScope",
                 format!(
                     "Ignored: ServiceGroups are read only from the PureLB install namespace, and {namespace} is not it. \
-                     Its pool is not allocatable. Move it: kubectl get servicegroup {name} -n {namespace} -o yaml | \
+                     This group is {kind}, so its pool is not allocatable. Move it: kubectl get servicegroup {name} -n {namespace} -o yaml | \
                      sed 's/namespace: {namespace}/namespace: {install}/' | kubectl apply -f -"
                 ),
             ),
@@ -68,7 +83,10 @@ pub fn judge(objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>, install_namespace:
                 }
             }
         } else {
-            Verdict::OutOfScope(install_namespace.to_owned())
+            Verdict::OutOfScope {
+                install: install_namespace.to_owned(),
+                kind: object.spec.kind(),
+            }
         };
         verdicts.insert(key.clone(), verdict);
     }
@@ -149,7 +167,11 @@ mod tests {
     #[test]
     fn a_group_outside_the_install_namespace_is_ignored_and_told_where_to_go() {
         let told = notices(&[("elsewhere", "g", OLD, "10.0.0.0/24")]);
-        assert!(told[0].contains("read only from the PureLB install namespace, and elsewhere is not it"));
+        assert!(
+            told[0].contains(
+                "read only from the PureLB install namespace, and elsewhere is not it. This group is local, so"
+            )
+        );
         assert!(told[0].contains("kubectl get servicegroup g -n elsewhere"));
     }
 }

@@ -47,10 +47,21 @@ struct Book {
     spaces: Vec<Space>,
 }
 
+/// Another Service's right to an address that goes before one's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conflict {
+    /// Why the two may not share it.
+    pub why: Refusal,
+    /// Whether all ports differ, so that both work where they are.
+    pub is_bearable: bool,
+}
+
 /// Who holds which address.
 #[derive(Debug, Default)]
 pub struct Ledger {
     books: BTreeMap<String, Book>,
+    /// Groups that are there and give out nothing, each with why.
+    rejected: BTreeMap<String, String>,
     namespaces: Namespaces,
     holders: BTreeMap<IpAddr, BTreeMap<ServiceKey, Claim>>,
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
@@ -90,6 +101,16 @@ impl Ledger {
             .collect();
     }
 
+    /// Replaces what is known of groups that give out nothing: their names, and why.
+    pub fn set_rejected(&mut self, rejected: BTreeMap<String, String>) {
+        self.rejected = rejected;
+    }
+
+    /// Why the group of this name gives out nothing, where there is one.
+    pub fn rejected(&self, name: &str) -> Option<&str> {
+        self.rejected.get(name).map(String::as_str)
+    }
+
     /// A group by name.
     pub fn group(&self, name: &str) -> Option<&Group> {
         self.books.get(name).map(|book| &book.group)
@@ -111,6 +132,31 @@ impl Ledger {
             let pool = book.group.pools().iter().find(|pool| pool.range.contains(ip))?;
             Some((name.as_str(), pool))
         })
+    }
+
+    /// All pools of a family, each with its group's name.
+    pub fn pools(&self, family: Family) -> impl Iterator<Item = (&str, &Pool)> {
+        let all = self.books.iter();
+        let all = all.flat_map(|(name, book)| book.group.pools().iter().map(move |pool| (name.as_str(), pool)));
+        all.filter(move |(_, pool)| pool.range.family() == family)
+    }
+
+    /// Services on a group's addresses of a family, in the addresses' order, each once; at most `limit`.
+    pub fn holders_in(&self, group: &str, family: Family, limit: usize) -> Vec<ServiceKey> {
+        let mut found: Vec<ServiceKey> = Vec::new();
+        let pools = self.group(group).map(Group::pools).unwrap_or_default();
+        for pool in pools.iter().filter(|pool| pool.range.family() == family) {
+            let held = self.holders.range(pool.range.first()..=pool.range.last());
+            for holder in held.flat_map(|(_, holders)| holders.keys()) {
+                if found.len() == limit {
+                    return found;
+                }
+                if !found.contains(holder) {
+                    found.push(holder.clone());
+                }
+            }
+        }
+        found
     }
 
     /// How full a group is in a family.
@@ -210,6 +256,37 @@ impl Ledger {
                 *holder != service && !may_share
             })
             .map(|(holder, _)| holder)
+    }
+
+    /// The addresses of `service` that others hold as well who may not share them, and who come first by
+    /// `goes_first`.
+    ///
+    /// We never give an address twice, so this comes from outside: a status restored or written by hand, or a
+    /// sharing key or port that was changed.
+    pub fn contested(
+        &self,
+        service: &ServiceKey,
+        claim: &Claim,
+        goes_first: impl Fn(&ServiceKey) -> bool,
+    ) -> BTreeMap<IpAddr, Conflict> {
+        let mut contested = BTreeMap::new();
+        for &ip in self.addresses_of(service) {
+            let mut first = self
+                .rivals(ip, service, claim)
+                .filter(|rival| goes_first(rival))
+                .peekable();
+            if first.peek().is_none() {
+                continue;
+            }
+            let Err(why) = self.check(ip, service, claim) else {
+                continue;
+            };
+            let holders = self.holders.get(&ip);
+            let ports_of = |rival: &ServiceKey| Some(&holders?.get(rival)?.ports);
+            let is_bearable = first.all(|rival| ports_of(rival).is_some_and(|ports| ports.is_disjoint(&claim.ports)));
+            contested.insert(ip, Conflict { why, is_bearable });
+        }
+        contested
     }
 
     /// Makes `service` hold exactly `addresses`, in this order, and gives back what it held besides.
@@ -316,6 +393,8 @@ pub(crate) mod tests {
         }
     }
 
+    const NOT_SHARED: &str = "can't change sharing key for \"default/b\", address also in use by default/a (to share 10.0.0.1, give all of them the same purelb.io/allow-shared-ip and ports of their own)";
+
     #[test]
     fn an_address_is_shared_only_with_an_equal_key_and_other_ports() {
         let mut ledger = Ledger::default();
@@ -326,18 +405,12 @@ pub(crate) mod tests {
             (
                 "same key, same port",
                 ("b", claim("k", 80)),
-                Some("port TCP/80 on \"10.0.0.1\" is already in use by default/a"),
+                Some(
+                    "port TCP/80 on \"10.0.0.1\" is already in use by default/a: use another port, or another key in purelb.io/allow-shared-ip",
+                ),
             ),
-            (
-                "other key",
-                ("b", claim("x", 81)),
-                Some("can't change sharing key for \"default/b\", address also in use by default/a"),
-            ),
-            (
-                "no key",
-                ("b", claim("", 81)),
-                Some("can't change sharing key for \"default/b\", address also in use by default/a"),
-            ),
+            ("other key", ("b", claim("x", 81)), Some(NOT_SHARED)),
+            ("no key", ("b", claim("", 81)), Some(NOT_SHARED)),
         ] {
             let refusal = ledger.check(ip("10.0.0.1"), &service(asked.0), &asked.1).err();
             assert_eq!(refusal.map(|r| r.to_string()).as_deref(), expected, "{name}");

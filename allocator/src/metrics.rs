@@ -148,7 +148,7 @@ impl Metrics {
     pub fn groups<'a>(&self, verdicts: impl Iterator<Item = (&'a GroupKey, &'a Verdict, &'static str)>) {
         self.forget_groups();
         for ((namespace, name), verdict, r#type) in verdicts {
-            if matches!(verdict, Verdict::OutOfScope(_)) {
+            if matches!(verdict, Verdict::OutOfScope { .. }) {
                 let labels = Stray {
                     namespace: namespace.clone(),
                     name: name.clone(),

@@ -228,7 +228,7 @@ mod tests {
                 "guest",
                 "closed",
                 Some(
-                    "namespace denied: ServiceGroup \"closed\" serves a confined namespace and does not serve \"guest\"",
+                    "namespace denied: ServiceGroup \"closed\" serves a confined namespace and does not serve \"guest\": add it to the group's spec.namespaces, or use another group",
                 ),
             ),
             ("anyone", "free", None),
@@ -236,7 +236,7 @@ mod tests {
                 "anyone",
                 "also",
                 Some(
-                    "namespace denied: ServiceGroup \"also\" serves a confined namespace and does not serve \"anyone\"",
+                    "namespace denied: ServiceGroup \"also\" serves a confined namespace and does not serve \"anyone\": add it to the group's spec.namespaces, or use another group",
                 ),
             ),
         ] {

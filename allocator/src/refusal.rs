@@ -17,6 +17,14 @@ pub enum Refusal {
         /// The names that exist.
         known: Vec<String>,
     },
+    /// The group asked for is there, but was rejected.
+    #[error("no usable pool: ServiceGroup \"{group}\" gives out nothing: {why}")]
+    Rejected {
+        /// The group.
+        group: String,
+        /// Why it was rejected.
+        why: String,
+    },
     /// The group is of a kind that gives out no addresses by itself.
     #[error("pool \"{group}\" takes its addresses from {source_of}, which is not reachable from here yet")]
     Elsewhere {
@@ -27,7 +35,8 @@ pub enum Refusal {
     },
     /// Every address is in use.
     #[error(
-        "pool \"{group}\" exhausted: no available addresses for {service} (all {used} {family} addresses are in use; add a range to the ServiceGroup or delete a Service)"
+        "pool \"{group}\" exhausted: no available addresses for {service} (all {used} {family} addresses are in use, by {}; add a range to the ServiceGroup or delete a Service)",
+        list(holders, ", ")
     )]
     Exhausted {
         /// The group.
@@ -38,6 +47,8 @@ pub enum Refusal {
         service: ServiceKey,
         /// How many are in use.
         used: u64,
+        /// Who holds the first of them: as many as are listed, and one more where there are more.
+        holders: Vec<ServiceKey>,
     },
     /// The group has no range of a family.
     #[error(
@@ -52,24 +63,37 @@ pub enum Refusal {
         service: ServiceKey,
     },
     /// The address asked for is in no group.
-    #[error("\"{0}\" does not belong to any group")]
-    NotInAnyGroup(IpAddr),
-    /// The address asked for is no address.
-    #[error("invalid user-specified address: \"{0}\"")]
+    #[error("\"{ip}\" does not belong to any group{}", ranges(pools, Family::of(*ip)))]
+    NotInAnyGroup {
+        /// The address.
+        ip: IpAddr,
+        /// What there is of its family, each range with its group.
+        pools: Vec<String>,
+    },
+    /// The address asked for with the annotation is no address.
+    #[error(
+        "invalid user-specified address: \"{0}\" in purelb.io/addresses: write one address, or one of each family with a comma between"
+    )]
     InvalidAddress(String),
+    /// The address asked for with `spec.loadBalancerIP` is no address.
+    #[error("invalid spec.loadBalancerIP \"{0}\": write one IPv4 or IPv6 address")]
+    InvalidLoadBalancerIp(String),
     /// More than one address of a family was asked for.
-    #[error("both {0} and {1} are {2}: ask for one address of each family")]
+    #[error("both {0} and {1} are {2}: ask for one address of each family in purelb.io/addresses")]
     TwoOfAFamily(IpAddr, IpAddr, Family),
     /// The address asked for is of a family the Service does not have.
-    #[error("\"{ip}\" is an {} address, but spec.ipFamilies has no {}", Family::of(*ip), Family::of(*ip))]
+    #[error(
+        "\"{ip}\" is an {} address, but spec.ipFamilies has no {0}: ask for another address, or add the family",
+        Family::of(*ip)
+    )]
     FamilyNotAsked {
         /// The address.
         ip: IpAddr,
     },
     /// Others hold the address without sharing it.
     #[error(
-        "can't change sharing key for \"{service}\", address also in use by {}",
-        list(holders)
+        "can't change sharing key for \"{service}\", address also in use by {} (to share {ip}, give all of them the same purelb.io/allow-shared-ip and ports of their own)",
+        list(holders, ",")
     )]
     SharingKey {
         /// Who asked.
@@ -80,7 +104,9 @@ pub enum Refusal {
         holders: Vec<ServiceKey>,
     },
     /// The address is shared, but the port is not free.
-    #[error("port {port} on \"{ip}\" is already in use by {holder}")]
+    #[error(
+        "port {port} on \"{ip}\" is already in use by {holder}: use another port, or another key in purelb.io/allow-shared-ip"
+    )]
     PortInUse {
         /// The port.
         port: Port,
@@ -90,7 +116,7 @@ pub enum Refusal {
         holder: ServiceKey,
     },
     /// A sharing key already has another address.
-    #[error("sharing key \"{key}\" is bound to {bound}, cannot use {asked}")]
+    #[error("sharing key \"{key}\" is bound to {bound}, cannot use {asked}: ask for {bound}, or use another key")]
     BoundElsewhere {
         /// The key.
         key: String,
@@ -100,7 +126,7 @@ pub enum Refusal {
         asked: IpAddr,
     },
     /// The group serves a confined namespace, and not the Service's.
-    #[error("{}namespace denied: ServiceGroup \"{group}\" serves a confined namespace and does not serve \"{namespace}\"", pin(*pinned))]
+    #[error("{}namespace denied: ServiceGroup \"{group}\" serves a confined namespace and does not serve \"{namespace}\": add it to the group's spec.namespaces, or use another group", pin(*pinned))]
     GroupClosed {
         /// The group.
         group: String,
@@ -128,10 +154,14 @@ pub enum Refusal {
     #[error("ambiguous namespace default: {0}")]
     Ambiguous(Ambiguity),
     /// Two ways of choosing the range at once.
-    #[error("multi-pool and balancePools allocation are mutually exclusive for pool {0}")]
+    #[error(
+        "multi-pool and balancePools allocation are mutually exclusive for pool {0}: unset balancePools there, or purelb.io/multi-pool here"
+    )]
     MultiPoolBalanced(String),
     /// Services of one sharing key are on one address.
-    #[error("multi-pool allocation cannot be combined with IP sharing (annotation purelb.io/allow-shared-ip)")]
+    #[error(
+        "multi-pool allocation cannot be combined with IP sharing (annotation purelb.io/allow-shared-ip): remove it, or set purelb.io/multi-pool to \"false\""
+    )]
     MultiPoolShared,
     /// Multi-pool, and some of the ranges have no free address.
     #[error("no free address in {} of pool \"{group}\"; add a range to the ServiceGroup or delete a Service", ranges.join(", "))]
@@ -169,11 +199,14 @@ impl Refusal {
     pub const fn word(&self) -> &'static str {
         match self {
             Self::UnknownGroup { .. } => "UnknownPool",
-            Self::Elsewhere { .. } => "NoUsablePool",
+            Self::Rejected { .. } | Self::Elsewhere { .. } => "NoUsablePool",
             Self::Exhausted { .. } | Self::RangesFull { .. } => "PoolExhausted",
             Self::NoFamily { .. } => "NoPoolOfFamily",
-            Self::NotInAnyGroup(_) => "AddressNotInPool",
-            Self::InvalidAddress(_) | Self::TwoOfAFamily(..) | Self::FamilyNotAsked { .. } => "InvalidAddresses",
+            Self::NotInAnyGroup { .. } => "AddressNotInPool",
+            Self::InvalidAddress(_)
+            | Self::InvalidLoadBalancerIp(_)
+            | Self::TwoOfAFamily(..)
+            | Self::FamilyNotAsked { .. } => "InvalidAddresses",
             Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "SharingKeyConflict",
             Self::PortInUse { .. } => "PortConflict",
             Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "NamespaceDenied",
@@ -190,6 +223,7 @@ impl Refusal {
             Self::Exhausted { group, service, .. } => {
                 format!("pool \"{group}\" exhausted: no available addresses for {service} (")
             }
+            Self::NotInAnyGroup { ip, .. } => format!("\"{ip}\" does not belong to any group"),
             Self::SharingKey { service, .. } => {
                 format!("can't change sharing key for \"{service}\", address also in use by ")
             }
@@ -202,6 +236,7 @@ impl Refusal {
     pub fn group(&self) -> Option<&str> {
         match self {
             Self::UnknownGroup { group, .. }
+            | Self::Rejected { group, .. }
             | Self::Elsewhere { group, .. }
             | Self::Exhausted { group, .. }
             | Self::NoFamily { group, .. }
@@ -209,8 +244,9 @@ impl Refusal {
             | Self::NamespaceConfined { group, .. }
             | Self::MultiPoolBalanced(group)
             | Self::RangesFull { group, .. } => Some(group),
-            Self::NotInAnyGroup(_)
+            Self::NotInAnyGroup { .. }
             | Self::InvalidAddress(_)
+            | Self::InvalidLoadBalancerIp(_)
             | Self::TwoOfAFamily(..)
             | Self::FamilyNotAsked { .. }
             | Self::SharingKey { .. }
@@ -226,21 +262,23 @@ impl Refusal {
         match self {
             Self::UnknownGroup { .. } => "unknown_pool",
             Self::Exhausted { .. } | Self::RangesFull { .. } => "exhausted",
-            Self::NoFamily { .. } | Self::Elsewhere { .. } => "no_usable_pool",
+            Self::NoFamily { .. } | Self::Rejected { .. } | Self::Elsewhere { .. } => "no_usable_pool",
             Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "sharing_key_conflict",
             Self::PortInUse { .. } => "port_conflict",
             Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "namespace_denied",
             Self::Ambiguous(_) => "ambiguous_namespace_default",
             Self::MultiPoolBalanced(_) | Self::MultiPoolShared => "multipool_refused",
-            Self::NotInAnyGroup(_) | Self::InvalidAddress(_) | Self::TwoOfAFamily(..) | Self::FamilyNotAsked { .. } => {
-                "other"
-            }
+            Self::NotInAnyGroup { .. }
+            | Self::InvalidAddress(_)
+            | Self::InvalidLoadBalancerIp(_)
+            | Self::TwoOfAFamily(..)
+            | Self::FamilyNotAsked { .. } => "other",
         }
     }
 }
 
 /// At most this many names are listed: an event has room for 1 KiB.
-const LISTED: usize = 8;
+pub const LISTED: usize = 8;
 
 fn hint(known: &[String]) -> String {
     if known.is_empty() {
@@ -255,8 +293,18 @@ fn pin(ip: Option<IpAddr>) -> String {
     ip.map(|ip| format!("{ip}: ")).unwrap_or_default()
 }
 
-fn list(services: &[ServiceKey]) -> String {
-    let more = if services.len() > LISTED { ",…" } else { "" };
-    let names: Vec<String> = services.iter().take(LISTED).map(ToString::to_string).collect();
-    format!("{}{more}", names.join(","))
+fn list(services: &[ServiceKey], separator: &str) -> String {
+    let more = services.len() > LISTED;
+    let names = services.iter().take(LISTED).map(ToString::to_string);
+    let names: Vec<String> = names.chain(more.then(|| "…".to_owned())).collect();
+    names.join(separator)
+}
+
+fn ranges(pools: &[String], family: Family) -> String {
+    if pools.is_empty() {
+        return format!(": there is no {family} range yet");
+    }
+    let more = if pools.len() > LISTED { ", …" } else { "" };
+    let pools: Vec<&str> = pools.iter().take(LISTED).map(String::as_str).collect();
+    format!(": ask for one of {}{more}", pools.join(", "))
 }

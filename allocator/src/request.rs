@@ -107,7 +107,7 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
             "Service.Spec.LoadBalancerIP is deprecated, please use the \"purelb.io/addresses\" annotation instead",
         ));
     }
-    if wanted.is_some() && group.is_some() {
+    if (wanted.is_some() || deprecated.is_some()) && group.is_some() {
         remarks.push(Notice::normal(
             "ConfigurationWarning",
             "Both the addresses annotation and the service-group annotation were provided. service-group will be ignored.",
@@ -126,7 +126,10 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
     Ok(Request {
         service: key,
         group: group.map(ToOwned::to_owned),
-        pinned: pinned(wanted.or(deprecated), &families)?,
+        pinned: match wanted {
+            Some(text) => pinned(Some(text), &families, Refusal::InvalidAddress)?,
+            None => pinned(deprecated, &families, Refusal::InvalidLoadBalancerIp)?,
+        },
         families,
         may_degrade: spec.ip_family_policy.as_deref() == Some("PreferDualStack"),
         multi_pool: annotation(service, annotations::MULTI_POOL).map(|value| value == "true"),
@@ -170,13 +173,10 @@ fn ports(spec: &ServiceSpec) -> BTreeSet<Port> {
 }
 
 /// Reads one address, or two separated by a comma, of different families that the Service has.
-fn pinned(text: Option<&str>, families: &[Family]) -> Result<Vec<IpAddr>, Refusal> {
+fn pinned(text: Option<&str>, families: &[Family], invalid: fn(String) -> Refusal) -> Result<Vec<IpAddr>, Refusal> {
     let mut addresses: Vec<IpAddr> = Vec::new();
     for part in text.into_iter().flat_map(|text| text.split(',')) {
-        let ip: IpAddr = part
-            .trim()
-            .parse()
-            .map_err(|_| Refusal::InvalidAddress(part.trim().into()))?;
+        let ip: IpAddr = part.trim().parse().map_err(|_| invalid(part.trim().to_owned()))?;
         if let Some(other) = addresses.iter().find(|other| Family::of(**other) == Family::of(ip)) {
             return Err(Refusal::TwoOfAFamily(*other, ip, Family::of(ip)));
         }
@@ -302,14 +302,17 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_with_a_reason() {
         for (addresses, sentence) in [
-            ("10.0.0", "invalid user-specified address: \"10.0.0\""),
+            (
+                "10.0.0",
+                "invalid user-specified address: \"10.0.0\" in purelb.io/addresses: write one address, or one of each family with a comma between",
+            ),
             (
                 "10.0.0.1,10.0.0.2",
-                "both 10.0.0.1 and 10.0.0.2 are IPv4: ask for one address of each family",
+                "both 10.0.0.1 and 10.0.0.2 are IPv4: ask for one address of each family in purelb.io/addresses",
             ),
             (
                 "fd00::1",
-                "\"fd00::1\" is an IPv6 address, but spec.ipFamilies has no IPv6",
+                "\"fd00::1\" is an IPv6 address, but spec.ipFamilies has no IPv6: ask for another address, or add the family",
             ),
         ] {
             let reading = read(&service(&json!({"purelb.io/addresses": addresses}), &json!({})), true);
@@ -318,5 +321,15 @@ mod tests {
             };
             assert_eq!(refusal.to_string(), sentence);
         }
+    }
+
+    #[test]
+    fn a_bad_load_balancer_ip_is_named_by_its_field() {
+        let spec = json!({"loadBalancerIP": "10.0.0.256"});
+        let Reading::Invalid(_, refusal) = read(&service(&json!({}), &spec), true) else {
+            panic!("accepted")
+        };
+        let sentence = "invalid spec.loadBalancerIP \"10.0.0.256\": write one IPv4 or IPv6 address";
+        assert_eq!(refusal.to_string(), sentence);
     }
 }

@@ -158,9 +158,15 @@ fn killed_at_every_request_it_gives_nothing_twice_and_loses_nothing() -> Result<
         let kubeconfig = detour(&lab, &kubeconfig, cutter.address())?;
         let start = async || lab.start_replica("allocator", &[("KUBECONFIG", &kubeconfig)]).await;
         let mut churn = Churn::new(&lab);
-        let points: usize = std::env::var("CUTS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
-        for at in 1..=points {
-            for side in [Side::Before, Side::After] {
+        // By turns before and after the API server in the usual run; CUTS=60 does both at each of 60 points.
+        let wanted: Option<usize> = std::env::var("CUTS").ok().and_then(|n| n.parse().ok());
+        for at in 1..=wanted.unwrap_or(40) {
+            let sides = match (wanted, at % 2) {
+                (Some(_), _) => &[Side::Before, Side::After][..],
+                (None, 0) => &[Side::Before],
+                (None, _) => &[Side::After],
+            };
+            for side in sides.iter().copied() {
                 churn.some().await?;
                 cutter.arm(Some((at, side)));
                 let allocator = start().await?;
@@ -247,7 +253,8 @@ fn leaders_die_and_resign_and_no_address_is_given_twice() -> Result<()> {
             let took = ended.elapsed();
             let how = if round % 2 == 0 { "killed" } else { "stopped" };
             println!("{name} {how}, {new} leads after {} ms", took.as_millis());
-            let allowed = Duration::from_millis(if round % 2 == 0 { 5_000 } else { 1_000 });
+            // A Lease of 3 s, and time for a busy machine; some 0.1 s where the Lease was given back.
+            let allowed = Duration::from_secs(if round % 2 == 0 { 12 } else { 2 });
             ensure!(took < allowed, "{name} {how}: {new} took over only after {took:?}");
             churn.settle(&format!("after {name} was {how}")).await?;
             replicas.push(lab.start_replica(&name, &[LEASE]).await?);

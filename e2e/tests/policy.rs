@@ -300,6 +300,13 @@ fn a_waiting_service_says_why_once_also_through_a_restart() -> Result<()> {
             "pool \"team\" exhausted: no available addresses for team/late",
         );
         let waiting = says(lab, "team", "late", full).await?;
+        says(
+            lab,
+            "team",
+            "late",
+            ("False", "PoolExhausted", "in use, by team/a, team/b; add a range"),
+        )
+        .await?;
         event(lab, "team", "late", full.2).await?;
         allocator.stop().await?;
         let _again = lab.start_allocator().await?;
@@ -404,5 +411,97 @@ fn both_programs_serve_metrics_and_health() -> Result<()> {
         let scraped = lab.curl("m", "http://10.31.188.1:7472/metrics").await?;
         ensure!(scraped.contains("purelb_k8s_client_config_loaded_bool 1"), "{scraped}");
         allocator.check()
+    })
+}
+
+#[test]
+fn a_group_that_overlaps_is_refused_and_whoever_names_it_is_told() -> Result<()> {
+    with_allocator(async |lab, _| {
+        create(lab, "default", "web", in_group("team2")).await?;
+        says(
+            lab,
+            "default",
+            "web",
+            (
+                "False",
+                "UnknownPool",
+                "unknown pool \"team2\": the ServiceGroups are default, many, team",
+            ),
+        )
+        .await?;
+        // Times of creation have whole seconds: the younger one is refused.
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        let group = |range: &str| {
+            let pool = format!("{{pool: {range}, subnet: 10.201.0.0/24}}");
+            format!(
+                "{{apiVersion: purelb.io/v2, kind: ServiceGroup, metadata: {{name: team2, namespace: purelb}}, spec: {{remote: {{v4pool: {pool}}}}}}}"
+            )
+        };
+        lab.apply(&group("10.201.0.2-10.201.0.9")).await?;
+        let fault = "Pool overlaps with already defined pool \"team\"";
+        event(lab, "purelb", "team2", fault).await?;
+        says(lab, "default", "web", ("False", "NoUsablePool", fault)).await?;
+        lab.apply(&group("10.201.0.3-10.201.0.9")).await?;
+        has(lab, "default", "web", &["10.201.0.3"]).await?;
+        event(lab, "purelb", "team2", "ServiceGroup parsed successfully").await?;
+        let columns = ["get", "sg", "team2", "-n", "purelb", "-o", "wide"];
+        wait_until("the group shows how full it is", SOON, async || {
+            let shown = lab.kubectl(columns).await?;
+            let words: Vec<&str> = shown.lines().nth(1).unwrap_or_default().split_whitespace().collect();
+            let expected = [
+                "team2",
+                "Remote",
+                "Cluster",
+                "1",
+                "0",
+                "[\"10.201.0.3-10.201.0.9\"]",
+                "6",
+            ];
+            ensure!(words.starts_with(&expected), "{shown}");
+            Ok(())
+        })
+        .await
+    })
+}
+
+#[test]
+fn an_address_asked_for_in_the_old_way_is_had_with_remarks() -> Result<()> {
+    with_allocator(async |lab, _| {
+        let asked = json!({
+            "metadata": {"annotations": {annotations::SERVICE_GROUP: "many"}}, "spec": {"loadBalancerIP": "10.31.200.20"},
+        });
+        create(lab, "default", "old", asked).await?;
+        has(lab, "default", "old", &["10.31.200.20"]).await?;
+        event(
+            lab,
+            "default",
+            "old",
+            "Service.Spec.LoadBalancerIP is deprecated, please use the",
+        )
+        .await?;
+        event(lab, "default", "old", "service-group will be ignored").await?;
+        for (name, ip, expected) in [
+            (
+                "nobodys",
+                "10.99.0.1",
+                (
+                    "AddressNotInPool",
+                    "\"10.99.0.1\" does not belong to any group: ask for one of ",
+                ),
+            ),
+            (
+                "no-ip",
+                "10.99.0",
+                ("InvalidAddresses", "invalid spec.loadBalancerIP \"10.99.0\""),
+            ),
+        ] {
+            create(lab, "default", name, json!({"spec": {"loadBalancerIP": ip}})).await?;
+            says(lab, "default", name, ("False", expected.0, expected.1)).await?;
+        }
+        // What cannot be had takes nothing away.
+        patch(lab, "old", json!({"spec": {"loadBalancerIP": "10.99.0.1"}})).await?;
+        says(lab, "default", "old", ("False", "AddressNotInPool", "\"10.99.0.1\"")).await?;
+        has(lab, "default", "old", &["10.31.200.20"]).await?;
+        Ok(())
     })
 }

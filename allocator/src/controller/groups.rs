@@ -65,6 +65,11 @@ impl Controller {
                 _ => None,
             })
             .collect();
+        let rejected = verdicts.iter().filter_map(|(key, verdict)| {
+            let (namespace, name) = key;
+            Some((name.clone(), verdict.fault(namespace)?))
+        });
+        self.ledger.set_rejected(rejected.collect());
         self.verdicts = verdicts;
         self.ledger.set_groups(valid);
         self.metrics.groups(self.verdicts.iter().filter_map(|(key, verdict)| {
