@@ -1,4 +1,4 @@
-// The Kubernetes programs the lab runs, built from source by ./build.
+// The Kubernetes programs the lab runs, built from source by ../build.
 //
 // The replace lines are those of k8s.io/kubernetes' own go.mod, with the staging versions in place of its directories.
 module purelb.io/e2e/kubernetes
