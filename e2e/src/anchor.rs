@@ -21,17 +21,26 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
-/// What the anchor runs: a private `/run`, then the wait for the end of its standard input.
+/// What the anchor runs: a private `/run`, the wait for the end of its standard input, and the end of everything else.
 ///
-/// SIGCHLD is ignored so that the kernel reaps the orphans of which the anchor, as the first process of its pid namespace,
-/// becomes the parent.
+/// As the first process of its pid namespace it becomes the parent of orphans; the shell reaps them while it waits for `cat`.
+/// Control groups are the one thing that no namespace takes with it: where the lab has containers, `/run/lab/cgroup` has the name
+/// of the group that theirs are in. A group can be removed once its last process is gone.
 const SCRIPT: &str = r#"set -e
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/netns /run/lock /run/lab
 ip link set lo up
 echo "$(readlink /proc/self/ns/net)"
-trap '' CHLD
-exec cat"#;
+set +e
+cat >/dev/null
+[ -e /run/lab/cgroup ] || exit
+read -r group </run/lab/cgroup
+kill -KILL -1
+for attempt in 1 2 3 4 5 6 7 8 9 10; do
+  find /sys/fs/cgroup -maxdepth 2 -name "$group" -prune -exec find {} -depth -type d -exec rmdir {} \; \; 2>/dev/null
+  [ -n "$(find /sys/fs/cgroup -maxdepth 2 -name "$group" -prune)" ] || exit
+  sleep 0.1
+done"#;
 
 /// The name of the lab's root network namespace, where the switch is; every other name is one of `ip netns`.
 pub const ROOT: &str = "root";

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Node as NodeObject, NodeAddress, NodeCondition, NodeSpec, NodeStatus};
+use k8s_openapi::api::core::v1::{Node as NodeObject, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Taint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{ObjectMeta, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -17,10 +17,11 @@ use crate::lab::{Lab, ProxyMode};
 use crate::net::Node;
 use crate::pki::{Authority, key_pair};
 use crate::process::Program;
+use crate::rights;
 use crate::wait::wait_until;
 
 /// The private directory of keys, certificates, kubeconfigs and etcd's data.
-const DIRECTORY: &str = "/run/lab";
+pub(crate) const DIRECTORY: &str = "/run/lab";
 /// The networks of the Services.
 const SERVICE_NETWORKS: &str = "10.188.0.0/18,fd00:10:188::/112";
 /// The networks of all Pods.
@@ -70,14 +71,18 @@ pub(crate) async fn start(lab: &Lab, proxy: ProxyMode) -> Result<Access> {
     .await?;
     lab.mark("API server");
 
+    let kubelets = lab.options().kubelets;
     let api = Api::all(access.client.clone());
     for node in nodes {
-        let object = node_object(node);
+        let object = node_object(node, kubelets);
         api.create(&PostParams::default(), &object)
             .await
             .with_context(|| format!("registering {}", node.name))?;
     }
     start_controller_manager(lab, master)?;
+    if kubelets {
+        start_scheduler(lab, master)?;
+    }
     start_proxies(lab, proxy).await?;
     lab.mark("kube-proxies");
     Ok(access)
@@ -123,16 +128,25 @@ fn write_credentials(lab: &Lab, authority: &Authority) -> Result<()> {
             Some("system:masters"),
         ),
         ("kube-proxy", "system:kube-proxy", None),
+        ("kube-scheduler", "system:kube-scheduler", None),
     ] {
-        let identity = authority.client(user, group)?;
-        let credentials = json!({
-            "client-certificate-data": base64(&identity.certificate),
-            "client-key-data": base64(&identity.key),
-        });
-        let kubeconfig = kubeconfig(&authority.certificate(), user, &credentials);
-        write(&format!("{file}.kubeconfig"), &kubeconfig.to_string())?;
+        write(&format!("{file}.kubeconfig"), &identity(authority, user, group)?)?;
+    }
+    for node in lab.nodes().iter().filter(|_| lab.options().kubelets) {
+        let kubeconfig = identity(authority, &format!("system:node:{}", node.name), Some("system:nodes"))?;
+        write(&format!("kubelet-{}.kubeconfig", node.ns), &kubeconfig)?;
     }
     Ok(())
+}
+
+/// A kubeconfig with a new certificate for a user.
+fn identity(authority: &Authority, user: &str, group: Option<&str>) -> Result<String> {
+    let identity = authority.client(user, group)?;
+    let credentials = json!({
+        "client-certificate-data": base64(&identity.certificate),
+        "client-key-data": base64(&identity.key),
+    });
+    Ok(kubeconfig(&authority.certificate(), user, &credentials).to_string())
 }
 
 /// A kubeconfig of one cluster, one user and one context. JSON is YAML.
@@ -169,13 +183,15 @@ fn start_etcd(lab: &Lab, node: &Node) -> Result<()> {
 }
 
 fn start_api_server(lab: &Lab, node: &Node) -> Result<()> {
+    let policy = format!("{DIRECTORY}/audit.json");
+    std::fs::write(lab.outside(&policy), rights::policy().to_string())?;
     let program = Program::new([
         lab.kubernetes("kube-apiserver"),
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
         format!("--bind-address={}", node.ipv4),
         format!("--advertise-address={}", node.ipv4),
         "--secure-port=6443".to_owned(),
-        "--authorization-mode=RBAC".to_owned(),
+        "--authorization-mode=Node,RBAC".to_owned(),
         "--allow-privileged".to_owned(),
         format!("--service-cluster-ip-range={SERVICE_NETWORKS}"),
         format!("--cert-dir={DIRECTORY}"),
@@ -185,18 +201,28 @@ fn start_api_server(lab: &Lab, node: &Node) -> Result<()> {
         format!("--service-account-key-file={DIRECTORY}/service-accounts.pub"),
         format!("--service-account-signing-key-file={DIRECTORY}/service-accounts.key"),
         "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+        // The nodes have no names that anybody resolves.
+        "--kubelet-preferred-address-types=InternalIP".to_owned(),
+        format!("--audit-policy-file={policy}"),
+        format!("--audit-log-path={}", lab.audit_log().display()),
     ]);
     lab.start_vital(&node.ns, "kube-apiserver", &program)
 }
 
-/// Without kubelets the controllers that watch over nodes would find them all dead.
 fn start_controller_manager(lab: &Lab, node: &Node) -> Result<()> {
+    // Without kubelets the controllers that watch over nodes would find them all dead; with them they are the ones who take off
+    // the taint not-ready, which keeps every Pod away.
+    let controllers = if lab.options().kubelets {
+        "*,-node-ipam-controller"
+    } else {
+        "*,-node-lifecycle-controller,-taint-eviction-controller,-node-ipam-controller"
+    };
     let program = Program::new([
         lab.kubernetes("kube-controller-manager"),
         format!("--kubeconfig={DIRECTORY}/kube-controller-manager.kubeconfig"),
         "--leader-elect=false".to_owned(),
         "--use-service-account-credentials=false".to_owned(),
-        "--controllers=*,-node-lifecycle-controller,-taint-eviction-controller,-node-ipam-controller".to_owned(),
+        format!("--controllers={controllers}"),
         format!("--service-account-private-key-file={DIRECTORY}/service-accounts.key"),
         format!("--root-ca-file={DIRECTORY}/ca.crt"),
         format!("--cert-dir={DIRECTORY}"),
@@ -207,6 +233,22 @@ fn start_controller_manager(lab: &Lab, node: &Node) -> Result<()> {
         "--endpointslice-updates-batch-period=0s".to_owned(),
     ]);
     lab.start_vital(&node.ns, "kube-controller-manager", &program)
+}
+
+/// Without kubelets the pod runner places the Pods.
+fn start_scheduler(lab: &Lab, node: &Node) -> Result<()> {
+    let kubeconfig = format!("{DIRECTORY}/kube-scheduler.kubeconfig");
+    let program = Program::new([
+        lab.kubernetes("kube-scheduler"),
+        format!("--kubeconfig={kubeconfig}"),
+        format!("--authentication-kubeconfig={kubeconfig}"),
+        format!("--authorization-kubeconfig={kubeconfig}"),
+        "--authentication-tolerate-lookup-failure".to_owned(),
+        "--leader-elect=false".to_owned(),
+        "--bind-address=127.0.0.1".to_owned(),
+        format!("--cert-dir={DIRECTORY}"),
+    ]);
+    lab.start_vital(&node.ns, "kube-scheduler", &program)
 }
 
 async fn start_proxies(lab: &Lab, mode: ProxyMode) -> Result<()> {
@@ -253,8 +295,9 @@ fn start_proxy(lab: &Lab, node: &Node, mode: &str) -> Result<()> {
     lab.start_vital(&node.ns, &format!("kube-proxy-{}", node.ns), &program)
 }
 
-/// What a kubelet would register.
-fn node_object(node: &Node) -> NodeObject {
+/// What a kubelet would register. Where there is one it reports the state; the role, its taint and the networks of the Pods are an
+/// administrator's to set, and kube-proxy wants to know the addresses before there is a kubelet.
+fn node_object(node: &Node, kubelet: bool) -> NodeObject {
     let address = |kind: &str, address: String| NodeAddress {
         type_: kind.to_owned(),
         address,
@@ -273,6 +316,13 @@ fn node_object(node: &Node) -> NodeObject {
         spec: Some(NodeSpec {
             pod_cidr: pod_networks.first().cloned(),
             pod_cidrs: Some(pod_networks.to_vec()),
+            taints: (kubelet && node.is_control_plane()).then(|| {
+                vec![Taint {
+                    key: "node-role.kubernetes.io/control-plane".to_owned(),
+                    effect: "NoSchedule".to_owned(),
+                    ..Taint::default()
+                }]
+            }),
             ..NodeSpec::default()
         }),
         status: Some(NodeStatus {
@@ -281,15 +331,17 @@ fn node_object(node: &Node) -> NodeObject {
                 address("InternalIP", node.ipv6.to_string()),
                 address("Hostname", node.name.clone()),
             ]),
-            allocatable: Some(capacity.clone()),
-            capacity: Some(capacity),
-            conditions: Some(vec![NodeCondition {
-                type_: "Ready".to_owned(),
-                status: "True".to_owned(),
-                reason: Some("KubeletReady".to_owned()),
-                message: Some("the lab says so".to_owned()),
-                ..NodeCondition::default()
-            }]),
+            allocatable: (!kubelet).then(|| capacity.clone()),
+            capacity: (!kubelet).then_some(capacity),
+            conditions: (!kubelet).then(|| {
+                vec![NodeCondition {
+                    type_: "Ready".to_owned(),
+                    status: "True".to_owned(),
+                    reason: Some("KubeletReady".to_owned()),
+                    message: Some("the lab says so".to_owned()),
+                    ..NodeCondition::default()
+                }]
+            }),
             ..NodeStatus::default()
         }),
     }

@@ -10,15 +10,31 @@ use anyhow::{Context, Result, ensure};
 pub fn binaries() -> Result<PathBuf> {
     static DIRECTORY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     DIRECTORY
-        .get_or_init(|| build().map_err(|error| format!("{error:#}")))
+        .get_or_init(|| build(&[]).map_err(|error| format!("{error:#}")))
         .clone()
         .map_err(anyhow::Error::msg)
 }
 
-fn build() -> Result<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes/build");
+/// The same, once kube-scheduler and kubelet are there too.
+pub(crate) fn all_binaries() -> Result<PathBuf> {
+    build(&["--all"])
+}
+
+fn build(arguments: &[&str]) -> Result<PathBuf> {
+    last_line_of("kubernetes/build", arguments).map(PathBuf::from)
+}
+
+/// The path of Helm, which is built once per machine and version.
+pub(crate) fn helm() -> Result<String> {
+    last_line_of("../charts/helm/build", &[])
+}
+
+/// Runs a script that builds something, shows its progress, and returns the last line it printed: where that is.
+fn last_line_of(script: &str, arguments: &[&str]) -> Result<String> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     let output = Command::new(&script)
-        .stderr(Stdio::inherit()) // its progress
+        .args(arguments)
+        .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("running {}", script.display()))?;
     ensure!(
@@ -28,8 +44,9 @@ fn build() -> Result<PathBuf> {
         output.status
     );
     let stdout = String::from_utf8(output.stdout)?;
-    let directory = stdout.lines().last().context("the build script names no directory")?;
-    Ok(directory.into())
+    let line = stdout.lines().last();
+    line.map(str::to_owned)
+        .with_context(|| format!("{} names no path", script.display()))
 }
 
 /// The directory of the workspace's own programs: `PURELB_BIN_DIR`, else that of the running program's cargo profile.
@@ -51,10 +68,53 @@ pub(crate) fn own_binary(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The archives of the images that labs with kubelets run. The lab's own are packed from [`own_binaries`]; so are the product's two,
+/// unless `PURELB_IMAGES` names a directory of others, such as `target/images`.
+pub(crate) fn images() -> Result<Vec<PathBuf>> {
+    static DIRECTORY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let lab = DIRECTORY
+        .get_or_init(|| pack().map_err(|error| format!("{error:#}")))
+        .clone()
+        .map_err(anyhow::Error::msg)?;
+    let product = std::env::var_os("PURELB_IMAGES").map_or_else(|| lab.clone(), PathBuf::from);
+    ["pause", "backend", "bird"]
+        .map(|name| (&lab, name))
+        .into_iter()
+        .chain(["allocator", "lbnodeagent"].map(|name| (&product, name)))
+        .map(|(directory, name)| {
+            let path = directory.join(format!("{name}.tar"));
+            ensure!(
+                path.exists(),
+                "{} is missing: `make images` makes those of the product",
+                path.display()
+            );
+            Ok(path)
+        })
+        .collect()
+}
+
+/// Packs the images of the programs as they are now.
+fn pack() -> Result<PathBuf> {
+    let directory = target()?.join("e2e-images");
+    std::fs::create_dir_all(&directory)?;
+    let lock = std::fs::File::create(directory.join(".lock"))?;
+    lock.lock().context("waiting for another who packs images")?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images/build");
+    let status = Command::new(&script).arg(own_binaries()?).arg(&directory).status();
+    let status = status.with_context(|| format!("running {}", script.display()))?;
+    ensure!(status.success(), "{} failed ({status})", script.display());
+    Ok(directory)
+}
+
 /// Where the logs of labs go: `e2e-logs` in cargo's target directory.
 pub(crate) fn log_directory() -> Result<PathBuf> {
+    Ok(target()?.join("e2e-logs"))
+}
+
+/// Cargo's target directory.
+pub(crate) fn target() -> Result<PathBuf> {
     let profile = profile()?;
-    Ok(profile.parent().unwrap_or(&profile).join("e2e-logs"))
+    Ok(profile.parent().unwrap_or(&profile).to_owned())
 }
 
 /// The directory of the running program's cargo profile.

@@ -19,10 +19,12 @@ use kube::{Api, Client};
 use crate::anchor::{Anchor, Door, ROOT, check_root};
 use crate::control_plane::{self, Access};
 use crate::http::{self, Answer};
+use crate::kubelets;
 use crate::kubernetes;
 use crate::net::{self, Node, Wiring};
 use crate::pods;
 use crate::process::{Output, Process, Program};
+use crate::rights;
 
 /// Which rules kube-proxy makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,6 +49,9 @@ pub struct Options {
     pub wiring: Wiring,
     /// Which rules kube-proxy makes.
     pub proxy: ProxyMode,
+    /// Whether every node has a container runtime and a kubelet, so that Pods are what they are elsewhere, placed by the real
+    /// scheduler, of images made from the programs under test. Without them the lab's own pod runner runs a web server for every Pod.
+    pub kubelets: bool,
     /// Namespaces whose Pods the lab leaves alone: it has no container runtime, and runs a web server for every Pod.
     pub foreign_namespaces: Vec<String>,
 }
@@ -58,6 +63,7 @@ impl Default for Options {
             nodes: 3,
             wiring: Wiring::default(),
             proxy: ProxyMode::default(),
+            kubelets: false,
             foreign_namespaces: vec!["kube-system".to_owned(), "purelb".to_owned()],
         }
     }
@@ -97,7 +103,11 @@ impl Lab {
     /// ```
     pub fn run<T: Send>(options: Options, test: impl AsyncFnOnce(Lab) -> Result<T> + Send) -> Result<T> {
         check_root()?;
-        let kubernetes = kubernetes::binaries()?;
+        let kubernetes = if options.kubelets {
+            kubernetes::all_binaries()?
+        } else {
+            kubernetes::binaries()?
+        };
         let name = options
             .name
             .clone()
@@ -120,6 +130,9 @@ impl Lab {
                         test(lab.clone()).await
                     })
                 }));
+                if let Err(error) = rights::keep(&directory_name(&logs.0), &lab.audit_log()) {
+                    eprintln!("what the product asked of the API server is not kept: {error:#}");
+                }
                 if !matches!(outcome, Ok(Ok(_))) {
                     runtime.block_on(lab.write_state());
                     eprintln!("the lab's logs are in {}", logs.0.display());
@@ -161,7 +174,11 @@ impl Lab {
         self.mark("wires");
         let access = control_plane::start(self, self.0.options.proxy).await?;
         let _ = self.0.access.set(access);
-        pods::start(self)?;
+        if self.0.options.kubelets {
+            kubelets::start(self).await.context("starting the kubelets")?;
+        } else {
+            pods::start(self)?;
+        }
         self.mark("up");
         Ok(())
     }
@@ -360,6 +377,11 @@ impl Lab {
         self.0.anchor.door(ns)
     }
 
+    /// Where the API server writes what the product asked of it.
+    pub(crate) fn audit_log(&self) -> PathBuf {
+        self.log_file("audit")
+    }
+
     pub(crate) fn log_file(&self, name: &str) -> PathBuf {
         self.0.logs.join(format!("{name}.log"))
     }
@@ -445,6 +467,10 @@ impl Lab {
         }
         let _ = std::fs::write(self.0.logs.join("state.txt"), state);
     }
+}
+
+fn directory_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// A directory of logs that no other lab of this process uses.

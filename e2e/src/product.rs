@@ -8,12 +8,15 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 
-use crate::kubernetes::own_binary;
+use crate::anchor::ROOT;
+use crate::kubernetes::{self, own_binary};
 use crate::lab::Lab;
 use crate::pods;
-use crate::process::Process;
+use crate::process::{Output, Process, Program};
 use crate::wait::wait_until;
 
+/// The chart of the product.
+pub const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/purelb");
 /// The namespace the product is installed in.
 pub const NAMESPACE: &str = "purelb";
 /// The network namespace of the allocator, a Pod's on the first node.
@@ -37,6 +40,23 @@ impl Lab {
     pub async fn install(&self) -> Result<String> {
         let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("install.yaml");
         self.kubectl(["apply", "-f", &manifest.to_string_lossy()]).await
+    }
+
+    /// Runs Helm as the administrator and returns what it printed.
+    pub async fn helm<S: AsRef<str>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<String> {
+        self.try_helm(arguments).await?.success()
+    }
+
+    /// Runs Helm as the administrator, whatever comes of it.
+    pub async fn try_helm<S: AsRef<str>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
+        let mut argv = vec![kubernetes::helm()?];
+        argv.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        let program = Program::new(argv)
+            .env("KUBECONFIG", self.admin_kubeconfig())
+            .env("HELM_CACHE_HOME", "/run/lab/helm")
+            .env("HELM_CONFIG_HOME", "/run/lab/helm")
+            .env("HELM_DATA_HOME", "/run/lab/helm");
+        self.output(ROOT, program).await
     }
 
     /// Starts the allocator and an agent on every node.

@@ -1,0 +1,5 @@
+//! Installed as a user does it, on real kubelets: images, the real scheduler, and no second try.
+
+mod cluster;
+mod helm;
+mod manifest;
