@@ -2,12 +2,13 @@
 //!
 //! The way of a Service: `controller` (watch) → [`request`] → [`decide`] (over [`ledger`], [`pool`]) →
 //! `controller` (one [`patch`]) → [`notices`], [`condition`], [`status`]. Everything but the controller, the lease,
-//! the status and the bootstrap is plain data and functions, without Kubernetes, clock or network.
+//! the status, the bootstrap and the errands is plain data and functions, without Kubernetes, clock or network.
 
 pub mod bootstrap;
 pub mod condition;
 pub mod controller;
 pub mod decide;
+pub mod errand;
 pub mod groups;
 pub mod lease;
 pub mod ledger;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use allocator::bootstrap;
 use allocator::controller::{self, Settings};
+use allocator::errand::Errand;
 use allocator::lease::{Candidate, Times};
 use allocator::metrics::Metrics;
 use anyhow::Context;
@@ -27,6 +28,8 @@ struct Flags {
     /// Make an LBNodeAgent `default` where the install namespace has none. The Helm chart makes its own.
     #[arg(long, env = "PURELB_CREATE_LBNODEAGENT", default_value_t = true, action = clap::ArgAction::Set)]
     create_lbnodeagent: bool,
+    #[command(subcommand)]
+    errand: Option<Errand>,
 }
 
 #[tokio::main]
@@ -34,6 +37,9 @@ async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     flags.common.start_log()?;
     let client = flags.common.client().await?;
+    if let Some(errand) = flags.errand {
+        return errand.run(client, &flags.common.namespace).await;
+    }
     let metrics = Metrics::default();
     let ready = daemon::serve(&flags.common.listen, None, metrics.registry()).await?;
     let settings = Settings {

@@ -76,3 +76,61 @@ readinessProbe:
 {{- if or .localInterface .dummyInterface .garpConfig .addressConfig }}true{{ end }}
 {{- end }}
 {{- end }}
+
+{{/* The annotations of what runs before an installation or upgrade. Called with the order, as a string. */}}
+{{- define "purelb.crdsHook" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
+
+{{/*
+The rest of the spec of a Pod that runs the allocator's program for an errand, where the allocator itself may run.
+Called with {root, name, command}.
+*/}}
+{{- define "purelb.errand" -}}
+{{- with .root.Values.imagePullSecrets -}}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{ end -}}
+nodeSelector:
+  {{- mustMerge (dict "kubernetes.io/os" "linux") (.root.Values.allocator.nodeSelector | default dict) | toYaml | nindent 2 }}
+{{- with .root.Values.allocator.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.allocator.securityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+containers:
+  - name: {{ .name }}
+    {{- include "purelb.image" (dict "root" .root "component" "allocator") | nindent 4 }}
+    args: {{ toJson .command }}
+    env:
+      - name: PURELB_NAMESPACE
+        valueFrom:
+          fieldRef:
+            fieldPath: metadata.namespace
+      - name: PURELB_LOG_LEVEL
+        value: {{ .root.Values.logLevel | quote }}
+    {{- with .root.Values.allocator.resources }}
+    resources:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with .root.Values.allocator.containerSecurityContext }}
+    securityContext:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+{{- end }}
+
+{{/* Refuses a second release: two ledgers would give out the same addresses. Helm's own words would be about a ClusterRole. */}}
+{{- define "purelb.onlyRelease" -}}
+{{- $role := lookup "rbac.authorization.k8s.io/v1" "ClusterRole" "" "purelb:allocator" -}}
+{{- $annotations := dig "metadata" "annotations" dict $role | default dict -}}
+{{- $name := get $annotations "meta.helm.sh/release-name" -}}
+{{- $namespace := get $annotations "meta.helm.sh/release-namespace" -}}
+{{- if and $name (or (ne $name .Release.Name) (ne $namespace .Release.Namespace)) -}}
+{{- fail (printf "this cluster has it already, as release %s in namespace %s, and two would give out the same addresses: upgrade that one (helm upgrade %s --namespace %s), or uninstall it first" $name $namespace $name $namespace) -}}
+{{- end -}}
+{{- end }}
