@@ -4,8 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 # System packages, Debian's names. `make setup` installs those that are missing.
-PACKAGES := bird2 build-essential ca-certificates conntrack curl frr gobgpd iproute2 ipset iptables iputils-arping \
-            iputils-ping keepalived nftables procps tcpdump
+PACKAGES := bird2 build-essential ca-certificates conntrack containerd containernetworking-plugins curl frr \
+            gobgpd iproute2 ipset iptables iputils-arping iputils-ping jq keepalived nftables procps runc \
+            tcpdump
 
 # Tests that start clusters: two at a time is what two cores carry.
 THREADS ?= 2
@@ -13,7 +14,7 @@ THREADS ?= 2
 # How often bench-failover does everything it measures.
 ROUNDS ?= 20
 
-.PHONY: help setup build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing crds manifest deny clean
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing docs book crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +31,12 @@ setup: ## Install the system packages that are missing (apt, as root)
 	@for tool in cargo go; do command -v $$tool >/dev/null || \
 	  { echo "make: $$tool is missing: install Rust 1.95 (rustup.rs) and Go 1.26 (go.dev/dl)" >&2; exit 1; }; done
 
+images: setup ## Build the images of the two programs, without Docker: OCI archives in target/images
+	images/build
+
+images-test: kubernetes ## Build them twice for one digest, and install them on real kubelets (two optimised builds)
+	images/test --install
+
 build: ## Build the two programs, optimised
 	cargo build --release --locked --package allocator --package lbnodeagent
 
@@ -44,7 +51,7 @@ lab: kubernetes ## A shell in a cluster with the product installed
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/demo --shell
 
-test: lint deny unit chart e2e ## All tests
+test: lint deny unit chart e2e book ## All tests
 
 lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
@@ -56,9 +63,12 @@ unit: setup ## Unit and property tests, and those of the node agent against the 
 chart: ## The chart's tests; the manifest must be what it renders
 	charts/test
 
-e2e: kubernetes ## Tests on real clusters in network namespaces (as root)
+e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBERNETES=1.36 for another version than 1.34
+	@e2e/kubernetes/build --all >/dev/null
 	cargo build --quiet --locked --workspace --bins
+	rm -rf target/e2e-rights
 	cargo test --quiet --locked --package e2e -- --test-threads $(THREADS)
+	target/debug/e2e-rights
 
 bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
 	@cargo build --quiet --locked --workspace --bins
@@ -68,12 +78,20 @@ bench-routing: kubernetes ## What a node's death and a lost next hop cost, measu
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --package e2e --test routing -- --ignored --nocapture --test-threads 1 measured
 
-crds: ## Write crds/*.yaml from the Rust types, and install.yaml
+docs: ## Build the book in target/book (and mdBook itself, once: some minutes)
+	"$$(docs/mdbook | tail -n 1)" build docs
+
+book: ## The same where mdBook is there already; links are checked by the unit tests in any case
+	@if mdbook=$$(docs/mdbook --find); then "$$mdbook" build docs; else echo "mdBook is not there: the book is not built (make docs)"; fi
+
+crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds
 	charts/render >install.yaml
+	charts/test --golden
 
-manifest: ## Write install.yaml from the chart
+manifest: ## Write install.yaml and charts/golden from the chart
 	charts/render >install.yaml
+	charts/test --golden
 
 deny: ## Licences and sources of the dependencies, where cargo-deny is installed
 	@if command -v cargo-deny >/dev/null; then cargo deny --offline --log-level error check licenses bans sources; \

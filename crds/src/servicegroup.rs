@@ -75,7 +75,9 @@ pub struct ServiceGroupSpec {
     pub namespace_default: Option<bool>,
 }
 
-/// Auto: decided for each address when it is announced. The only word there is.
+/// Auto: an address is announced by one node of its subnet where any node has that subnet, and routed by
+/// every node otherwise. Groups created as purelb.io/v1 get it by default; v2 groups choose between local
+/// and remote instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum GroupAnnounce {
     /// Decided for each address when it is announced.

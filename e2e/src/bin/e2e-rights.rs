@@ -112,7 +112,7 @@ fn granted(objects: &[Value]) -> Vec<Right> {
 }
 
 /// One right for each combination of a rule's words.
-fn of_rule(rule: &Value, (kind, role): (&str, &str), account: &str) -> Vec<Right> {
+fn of_rule(rule: &Value, (kind, holder): (&str, &str), account: &str) -> Vec<Right> {
     let list = |key: &str| rule[key].as_array().into_iter().flatten().map(text).collect::<Vec<_>>();
     let mut names = list("resourceNames");
     if names.is_empty() {
@@ -125,7 +125,7 @@ fn of_rule(rule: &Value, (kind, role): (&str, &str), account: &str) -> Vec<Right
                 for name in &names {
                     rights.push(Right {
                         account: account.to_owned(),
-                        role: format!("{kind} {role}"),
+                        role: format!("{kind} {holder}"),
                         is_namespaced: kind == "Role",
                         verb: verb.to_owned(),
                         group: group.to_owned(),
