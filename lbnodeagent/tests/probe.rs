@@ -78,6 +78,11 @@ fn a_node_that_has_the_address_is_no_stranger() {
         let nodes = ["10.31.0.2", "2001:db8::2", "10.31.0.3"];
         let taken = ask(&announcer, &question(&link, &vips(), &nodes)).await.unwrap();
         assert_eq!(taken, BTreeMap::new());
+        // One family alone is enough to tell.
+        for (vip, own) in vips().into_iter().zip(["10.31.0.2", "2001:db8::2"]) {
+            let taken = ask(&announcer, &question(&link, &[vip], &[own])).await.unwrap();
+            assert_eq!(taken, BTreeMap::new(), "{vip}");
+        }
     });
 }
 
