@@ -886,7 +886,8 @@ mod tests {
         let plan = world.plan(&services);
         println!("2,000 VIPs decided about in {:?}", began.elapsed());
         assert_eq!(plan.verdicts.len(), 2_000);
-        assert!(began.elapsed() < std::time::Duration::from_secs(2));
+        // A tenth of a second of computing, on a machine that may be busy with much else.
+        assert!(began.elapsed() < std::time::Duration::from_secs(30));
     }
 
     // Of 10.31.188.64 the order is W11, W12, master.
