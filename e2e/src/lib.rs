@@ -39,7 +39,7 @@ pub use lab::{Lab, Options, ProxyMode};
 pub use net::racks::{RACKS, Rack};
 pub use net::{Node, Wiring};
 pub use nix::sys::signal::Signal;
-pub use probe::{Probe, Protocol, Report};
+pub use probe::{Probe, Protocol, Report, widen};
 pub use process::{Output, Process};
 pub use product::Product;
 pub use routers::{Bird, Frr};

@@ -24,6 +24,9 @@ use crate::lab::Lab;
 /// A request that was not answered for this long is lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Bytes a socket holds until they are read: ten seconds' worth.
+const ROOM: usize = 16 << 20;
+
 /// What a probe sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
@@ -248,6 +251,7 @@ async fn udp(server: SocketAddr) -> Result<UdpSocket> {
         ([0; 16], 0).into()
     };
     let socket = UdpSocket::bind(any).await?;
+    widen(&socket);
     socket.connect(server).await?;
     Ok(socket)
 }
@@ -258,6 +262,13 @@ fn steady(interval: Duration) -> Interval {
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     ticks
+}
+
+/// Gives a socket room for what arrives while this process gets no processor, so that a busy machine is not taken for a
+/// loss.
+pub fn widen(socket: &UdpSocket) {
+    // Without the right to do so it keeps what it has.
+    let _ = nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &ROOM);
 }
 
 async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 
@@ -21,8 +21,8 @@ pub const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/purelb")
 pub const NAMESPACE: &str = "purelb";
 /// The network namespace of the allocator, a Pod's on the first node.
 pub const ALLOCATOR_NS: &str = "allocator";
-/// The Secret with the members' common key, which the allocator makes, and the key's name in it.
-const KEY: (&str, &str) = ("purelb-memberlist", "secretkey");
+/// The Secret with the members' common keys, which the allocator makes.
+const KEYS: &str = "purelb-memberlist";
 
 /// The running programs of the product. Dropping the handles leaves them running.
 #[derive(Debug, Clone)]
@@ -96,36 +96,50 @@ impl Lab {
 
     /// Starts the node agent in a node's own network namespace, once there is a key for it.
     pub async fn start_agent(&self, node: &str) -> Result<Process> {
+        self.start_agent_with(node, &[]).await
+    }
+
+    /// The same, with more in its environment, or something else.
+    pub async fn start_agent_with(&self, node: &str, environment: &[(&str, &str)]) -> Result<Process> {
         let node = self.node(node)?;
         let program = own_binary("lbnodeagent")?;
         let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "lbnodeagent").await?;
-        let key = wait_until("there is a memberlist key", Duration::from_secs(20), || {
-            self.members_key()
+        let keys = wait_until("there is a memberlist key", Duration::from_secs(20), || {
+            self.members_keys()
         })
         .await?;
+        let host = node.ipv4.to_string();
+        let own = [
+            ("KUBECONFIG", kubeconfig.as_str()),
+            ("PURELB_NAMESPACE", NAMESPACE),
+            ("PURELB_NODE_NAME", &node.name),
+            ("PURELB_HOST", &host),
+        ];
+        let keys = keys.iter().map(|(name, key)| (*name, key.as_str()));
+        let environment: Vec<(&str, &str)> = own.into_iter().chain(keys).chain(environment.iter().copied()).collect();
         self.start_process(
             &node.ns,
             &format!("lbnodeagent-{}", node.ns),
             [program.to_string_lossy().as_ref()],
-            &[
-                ("KUBECONFIG", &kubeconfig),
-                ("PURELB_NAMESPACE", NAMESPACE),
-                ("PURELB_NODE_NAME", &node.name),
-                ("PURELB_HOST", &node.ipv4.to_string()),
-                ("ML_GROUP", &key),
-            ],
+            &environment,
         )
     }
 
-    /// The agents' common key, which a kubelet would hand them from the Secret.
-    async fn members_key(&self) -> Result<String> {
-        let (name, entry) = KEY;
-        let secret = Api::<Secret>::namespaced(self.client(), NAMESPACE).get(name).await?;
-        let key = secret
-            .data
-            .unwrap_or_default()
-            .remove(entry)
-            .with_context(|| format!("{name} has no {entry}"))?;
-        String::from_utf8(key.0).with_context(|| format!("{entry} of {name}"))
+    /// The agents' common keys, which a kubelet would hand them from the Secret: the variables and what they say.
+    async fn members_keys(&self) -> Result<Vec<(&'static str, String)>> {
+        let secret = Api::<Secret>::namespaced(self.client(), NAMESPACE).get(KEYS).await?;
+        let mut entries = secret.data.unwrap_or_default();
+        let mut keys = Vec::new();
+        for (variable, entry) in [("ML_GROUP", "secretkey"), ("ML_GROUP_SECONDARY", "secondarykey")] {
+            if let Some(key) = entries.remove(entry) {
+                let key = String::from_utf8(key.0).with_context(|| format!("{entry} of {KEYS}"))?;
+                keys.push((variable, key));
+            }
+        }
+        ensure!(
+            keys.iter().any(|(variable, _)| *variable == "ML_GROUP"),
+            "{KEYS} has no secretkey"
+        );
+        Ok(keys)
     }
 }

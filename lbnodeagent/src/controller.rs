@@ -341,19 +341,22 @@ impl<'a> Agent<'a> {
         }
     }
 
-    /// Whether the others have been heard, or there are none: before that, this node would believe every
-    /// VIP to be its own.
+    /// Whether the others have been heard, or there are none: before that, this node would believe every VIP to be its own.
+    /// One that the others do not let in, as with another key, would do so for good, and take what they announce: it waits
+    /// until they do.
     fn has_settled(&mut self, living: &Living) -> bool {
-        if !self.is_settled {
-            let age = self.started.elapsed();
-            self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || age >= SETTLING;
-            if self.is_settled {
-                tracing::info!(members = living.len(), "ready");
-                self.links.ready.set(Ok(()));
-                self.links.metrics.config_loaded.set(1);
-            } else {
-                self.wake_in(SETTLING.saturating_sub(age));
-            }
+        if self.is_settled {
+            return true;
+        }
+        let age = self.started.elapsed();
+        let is_refused = self.links.members.is_refused();
+        self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || (age >= SETTLING && !is_refused);
+        if self.is_settled {
+            tracing::info!(members = living.len(), "ready");
+            self.links.ready.set(Ok(()));
+            self.links.metrics.config_loaded.set(1);
+        } else {
+            self.wake_in(SETTLING.saturating_sub(age).max(RETRY));
         }
         self.is_settled
     }

@@ -108,6 +108,7 @@ pub struct Members {
     living: watch::Receiver<Living>,
     publisher: JoinHandle<()>,
     has_left: watch::Sender<bool>,
+    refused: watch::Sender<bool>,
     bind: SocketAddr,
     name: String,
 }
@@ -170,6 +171,7 @@ impl Members {
             living: living.clone(),
             publisher,
             has_left: watch::Sender::new(false),
+            refused: watch::Sender::new(false),
             bind,
             name: node_name,
         };
@@ -179,6 +181,11 @@ impl Members {
     /// The living members now, this node included.
     pub fn snapshot(&self) -> Living {
         self.living.borrow().clone()
+    }
+
+    /// Whether the last round of [`Members::keep_joined`] met an agent that did not let this node in.
+    pub fn is_refused(&self) -> bool {
+        *self.refused.borrow()
     }
 
     /// Name of this node.

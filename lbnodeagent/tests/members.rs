@@ -303,6 +303,22 @@ fn a_member_with_another_key_does_not_join_and_disturbs_nobody() {
         assert!(matches!(error, MembersError::Join { .. }));
         assert_eq!(stranger_living.borrow().len(), 1);
         assert_eq!(first.borrow_and_update().len(), 1);
+        // It is told apart from one that is not there.
+        for (peer, is_refused) in [(5, false), (2, true), (5, false)] {
+            let (_sender, peers) = watch::channel(BTreeMap::from([(name(peer), vec![address(peer).ip()])]));
+            let _ = timeout(Duration::from_secs(4), async {
+                tokio::select! {
+                    () = stranger.keep_joined(peers) => {}
+                    () = async {
+                        while stranger.is_refused() != is_refused {
+                            tokio::time::sleep(Duration::from_millis(10)).await;
+                        }
+                    } => {}
+                }
+            })
+            .await;
+            assert_eq!(stranger.is_refused(), is_refused, "by node{peer}");
+        }
         let (friend, _) = start(4).await;
         friend.join(&[address(2)]).await.remove(0).unwrap();
         until_living(&mut first, &[2, 4]).await;

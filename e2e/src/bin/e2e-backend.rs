@@ -36,6 +36,7 @@ async fn main() -> Result<()> {
         let port: u16 = port.parse().with_context(|| format!("the port {port:?}"))?;
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await?;
         let datagrams = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).await?;
+        e2e::widen(&datagrams);
         servers.spawn(serve_http(listener, name.clone()));
         servers.spawn(serve_udp(datagrams, name.clone()));
     }

@@ -5,8 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use futures::future::join_all;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Members, MembersError};
 
@@ -18,6 +19,9 @@ const EAGER_INTERVAL: Duration = Duration::from_secs(1);
 const EAGER_TIME: Duration = Duration::from_secs(15);
 const CALM_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How long a peer that could not be joined has to accept a connection.
+const ANSWER_TIME: Duration = Duration::from_millis(500);
+
 /// Peers tried in one round. One is enough to learn of all the others; some more find the parts of a split cluster.
 const AT_A_TIME: usize = 5;
 
@@ -26,7 +30,8 @@ impl Members {
     /// then every five. A peer that is a member already costs nothing. Ends when this node has left; goes on with the
     /// peers last known when the sender is gone.
     ///
-    /// A peer that refuses, as one with another key does, is logged once, not each time.
+    /// A peer that cannot be joined is logged once, not each time. One that answers and lets this node not in, as an agent
+    /// with another key does, is told apart: see [`Members::is_refused`].
     pub async fn keep_joined(&self, mut peers: watch::Receiver<Peers>) {
         let mut eager_until = Instant::now() + EAGER_TIME;
         let mut failing = BTreeSet::new();
@@ -38,17 +43,24 @@ impl Members {
             let round = missing.iter().cycle().skip(turn).take(missing.len().min(AT_A_TIME));
             turn = turn.wrapping_add(AT_A_TIME) % missing.len().max(1);
             let attempts = round.map(async |(name, addresses)| (name, self.join_any(addresses).await));
-            for (name, result) in join_all(attempts).await {
+            let mut is_refused = false;
+            for (name, (result, answers)) in join_all(attempts).await {
+                is_refused |= answers;
                 match result {
                     Ok(()) => _ = failing.remove(name),
                     Err(MembersError::Left) => return,
-                    Err(error) => {
-                        if failing.insert(name.clone()) {
+                    Err(error) if failing.insert(name.clone()) => {
+                        if answers {
+                            tracing::warn!(node = name, %error, "peer answers and does not let this node in: is its key another?");
+                        } else {
                             tracing::warn!(node = name, %error, "peer cannot be joined, trying on");
                         }
                     }
+                    Err(_) => {}
                 }
             }
+            self.refused
+                .send_if_modified(|known| std::mem::replace(known, is_refused) != is_refused);
             let is_eager = Instant::now() < eager_until;
             tokio::select! {
                 () = sleep(if is_eager { EAGER_INTERVAL } else { CALM_INTERVAL }) => {}
@@ -74,15 +86,21 @@ impl Members {
             .collect()
     }
 
-    /// Joins a peer through the first of its addresses that answers.
-    async fn join_any(&self, addresses: &[SocketAddr]) -> Result<(), MembersError> {
-        let mut last = Ok(());
+    /// Joins a peer through the first of its addresses that answers. Also says whether there is an agent that does not let
+    /// this node in.
+    async fn join_any(&self, addresses: &[SocketAddr]) -> (Result<(), MembersError>, bool) {
+        let mut last = (Ok(()), false);
         for address in addresses {
-            last = self.join_one(*address).await;
-            if last.is_ok() {
-                break;
+            match self.join_one(*address).await {
+                Err(error @ MembersError::Join { .. }) => last = (Err(error), answers(*address).await),
+                other => return (other, false),
             }
         }
         last
     }
+}
+
+/// Whether somebody listens where an agent gossips.
+async fn answers(address: SocketAddr) -> bool {
+    matches!(timeout(ANSWER_TIME, TcpStream::connect(address)).await, Ok(Ok(_)))
 }
