@@ -13,7 +13,9 @@ use clap::{Args, ValueEnum};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::{Identity, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use report::{CONCURRENCY, Reporter};
@@ -54,19 +56,29 @@ impl Common {
     /// # Errors
     /// When the level is no filter, naming it.
     pub fn start_log(&self) -> anyhow::Result<()> {
+        self.start_log_with(Identity::new())
+    }
+
+    /// The same, with something beside that looks on.
+    ///
+    /// # Errors
+    /// When the level is no filter, naming it.
+    pub fn start_log_with(&self, observer: impl Layer<Registry> + Send + Sync) -> anyhow::Result<()> {
         // The client logs every connection that fails; the watches say once that they are interrupted.
         let directives = format!("{},kube_client::client::builder=off", self.log_level);
         let filter = EnvFilter::try_new(directives)
             .with_context(|| format!("PURELB_LOG_LEVEL \"{}\" is no level: use info or debug", self.log_level))?;
-        let log = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr);
-        match self.log_format {
+        let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let log = match self.log_format {
             LogFormat::Text => log
                 .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-                .init(),
-            LogFormat::Json => log.json().init(),
-        }
+                .boxed(),
+            LogFormat::Json => log.json().boxed(),
+        };
+        tracing_subscriber::registry()
+            .with(observer)
+            .with(log.with_filter(filter))
+            .init();
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::http::Answer;
 use crate::lab::Lab;
 use crate::probe::{Probe, Protocol};
 use crate::process::Process;
@@ -112,6 +113,21 @@ impl<'a> Scene<'a> {
     pub async fn settled(&self, owner: &str) -> Result<()> {
         let what = format!("{owner} alone holds {VIP}");
         wait_until(&what, SOON, async || self.is_held_by(owner).await).await
+    }
+
+    /// What `path` on the port for metrics and health of a node's agent says.
+    pub async fn agent_says(&self, node: &str, path: &str) -> Result<Answer> {
+        let host = self.lab.node(node)?.ipv4;
+        self.lab.get(node, &format!("http://{host}:7472{path}")).await
+    }
+
+    /// The value of one of its metrics, by its whole name with labels; 0 while it is not there.
+    pub async fn metric(&self, node: &str, name: &str) -> Result<f64> {
+        let text = self.agent_says(node, "/metrics").await?.body;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(Ok(0.0), |value| {
+            value.parse().with_context(|| format!("{name} {value}"))
+        })
     }
 
     /// A client that asks for the Service from now on.

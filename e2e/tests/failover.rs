@@ -35,6 +35,19 @@ fn a_dead_owner_is_replaced_by_its_standby() -> Result<()> {
             println!("back: {report}");
             returns.push(report.longest_silence);
         }
+        // What the agents say of it.
+        let silent = scene
+            .metric("w12", "purelb_lbnodeagent_takeovers_total{cause=\"silent\"}")
+            .await?;
+        let sum = "purelb_lbnodeagent_takeover_seconds_sum{cause=\"silent\"}";
+        let seconds = scene.metric("w12", sum).await?;
+        let back = "purelb_lbnodeagent_takeovers_total{cause=\"elected\"}";
+        println!("w12 took over {silent} times in {seconds} s");
+        ensure!(
+            (silent - 5.0).abs() < 0.1 && seconds < 5.0 * FAILED_OVER.as_secs_f64(),
+            "{silent} {seconds}"
+        );
+        ensure!(scene.metric("w11", back).await? > 4.0, "w11 did not count its returns");
         for (name, silences) in [("cut", &mut cuts), ("back", &mut returns)] {
             silences.sort();
             let middle = silences.get(silences.len() / 2).context("no rounds")?;

@@ -160,6 +160,25 @@ fn an_agent_with_another_key_is_let_in_by_nobody_and_announces_nothing() -> Resu
             scene.is_held_by("w12").await
         })
         .await?;
+        let ready = scene.agent_says("w11", "/readyz").await?;
+        ensure!(ready.status == 503 && ready.body.contains("ML_GROUP"), "{ready:?}");
+        ensure!(
+            scene.agent_says("w12", "/readyz").await?.status == 200,
+            "w12 is not ready"
+        );
+        ensure!(
+            scene.agent_says("w11", "/healthz").await?.status == 200,
+            "w11 is not healthy"
+        );
+        let refused = scene.metric("w12", "purelb_gossip_refused_total").await?;
+        ensure!(refused > 0.0, "w12 counted no packet of the stranger");
+        ensure!(
+            scene.metric("w12", "purelb_election_member_count").await? < 2.5,
+            "the stranger is a member"
+        );
+        let log = scene.agent("w12")?.log();
+        let times = log.matches("gossip of another key").count();
+        ensure!(times == 1, "w12 told it {times} times:\n{log}");
         let report = probe.stop().await?;
         println!("beside a stranger: {report}");
         ensure!(report.lost == 0, "{report}");

@@ -126,8 +126,7 @@ pub fn select<'a>(
             continue;
         }
         let selector = agent.spec.node_selector.clone().unwrap_or_default();
-        let is_catch_all = selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
-            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty);
+        let is_catch_all = is_catch_all(agent);
         match Selector::try_from(selector) {
             Ok(selector) if selector.matches(labels) => fitting.push((is_catch_all, agent.name_any(), agent)),
             Ok(_) => {}
@@ -143,6 +142,14 @@ pub fn select<'a>(
     let rivals = fitting.filter(|(other, _, _)| *other == rank);
     bad.extend(rivals.map(|(_, _, agent)| (agent, ConfigError::Ignored(title(best)))));
     (Some(best), bad)
+}
+
+/// Whether an LBNodeAgent applies to every node that no other selects.
+pub fn is_catch_all(agent: &LBNodeAgent) -> bool {
+    agent.spec.node_selector.as_ref().is_none_or(|selector| {
+        selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
+            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty)
+    })
 }
 
 impl NodeConfig {

@@ -5,6 +5,7 @@
 //! when it is away, what was last heard from it holds, and members and kernel go on.
 
 mod asking;
+mod counting;
 mod telling;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,7 +17,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
 use crds::{LBNodeAgent, ServiceKey};
-use daemon::{ClientMetrics, Ready, Reporter};
+use daemon::{Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
 use kube::Client;
 use kube::api::Api;
@@ -29,6 +30,7 @@ use crate::greeting::{self, Held};
 use crate::isolation::{self, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
 use crate::members::{self, Keys, Living, Members, Meta, Peers};
+use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
 use crate::picture::{Cluster, Seen};
@@ -79,12 +81,14 @@ enum Input {
 pub async fn run(
     client: Client,
     settings: Settings,
-    metrics: ClientMetrics,
+    metrics: Metrics,
     ready: Ready,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let kernel = Kernel::connect().context("reaching the kernel; the agent needs NET_ADMIN")?;
-    let announcer = Announcer::open().context("announcing addresses; the agent needs NET_RAW")?;
+    let announcer = Announcer::open()
+        .context("announcing addresses; the agent needs NET_RAW")?
+        .counting(metrics.sent.clone());
     let (members, mut living) = Members::start(members::Config {
         node_name: settings.node.clone(),
         bind: SocketAddr::new(settings.host, members::PORT),
@@ -93,7 +97,11 @@ pub async fn run(
         meta: Meta::default(),
     })
     .await?;
-    let watcher = Watcher::start(&standby::Config::new(&settings.node, settings.keys.clone()))?;
+    let watcher = Watcher::start(&standby::Config {
+        counters: metrics.standby.clone(),
+        ..standby::Config::new(&settings.node, settings.keys.clone())
+    })?;
+    let gossip = metrics.gossip.clone();
     let mut heard = watcher.verdicts();
     let (peers, peers_seen) = watch::channel(Peers::new());
     let (sender, mut inputs) = mpsc::unbounded_channel();
@@ -135,6 +143,10 @@ pub async fn run(
             () = watcher.taken_over() => {
                 tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
                 again.notify_one();
+                continue;
+            }
+            () = gossip.refused() => {
+                tracing::warn!("gossip of another key, or of nobody: ignored, like all that follows");
                 continue;
             }
             () = &mut announcing => {}
@@ -183,7 +195,7 @@ struct Links<'a> {
     watcher: &'a Watcher,
     /// Asks for everything held to be announced again.
     again: Arc<Notify>,
-    metrics: ClientMetrics,
+    metrics: Metrics,
     ready: Ready,
 }
 
@@ -230,6 +242,8 @@ struct Agent<'a> {
     findings: Findings,
     /// Services whose annotation is being written.
     annotating: BTreeSet<ServiceKey>,
+    /// Who announces each VIP as far as this node knows, itself included.
+    owners: BTreeMap<IpAddr, String>,
     /// When this node last wrote that it announces an address, while it does.
     claimed: BTreeMap<(ServiceKey, IpAddr), Instant>,
     /// What was last said of an LBNodeAgent, by its title, and of a Service's address.
@@ -275,6 +289,7 @@ impl<'a> Agent<'a> {
             lingering: BTreeMap::new(),
             findings: Findings::default(),
             annotating: BTreeSet::new(),
+            owners: BTreeMap::new(),
             claimed: BTreeMap::new(),
             told: HashMap::new(),
             wake_at: None,
@@ -284,7 +299,7 @@ impl<'a> Agent<'a> {
     fn take(&mut self, input: Input) {
         match input {
             Input::Seen(seen) => {
-                self.links.metrics.updates.inc();
+                self.links.metrics.client.updates.inc();
                 let is_node = matches!(seen, Seen::Node(_));
                 self.cluster.see(seen);
                 if is_node {
@@ -307,7 +322,7 @@ impl<'a> Agent<'a> {
                     // Someone else changed it first, or it is gone: the watch tells, and we look again.
                     Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => {}
                     Err(error) => {
-                        self.links.metrics.update_errors.inc();
+                        self.links.metrics.client.update_errors.inc();
                         tracing::warn!(service = %key, %error, "annotation not written, will try again");
                         self.wake_in(RETRY);
                     }
@@ -354,14 +369,20 @@ impl<'a> Agent<'a> {
         if self.is_settled {
             tracing::info!(members = living.len(), "ready");
             self.links.ready.set(Ok(()));
-            self.links.metrics.config_loaded.set(1);
+            self.links.metrics.client.config_loaded.set(1);
         } else {
+            self.links.ready.set(Err(if is_refused {
+                "another agent does not let this one in: is the gossip key in ML_GROUP theirs?"
+            } else {
+                "waiting for the other agents"
+            }));
             self.wake_in(SETTLING.saturating_sub(age).max(RETRY));
         }
         self.is_settled
     }
 
     async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
+        let began = Instant::now();
         let Some(config) = self.config() else {
             return self.idle().await;
         };
@@ -408,6 +429,8 @@ impl<'a> Agent<'a> {
             self.watches.clone_from(&plan.watches);
             self.links.watcher.watch(plan.watches.clone());
         }
+        self.count_members(&subnets, &candidates, living);
+        let takeovers = self.takeovers(&plan, &candidates);
         let mut desired = plan.addresses();
         self.linger(&plan, &snapshot, &mut desired);
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
@@ -419,6 +442,7 @@ impl<'a> Agent<'a> {
         self.report(&plan, &snapshot, &config, &applied, |address| {
             is_first && held.contains(&(address.link, address.ip))
         });
+        self.count_takeovers(&takeovers, began);
         self.annotate(&plan);
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
@@ -495,6 +519,9 @@ impl<'a> Agent<'a> {
             tracing::info!(addresses = changes.len(), cause = "no LBNodeAgent applies", "withdrawn");
             self.links.kernel.apply(&changes).await;
         }
+        self.links
+            .metrics
+            .announcing(&self.settings.node, &self.announcing, &BTreeMap::new());
         self.announcing.clear();
         self.held.send_replace(Held::new());
         if let Some(name) = self.dummy.take() {
@@ -508,6 +535,13 @@ impl<'a> Agent<'a> {
         let labels = self.cluster.labels(&self.settings.node);
         let (chosen, mut bad) = config::select(self.cluster.agents(), &labels);
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
+        let selector = match chosen {
+            Some(agent) if config::is_catch_all(agent) => Selector::Default,
+            Some(_) => Selector::Configured,
+            None if bad.iter().all(|(_, error)| matches!(error, ConfigError::Ignored(_))) => Selector::Deselected,
+            None => Selector::Invalid,
+        };
+        self.links.metrics.selected(selector);
         let mut notices: Vec<(LBNodeAgent, Notice)> = Vec::new();
         for (agent, error) in bad.drain(..) {
             let notice = match &error {

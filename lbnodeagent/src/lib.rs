@@ -11,6 +11,7 @@ pub mod greeting;
 pub mod isolation;
 pub mod kernel;
 pub mod members;
+pub mod metrics;
 pub mod neighbor;
 pub mod picture;
 pub mod plan;

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use daemon::ClientMetrics;
 use lbnodeagent::controller::{self, Settings};
 use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
+use lbnodeagent::metrics::Metrics;
 
 /// Announces addresses of Services from this node.
 #[derive(Parser)]
@@ -36,14 +36,15 @@ struct Flags {
 async fn main() -> anyhow::Result<()> {
     let mut flags = Flags::parse();
     flags.common.log_level = format!("{},{QUIET_DIRECTIVES}", flags.common.log_level);
-    flags.common.start_log()?;
+    let metrics = Metrics::default();
+    metrics.gossip.record();
+    flags.common.start_log_with(metrics.gossip.layer())?;
     let client = flags.common.client().await?;
     let second = flags
         .second_gossip_key
         .iter()
         .filter(|key| !key.is_empty())
         .map(String::as_bytes);
-    let metrics = ClientMetrics::default();
     let ready = daemon::serve(&flags.common.listen, Some(flags.host), metrics.registry()).await?;
     let settings = Settings {
         node: flags.node_name,

@@ -7,6 +7,7 @@
 mod joining;
 mod keys;
 mod meta;
+mod traffic;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -28,6 +29,7 @@ use tokio::time::timeout;
 pub use joining::Peers;
 pub use keys::{KeyError, Keys};
 pub use meta::{EncodedMeta, MAX_META_LEN, Meta, MetaError};
+pub use traffic::Traffic;
 
 /// Port for gossip, TCP and UDP, as `PureLB` uses it.
 pub const PORT: u16 = 7934;

@@ -14,6 +14,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, sendto, socket};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::Registry;
 
 pub use self::frame::{Mac, gratuitous_arp_reply, gratuitous_arp_request, shown, unsolicited_na};
 use crate::kernel::Link;
@@ -112,6 +114,44 @@ pub struct Announcer {
     /// Where frames for a link go, as the kernel told: the address of a packet socket cannot be made from an index
     /// without unsafe code.
     addresses: Mutex<HashMap<u32, LinkAddr>>,
+    sent: Sent,
+}
+
+/// Frames sent, and those that could not be. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Sent {
+    garps: Counter,
+    garp_errors: Counter,
+    advertisements: Counter,
+    advertisement_errors: Counter,
+}
+
+impl Sent {
+    /// Registers the counters.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("garp_sent", "Gratuitous ARP frames sent", self.garps.clone());
+        registry.register("garp_errors", "Those that could not be sent", self.garp_errors.clone());
+        registry.register(
+            "na_sent",
+            "Unsolicited neighbour advertisements sent",
+            self.advertisements.clone(),
+        );
+        registry.register(
+            "na_errors",
+            "Those that could not be sent",
+            self.advertisement_errors.clone(),
+        );
+    }
+
+    fn count(&self, ip: IpAddr, is_sent: bool) {
+        let counter = match (ip.is_ipv4(), is_sent) {
+            (true, true) => &self.garps,
+            (true, false) => &self.garp_errors,
+            (false, true) => &self.advertisements,
+            (false, false) => &self.advertisement_errors,
+        };
+        counter.inc();
+    }
 }
 
 impl Announcer {
@@ -124,13 +164,23 @@ impl Announcer {
         Ok(Self {
             socket,
             addresses: Mutex::default(),
+            sent: Sent::default(),
         })
+    }
+
+    /// Has it count here what it sends.
+    #[must_use]
+    pub fn counting(mut self, sent: Sent) -> Self {
+        self.sent = sent;
+        self
     }
 
     /// Sends one round of announcements.
     pub async fn announce(&self, target: &Target) -> Result<(), AnnounceError> {
         for frame in target.frames() {
-            self.send(target.link, &frame).await?;
+            let result = self.send(target.link, &frame).await;
+            self.sent.count(target.ip, result.is_ok());
+            result?;
         }
         Ok(())
     }

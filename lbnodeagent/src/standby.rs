@@ -116,6 +116,7 @@ pub struct Standby {
     promised: Option<Duration>,
     interval: Duration,
     changes: u64,
+    false_alarms: u64,
 }
 
 #[derive(Debug)]
@@ -136,6 +137,8 @@ struct Watch {
     streak: u32,
     /// Until when it is told of a take-over.
     told_until: Duration,
+    /// The last sign of life before it was judged silent.
+    silent_since: Duration,
 }
 
 /// What the gaps between answers were like, in seconds.
@@ -190,6 +193,7 @@ impl Standby {
                 gaps: Gaps::default(),
                 streak: 0,
                 told_until: Duration::ZERO,
+                silent_since: Duration::ZERO,
             });
             watch.address = *address;
         }
@@ -248,6 +252,9 @@ impl Standby {
         for (watched, watch) in &mut self.watches {
             watch.judge(now, self.interval);
             if watch.told != watch.verdict {
+                if watch.told == Verdict::Silent && now.saturating_sub(watch.silent_since) < FALSE_ALARM {
+                    self.false_alarms += 1;
+                }
                 watch.told = watch.verdict;
                 self.changes += 1;
             }
@@ -282,6 +289,20 @@ impl Standby {
         verdicts
             .map(|(watched, watch)| (watched.clone(), watch.verdict))
             .collect()
+    }
+
+    /// When those who are silent gave their last sign of life.
+    pub fn last_signs(&self) -> impl Iterator<Item = (Watched, Duration)> {
+        let silent = self
+            .watches
+            .iter()
+            .filter(|(_, watch)| watch.verdict == Verdict::Silent);
+        silent.map(|(watched, watch)| (watched.clone(), watch.silent_since))
+    }
+
+    /// How many silences ended soon since the last call.
+    pub const fn take_false_alarms(&mut self) -> u64 {
+        std::mem::replace(&mut self.false_alarms, 0)
     }
 
     /// How long somebody has to be silent now to be judged so.
@@ -350,7 +371,10 @@ impl Watch {
             _ if agent && self.agent_at.is_some() => Verdict::Agent,
             _ if agent => Verdict::Unknown,
             _ if node && self.node_at.is_some() => Verdict::Node,
-            _ if self.node_at.is_some() => Verdict::Silent,
+            _ if self.node_at.is_some() => {
+                self.silent_since = self.node_at.max(self.agent_at).unwrap_or(self.began);
+                Verdict::Silent
+            }
             _ => Verdict::Unheard,
         };
     }

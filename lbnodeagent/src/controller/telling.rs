@@ -65,6 +65,11 @@ impl Agent<'_> {
                 _ => None,
             })
             .collect();
+        self.count_changes(applied);
+        self.count_elections(plan);
+        self.links
+            .metrics
+            .announcing(&self.settings.node, &self.announcing, &now_announcing);
         let held = held(plan, snapshot, config);
         let before = self.held.send_replace(held.clone());
         // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
@@ -124,6 +129,7 @@ impl Agent<'_> {
                 .tell(service.as_ref(), &Notice::normal("AnnouncingLocal", message));
             let before = announcing::entries(service, Family::of(ip));
             if let Some((other, _)) = before.get(&ip).filter(|(other, _)| other != node) {
+                self.links.metrics.stolen(other, node);
                 let message = format!("Node {node} took announcement of {ip} from node {other}");
                 self.reporter
                     .tell(service.as_ref(), &Notice::normal("AnnounceSlotSteal", message));

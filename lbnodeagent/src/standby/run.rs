@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc, watch};
@@ -36,6 +39,8 @@ pub struct Config {
     pub node: String,
     /// The gossip keys.
     pub keys: Keys,
+    /// Where to count.
+    pub counters: Counters,
     /// Where to listen. An IPv6 address is left out where the kernel has no IPv6.
     pub bind: Vec<SocketAddr>,
 }
@@ -46,6 +51,7 @@ impl Config {
         Self {
             node: node.into(),
             keys,
+            counters: Counters::default(),
             bind: vec![
                 (Ipv4Addr::UNSPECIFIED, PORT).into(),
                 (Ipv6Addr::UNSPECIFIED, PORT).into(),
@@ -54,21 +60,44 @@ impl Config {
     }
 }
 
-/// What went over the wire.
-#[derive(Debug, Default)]
+/// What went over the wire, and how often it misled. Cheap to clone.
+#[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// Questions asked of agents.
-    pub probes: AtomicU64,
-    /// Answers to others' questions.
-    pub answers: AtomicU64,
-    /// Echo requests.
-    pub echoes: AtomicU64,
-    /// Packets of a wrong key, or of nobody's.
-    pub refused: AtomicU64,
+    packets: Family<OfKind, Counter>,
+    /// Silences that ended within a second: nothing is cut off and back that fast.
+    pub false_alarms: Counter,
 }
 
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKind {
+    kind: &'static str,
+}
+
+impl Counters {
+    /// Questions asked of agents, answers to those of others, echo requests, and packets of a wrong key or nobody's.
+    const KINDS: [&str; 4] = ["probe", "answer", "echo", "refused"];
+
+    /// Registers the counters.
+    pub fn register(&self, registry: &mut Registry) {
+        for kind in Self::KINDS {
+            drop(self.packets.get_or_create(&OfKind { kind }));
+        }
+        registry.register(
+            "packets",
+            "Packets of the standby watch: probe, answer, echo, refused",
+            self.packets.clone(),
+        );
+        registry.register(
+            "false_alarms",
+            "Owners thought dead that answered again within a second",
+            self.false_alarms.clone(),
+        );
+    }
+
+    /// Counts one more packet, and says how many there were before.
+    fn count(&self, kind: &'static str) -> u64 {
+        self.packets.get_or_create(&OfKind { kind }).inc()
+    }
 }
 
 /// The watch could not begin.
@@ -94,7 +123,7 @@ pub struct Watcher {
     wanted: mpsc::UnboundedSender<Order>,
     verdicts: watch::Receiver<Verdicts>,
     taken_over: Arc<Notify>,
-    counters: Arc<Counters>,
+    last_signs: watch::Receiver<BTreeMap<Watched, Instant>>,
 }
 
 #[derive(Debug)]
@@ -118,13 +147,14 @@ impl Watcher {
         let (wanted, orders) = mpsc::unbounded_channel();
         let (publisher, verdicts) = watch::channel(Verdicts::new());
         let taken_over = Arc::new(Notify::new());
-        let counters = Arc::new(Counters::default());
+        let (last_signs_publisher, last_signs) = watch::channel(BTreeMap::new());
         let wire = Wire {
             node: node_id(&config.node),
             keys: PacketKeys::new(&config.keys),
             session,
             started: Instant::now(),
-            counters: Arc::clone(&counters),
+            counters: config.counters.clone(),
+            last_signs: last_signs_publisher,
             taken_over: Arc::clone(&taken_over),
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -143,7 +173,7 @@ impl Watcher {
             wanted,
             verdicts,
             taken_over,
-            counters,
+            last_signs,
         })
     }
 
@@ -167,9 +197,9 @@ impl Watcher {
         self.taken_over.notified().await;
     }
 
-    /// What went over the wire so far.
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    /// When somebody who is silent now gave its last sign of life.
+    pub fn last_sign(&self, watched: &Watched) -> Option<Instant> {
+        self.last_signs.borrow().get(watched).copied()
     }
 }
 
@@ -194,7 +224,8 @@ struct Wire {
     keys: PacketKeys,
     session: u64,
     started: Instant,
-    counters: Arc<Counters>,
+    counters: Counters,
+    last_signs: watch::Sender<BTreeMap<Watched, Instant>>,
     taken_over: Arc<Notify>,
 }
 
@@ -242,6 +273,10 @@ impl Wire {
                 continue;
             }
             changes = standby.changes();
+            self.counters.false_alarms.inc_by(standby.take_false_alarms());
+            let last_signs = standby.last_signs();
+            self.last_signs
+                .send_replace(last_signs.map(|(watched, at)| (watched, self.started + at)).collect());
             publisher.send_if_modified(|known| {
                 let verdicts = standby.verdicts();
                 let is_news = *known != verdicts;
@@ -280,12 +315,16 @@ impl Wire {
                     ..packet
                 };
                 send(socket, &answer.encode(&self.keys), from);
-                count(&self.counters.answers);
+                self.counters.count("answer");
                 if packet.has_taken_over {
                     self.taken_over.notify_one();
                 }
             }
-            _ => count(&self.counters.refused),
+            _ => {
+                if self.counters.count("refused") == 0 {
+                    tracing::warn!(%from, "a packet of another key, or of nobody: ignored, like all that follow");
+                }
+            }
         }
     }
 
@@ -309,11 +348,11 @@ impl Wire {
                 if let Some(socket) = sockets.iter().find(is_fitting) {
                     send(socket, &packet.encode(&self.keys), (*address, PORT).into());
                 }
-                count(&self.counters.probes);
+                self.counters.count("probe");
             }
             Question::Echo { address, sequence } => {
                 echoes.send(*address, &echo_request(*address, self.session, *sequence), now);
-                count(&self.counters.echoes);
+                self.counters.count("echo");
             }
         }
     }

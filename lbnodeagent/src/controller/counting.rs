@@ -1,0 +1,150 @@
+//! What the controller counts: members and subnets, who takes which address over from whom and why, and what the kernel
+//! had to be corrected in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use tokio::time::Instant;
+
+use super::Agent;
+use crate::kernel::{Added, Applied, Change};
+use crate::members::Living;
+use crate::metrics::Cause;
+use crate::plan::{Candidate, Plan, Standing, Verdict};
+use crate::standby::{Verdict as Direct, Watched};
+
+/// An address that this node takes over: from whom, by which link, and why.
+pub(super) struct Takeover {
+    ip: IpAddr,
+    from: Watched,
+    cause: Cause,
+}
+
+impl Agent<'_> {
+    pub(super) fn count_members(
+        &self,
+        own: &BTreeSet<IpNet>,
+        candidates: &BTreeMap<String, Candidate>,
+        living: &Living,
+    ) {
+        let distinct = |nets: &mut dyn Iterator<Item = &IpNet>| {
+            let nets: BTreeSet<IpNet> = nets.map(IpNet::trunc).collect();
+            i64::try_from(nets.len()).unwrap_or(i64::MAX)
+        };
+        let metrics = &self.links.metrics;
+        metrics.members.set(i64::try_from(living.len()).unwrap_or(i64::MAX));
+        metrics.is_member.set(i64::from(!*self.is_alone.borrow()));
+        metrics.local_subnets.set(distinct(&mut own.iter()));
+        let all = candidates.values().flat_map(|candidate| &candidate.addresses);
+        metrics.subnets.set(distinct(&mut all.into_iter()));
+        metrics
+            .watched
+            .set(i64::try_from(self.watches.len()).unwrap_or(i64::MAX));
+    }
+
+    /// Takes note of who announces what now, and returns what this node takes over.
+    pub(super) fn takeovers(&mut self, plan: &Plan, candidates: &BTreeMap<String, Candidate>) -> Vec<Takeover> {
+        let mut owners = BTreeMap::new();
+        let mut takeovers = Vec::new();
+        for ((service, ip), verdict) in &plan.verdicts {
+            let (owner, link) = match verdict {
+                Verdict::Local(placed) => (&self.settings.node, Some(placed.address.link)),
+                Verdict::Other(owner) => (owner, None),
+                Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Unclear(_) | Verdict::Taken(..) => continue,
+            };
+            let is_counted = owners.insert(*ip, owner.clone()).is_some();
+            // Of the time before this process the Service tells.
+            let said = self.cluster.announced().get(service);
+            let before = self.owners.get(ip).or_else(|| said?.announcers.get(ip));
+            let Some(before) = before.filter(|before| *before != owner && !is_counted) else {
+                continue;
+            };
+            self.links.metrics.winner_changed(service);
+            if let Some(link) = link {
+                let from = Watched {
+                    node: before.clone(),
+                    link,
+                };
+                let cause = self.cause(&from, candidates.get(before));
+                takeovers.push(Takeover { ip: *ip, from, cause });
+            }
+        }
+        self.owners = owners;
+        takeovers
+    }
+
+    fn cause(&self, from: &Watched, candidate: Option<&Candidate>) -> Cause {
+        let verdict = self.heard.get(from);
+        match candidate {
+            Some(candidate) if candidate.is_withdrawn => Cause::HandedOver,
+            _ if verdict == Some(&Direct::Silent) => Cause::Silent,
+            Some(candidate) if candidate.standing == Standing::Member => Cause::Elected,
+            _ => Cause::Departed,
+        }
+    }
+
+    /// After the addresses are here.
+    pub(super) fn count_takeovers(&self, takeovers: &[Takeover], began: Instant) {
+        for takeover in takeovers {
+            let since = match takeover.cause {
+                Cause::Silent => self.links.watcher.last_sign(&takeover.from).unwrap_or(began),
+                _ => began,
+            };
+            let (from, cause) = (&takeover.from.node, takeover.cause.name());
+            let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+            tracing::info!(vip = %takeover.ip, from, cause, milliseconds, "taken over");
+            self.links.metrics.taken_over(takeover.cause, since.elapsed());
+        }
+    }
+
+    /// Changes of addresses, and which of them nobody had decided: an address that this process announced and the kernel
+    /// had lost, and one that it never did.
+    pub(super) fn count_changes(&self, applied: &[Applied]) {
+        let metrics = &self.links.metrics;
+        for step in applied {
+            let ip = step.change.key().1;
+            let is_known = self.announcing.keys().any(|(_, known)| *known == ip);
+            match (&step.change, &step.result) {
+                (Change::Add(_), Ok(Some(Added::New | Added::Replaced))) => {
+                    metrics.additions.inc();
+                    if is_known {
+                        metrics.corrected("restored");
+                    }
+                }
+                (Change::Refresh(_), Ok(_)) => _ = metrics.renewals.inc(),
+                (Change::Refresh(_), Err(_)) => _ = metrics.renewal_errors.inc(),
+                (Change::Remove { .. }, Ok(_)) => {
+                    metrics.withdrawals.inc();
+                    if !is_known && !self.owners.contains_key(&ip) {
+                        metrics.corrected("leftover");
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Elections won and lost since the last look at what this node announces.
+    pub(super) fn count_elections(&self, plan: &Plan) {
+        let before: BTreeSet<IpAddr> = self.announcing.keys().map(|(_, ip)| *ip).collect();
+        let of = |is_won: bool| {
+            let verdicts = plan.verdicts.iter();
+            let ips = verdicts.filter_map(move |((_, ip), verdict)| match verdict {
+                Verdict::Local(_) if is_won => Some(*ip),
+                Verdict::Other(_) if !is_won => Some(*ip),
+                _ => None,
+            });
+            ips.collect::<BTreeSet<IpAddr>>()
+        };
+        let count = |ips: usize| u64::try_from(ips).unwrap_or(u64::MAX);
+        self.links
+            .metrics
+            .wins
+            .inc_by(count(of(true).difference(&before).count()));
+        self.links
+            .metrics
+            .losses
+            .inc_by(count(of(false).intersection(&before).count()));
+    }
+}

@@ -1,0 +1,348 @@
+//! What the node agent tells Prometheus. Names that PureLB has are PureLB's.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crds::ServiceKey;
+use daemon::ClientMetrics;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use crate::members::Traffic;
+use crate::neighbor::Sent;
+use crate::standby::Counters;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Announced {
+    service: String,
+    node: String,
+    ip: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Steal {
+    from: String,
+    to: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfService {
+    service: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct State {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfCause {
+    cause: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKind {
+    kind: &'static str,
+}
+
+/// Why this node announces what another one announced before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Cause {
+    /// The standby watch heard nothing of its owner any more.
+    Silent,
+    /// Gossip gave its owner up.
+    Departed,
+    /// Its owner handed it over: it stops, or was told to carry no VIPs.
+    HandedOver,
+    /// This node has the better claim, and is back; or the endpoints are elsewhere now.
+    Elected,
+}
+
+impl Cause {
+    /// As a label's value and in logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Silent => "silent",
+            Self::Departed => "departed",
+            Self::HandedOver => "handed-over",
+            Self::Elected => "elected",
+        }
+    }
+}
+
+/// Which LBNodeAgent applies to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Selector {
+    /// One without a selector.
+    Default,
+    /// One whose selector fits.
+    Configured,
+    /// None.
+    Deselected,
+    /// None that could be read.
+    Invalid,
+}
+
+impl Selector {
+    const ALL: [(Self, &str); 4] = [
+        (Self::Default, "default"),
+        (Self::Configured, "configured"),
+        (Self::Deselected, "deselected"),
+        (Self::Invalid, "invalid"),
+    ];
+}
+
+/// The node agent's metrics. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    /// What both processes count.
+    pub client: ClientMetrics,
+    /// Announcements sent to neighbours.
+    pub sent: Sent,
+    /// The standby watch's packets.
+    pub standby: Counters,
+    /// The gossip's.
+    pub gossip: Traffic,
+    /// Addresses added, and taken off.
+    pub additions: Counter,
+    /// See [`Metrics::additions`].
+    pub withdrawals: Counter,
+    /// Lifetimes that began anew, and those that could not.
+    pub renewals: Counter,
+    /// See [`Metrics::renewals`].
+    pub renewal_errors: Counter,
+    /// VIPs that this node began to announce by election, and those it lost to another.
+    pub wins: Counter,
+    /// See [`Metrics::wins`].
+    pub losses: Counter,
+    /// 1 while this node is part of the gossip, or has nobody to be part with.
+    pub is_member: Gauge,
+    /// Members, this node included.
+    pub members: Gauge,
+    /// Subnets that any candidate has.
+    pub subnets: Gauge,
+    /// Subnets that this node has.
+    pub local_subnets: Gauge,
+    /// Nodes watched as a standby, by link.
+    pub watched: Gauge,
+    announced: Family<Announced, Gauge>,
+    steals: Family<Steal, Counter>,
+    winner_changes: Family<OfService, Counter>,
+    selector: Family<State, Gauge>,
+    takeovers: Family<OfCause, Counter>,
+    takeover_time: Family<OfCause, Histogram>,
+    corrections: Family<OfKind, Counter>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            takeover_time: Family::new_with_constructor(|| {
+                Histogram::new([0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0])
+            }),
+            client: ClientMetrics::default(),
+            sent: Sent::default(),
+            standby: Counters::default(),
+            gossip: Traffic::default(),
+            additions: Counter::default(),
+            withdrawals: Counter::default(),
+            renewals: Counter::default(),
+            renewal_errors: Counter::default(),
+            wins: Counter::default(),
+            losses: Counter::default(),
+            is_member: Gauge::default(),
+            members: Gauge::default(),
+            subnets: Gauge::default(),
+            local_subnets: Gauge::default(),
+            watched: Gauge::default(),
+            announced: Family::default(),
+            steals: Family::default(),
+            winner_changes: Family::default(),
+            selector: Family::default(),
+            takeovers: Family::default(),
+            corrections: Family::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// A registry with all of them.
+    pub fn registry(&self) -> Registry {
+        let mut registry = self.client.registry();
+        self.register_agent(registry.sub_registry_with_prefix("lbnodeagent"));
+        let election = registry.sub_registry_with_prefix("election");
+        election.register(
+            "lease_healthy",
+            "1 while this node is a member, or has nobody to be a member with",
+            self.is_member.clone(),
+        );
+        election.register("member_count", "Members, this node included", self.members.clone());
+        election.register("subnet_count", "Subnets that any candidate has", self.subnets.clone());
+        election.register(
+            "local_subnet_count",
+            "Subnets that this node has",
+            self.local_subnets.clone(),
+        );
+        election.register(
+            "winner_changes",
+            "Changes of the announcing node that this node saw, by Service",
+            self.winner_changes.clone(),
+        );
+        let standby = registry.sub_registry_with_prefix("standby");
+        standby.register(
+            "watched",
+            "Nodes watched by this one as their standby",
+            self.watched.clone(),
+        );
+        self.standby.register(standby);
+        self.gossip.register(registry.sub_registry_with_prefix("gossip"));
+        registry
+    }
+
+    fn register_agent(&self, agent: &mut Registry) {
+        agent.register(
+            "announced",
+            "1 for each address this node announces",
+            self.announced.clone(),
+        );
+        self.sent.register(agent);
+        agent.register("address_additions", "Addresses added", self.additions.clone());
+        agent.register("address_withdrawals", "Addresses taken off", self.withdrawals.clone());
+        agent.register("address_renewals", "Lifetimes that began anew", self.renewals.clone());
+        agent.register(
+            "address_renewal_errors",
+            "Lifetimes that could not be renewed",
+            self.renewal_errors.clone(),
+        );
+        agent.register(
+            "election_wins",
+            "Addresses this node began to announce by election",
+            self.wins.clone(),
+        );
+        agent.register(
+            "election_losses",
+            "Addresses this node lost to another",
+            self.losses.clone(),
+        );
+        agent.register(
+            "announce_slot_steal",
+            "Addresses that were announced by another node according to their Service",
+            self.steals.clone(),
+        );
+        agent.register(
+            "selector_state",
+            "1 for which LBNodeAgent applies here",
+            self.selector.clone(),
+        );
+        agent.register(
+            "takeovers",
+            "Addresses taken over from another node, by cause",
+            self.takeovers.clone(),
+        );
+        agent.register(
+            "takeover_seconds",
+            "From the owner's last sign of life, or from the decision, until the address was here",
+            self.takeover_time.clone(),
+        );
+        agent.register(
+            "kernel_corrections",
+            "Addresses the kernel did not hold as it should, though nothing was decided anew: restored, leftover",
+            self.corrections.clone(),
+        );
+    }
+
+    /// What this node announces changed.
+    pub fn announcing(
+        &self,
+        node: &str,
+        before: &BTreeMap<(ServiceKey, IpAddr), String>,
+        now: &BTreeMap<(ServiceKey, IpAddr), String>,
+    ) {
+        let labels = |(service, ip): &(ServiceKey, IpAddr)| Announced {
+            service: service.to_string(),
+            node: node.to_owned(),
+            ip: ip.to_string(),
+        };
+        for key in before.keys().filter(|key| !now.contains_key(key)) {
+            self.announced.remove(&labels(key));
+        }
+        for key in now.keys().filter(|key| !before.contains_key(key)) {
+            self.announced.get_or_create(&labels(key)).set(1);
+        }
+    }
+
+    /// An address was another node's according to its Service.
+    pub fn stolen(&self, from: &str, to: &str) {
+        let labels = Steal {
+            from: from.to_owned(),
+            to: to.to_owned(),
+        };
+        self.steals.get_or_create(&labels).inc();
+    }
+
+    /// Another node announces an address of a Service than before.
+    pub fn winner_changed(&self, service: &ServiceKey) {
+        let service = service.to_string();
+        self.winner_changes.get_or_create(&OfService { service }).inc();
+    }
+
+    /// This node took an address over.
+    pub fn taken_over(&self, cause: Cause, time: Duration) {
+        let labels = OfCause { cause: cause.name() };
+        self.takeovers.get_or_create(&labels).inc();
+        self.takeover_time.get_or_create(&labels).observe(time.as_secs_f64());
+    }
+
+    /// The kernel had lost an address (`restored`), or had one nobody wanted (`leftover`).
+    pub fn corrected(&self, kind: &'static str) {
+        self.corrections.get_or_create(&OfKind { kind }).inc();
+    }
+
+    /// Which LBNodeAgent applies.
+    pub fn selected(&self, now: Selector) {
+        for (selector, state) in Selector::ALL {
+            self.selector
+                .get_or_create(&State { state })
+                .set(i64::from(selector == now));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_announced_is_shown_while_it_is_and_names_are_those_of_purelb() {
+        let metrics = Metrics::default();
+        let key = |name: &str| (ServiceKey::new("default", name), IpAddr::from([10, 0, 0, 1]));
+        let of = |names: &[&str]| names.iter().map(|name| (key(name), "eth0".to_owned())).collect();
+        metrics.announcing("w11", &of(&[]), &of(&["a", "b"]));
+        metrics.announcing("w11", &of(&["a", "b"]), &of(&["b"]));
+        metrics.taken_over(Cause::Silent, Duration::from_millis(104));
+        metrics.selected(Selector::Default);
+        metrics.stolen("m", "w11");
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &metrics.registry()).unwrap();
+        for line in [
+            "purelb_lbnodeagent_announced{service=\"default/b\",node=\"w11\",ip=\"10.0.0.1\"} 1",
+            "purelb_lbnodeagent_takeovers_total{cause=\"silent\"} 1",
+            "purelb_lbnodeagent_takeover_seconds_bucket{le=\"0.15\",cause=\"silent\"} 1",
+            "purelb_lbnodeagent_selector_state{state=\"default\"} 1",
+            "purelb_lbnodeagent_selector_state{state=\"invalid\"} 0",
+            "purelb_lbnodeagent_announce_slot_steal_total{from=\"m\",to=\"w11\"} 1",
+            "purelb_lbnodeagent_garp_sent_total 0",
+            "purelb_election_member_count 0",
+            "purelb_standby_packets_total{kind=\"probe\"} 0",
+            "purelb_gossip_bytes_total{direction=\"received\",over=\"udp\"} 0",
+        ] {
+            assert!(text.contains(&format!("\n{line}\n")), "{line}\n{text}");
+        }
+        assert!(!text.contains("default/a"), "{text}");
+    }
+}
