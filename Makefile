@@ -14,7 +14,7 @@ THREADS ?= 2
 # How often bench-failover does everything it measures.
 ROUNDS ?= 20
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing docs book crds manifest deny clean
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing vm docs book crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,14 @@ docs: ## Build the book in target/book (and mdBook itself, once: some minutes)
 
 book: ## The same where mdBook is there already; links are checked by the unit tests in any case
 	@if mdbook=$$(docs/mdbook --find); then "$$mdbook" build docs; else echo "mdBook is not there: the book is not built (make docs)"; fi
+
+# What a virtual node needs beside PACKAGES.
+VM_PACKAGES := busybox-static kmod qemu-system-x86
+
+vm: kubernetes ## A node that is a virtual machine: the real dummy driver, kube-proxy with IPVS (QEMU, some minutes)
+	@$(MAKE) --no-print-directory setup PACKAGES="$(VM_PACKAGES)"
+	cargo build --quiet --locked --workspace --bins
+	cargo test --quiet --locked --package e2e --test vm -- --ignored --nocapture
 
 crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds

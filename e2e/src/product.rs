@@ -126,7 +126,7 @@ impl Lab {
     }
 
     /// The agents' common keys, which a kubelet would hand them from the Secret: the variables and what they say.
-    async fn members_keys(&self) -> Result<Vec<(&'static str, String)>> {
+    pub(crate) async fn members_keys(&self) -> Result<Vec<(&'static str, String)>> {
         let secret = Api::<Secret>::namespaced(self.client(), NAMESPACE).get(KEYS).await?;
         let mut entries = secret.data.unwrap_or_default();
         let mut keys = Vec::new();

@@ -98,6 +98,17 @@ impl Config {
         filled
     }
 
+    /// Lets FRR's prefix list `VIPS` take these prefixes, too.
+    #[must_use]
+    pub fn permitting(self, prefix: &str) -> Self {
+        Self(format!("{}ip prefix-list VIPS permit {prefix} le 32\n", self.0))
+    }
+
+    /// The text as it is now.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
     /// Fills in a node's own `$IPV4` and `$IPV6`.
     #[must_use]
     pub fn of(self, node: &Node) -> Self {
