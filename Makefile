@@ -14,7 +14,10 @@ THREADS ?= 2
 # How often bench-failover does everything it measures.
 ROUNDS ?= 20
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench-failover bench-routing vm docs book crds manifest deny clean
+# Services that wait for an address in `make bench`.
+SERVICES ?= 2000
+
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover bench-routing vm docs book crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +72,11 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBER
 	rm -rf target/e2e-rights
 	cargo test --quiet --locked --package e2e -- --test-threads $(THREADS)
 	target/debug/e2e-rights
+
+bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
+	cargo build --quiet --locked --release --package allocator --package e2e --bin allocator --bin bench-allocator --bin e2e-backend
+	PURELB_BIN_DIR=target/release target/release/bench-allocator --services $(SERVICES)
+	cargo bench --quiet --locked --package allocator --bench decisions
 
 bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
 	@cargo build --quiet --locked --workspace --bins

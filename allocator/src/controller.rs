@@ -6,10 +6,11 @@
 //! exists to repair: after a crash the Services themselves say who holds what.
 
 mod groups;
+mod slim;
 mod strangers;
 mod writes;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ use kube::api::Api;
 use kube::runtime::watcher;
 use kube::{Client, ResourceExt};
 use serde_json::json;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -66,7 +67,9 @@ enum Input {
 /// When the input streams end.
 pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &Ready) -> anyhow::Result<()> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
-    daemon::watch(Api::all(client.clone()), &sender, Input::Service);
+    daemon::watch(Api::all(client.clone()), &sender, |event| {
+        Input::Service(slim::event(event))
+    });
     daemon::watch(Api::all(client.clone()), &sender, Input::Group);
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
@@ -78,6 +81,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
                     controller.take(input);
                 }
                 controller.serve_waiting();
+                controller.serve_queued();
             }
             () = tokio::time::sleep_until(flush.unwrap_or_else(Instant::now)), if flush.is_some() => {
                 controller.write_statuses();
@@ -91,7 +95,6 @@ struct Controller {
     settings: Settings,
     reporter: Reporter,
     sender: mpsc::UnboundedSender<Input>,
-    slots: Arc<Semaphore>,
     metrics: Metrics,
     ready: Ready,
 
@@ -102,6 +105,9 @@ struct Controller {
 
     /// Services with a write under way, and whether to decide again when it is done.
     writing: HashMap<ServiceKey, bool>,
+    /// Services to decide about when there is room for more writes, in this order.
+    queue: VecDeque<ServiceKey>,
+    queued: HashSet<ServiceKey>,
     failures: HashMap<ServiceKey, u32>,
     /// New addresses whose write is under way.
     granted: HashMap<ServiceKey, Granted>,
@@ -142,12 +148,13 @@ impl Controller {
             sender,
             metrics,
             ready,
-            slots: Arc::new(Semaphore::new(daemon::CONCURRENCY)),
             services: Mirror::default(),
             groups: Mirror::default(),
             verdicts: BTreeMap::new(),
             ledger: Ledger::default(),
             writing: HashMap::new(),
+            queue: VecDeque::new(),
+            queued: HashSet::new(),
             failures: HashMap::new(),
             granted: HashMap::new(),
             waiting: BTreeSet::new(),
@@ -246,7 +253,7 @@ impl Controller {
         for key in &keys {
             self.reconcile(key);
         }
-        self.is_starting = false;
+        self.is_starting = !self.queue.is_empty();
         self.ready.set(Ok(()));
         self.metrics.client.config_loaded.set(1);
         self.usage_changed();
@@ -294,6 +301,17 @@ impl Controller {
         self.made_room = true;
     }
 
+    /// Goes on with Services whose turn had to wait for others' writes.
+    fn serve_queued(&mut self) {
+        while self.writing.len() < daemon::CONCURRENCY
+            && let Some(key) = self.queue.pop_front()
+        {
+            self.queued.remove(&key);
+            self.reconcile(&key);
+        }
+        self.is_starting &= !self.queue.is_empty();
+    }
+
     fn serve_waiting(&mut self) {
         while std::mem::take(&mut self.made_room) {
             for key in self.by_age(self.waiting.iter().cloned().collect()) {
@@ -316,6 +334,13 @@ impl Controller {
         }
         if let Some(again) = self.writing.get_mut(key) {
             *again = true;
+            return;
+        }
+        // What cannot be written now is not decided now: ten thousand PATCHes that wait are memory.
+        if self.writing.len() >= daemon::CONCURRENCY {
+            if self.queued.insert(key.clone()) {
+                self.queue.push_back(key.clone());
+            }
             return;
         }
         let Some(service) = self.service(key).cloned() else {

@@ -32,7 +32,8 @@ struct Flags {
     errand: Option<Errand>,
 }
 
-#[tokio::main]
+// One thread: it decides in microseconds and else waits for the API server, and a second one costs memory.
+#[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let flags = Flags::parse();
     flags.common.start_log()?;

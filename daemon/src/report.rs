@@ -10,8 +10,9 @@ use kube::api::{Api, PostParams};
 use kube::{Client, Resource};
 use tokio::sync::Semaphore;
 
-/// Requests under way at once: enough to hide the API server's latency, few enough to leave it room.
-pub const CONCURRENCY: usize = 64;
+/// Requests under way at once: enough to hide the API server's latency, few enough to leave it room. Each is a
+/// connection, with a quarter of a MiB of buffers.
+pub const CONCURRENCY: usize = 16;
 
 /// Waits between attempts to write an event while the API server is out of reach: half a minute in all.
 const RETRIES: [Duration; 5] = [

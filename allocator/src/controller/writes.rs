@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::Value;
 
-use super::{Controller, Input};
+use super::{Controller, Input, slim};
 
 /// First wait before a failed write is tried again; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -44,19 +44,19 @@ impl Controller {
     pub(super) fn write(&mut self, key: ServiceKey, part: Part, patch: Value) {
         self.writing.insert(key.clone(), false);
         let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
-        let (slots, sender) = (self.slots.clone(), self.sender.clone());
+        let sender = self.sender.clone();
         self.spawn(async move {
-            let _slot = slots.acquire().await;
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
             let patched = match part {
                 Part::Status => api.patch_status(&key.name, &params, &patch).await,
                 Part::Spec => api.patch(&key.name, &params, &patch).await,
             };
             let result = match patched {
-                Ok(service) => Ok(Written::Done(Box::new(service))),
+                Ok(service) => Ok(Written::Done(Box::new(slim::service(service)))),
                 // Decide again on what the object is now.
                 Err(kube::Error::Api(status)) if status.is_conflict() => {
-                    api.get(&key.name).await.map(|fresh| Written::Outrun(Box::new(fresh)))
+                    let fresh = api.get(&key.name).await;
+                    fresh.map(|fresh| Written::Outrun(Box::new(slim::service(fresh))))
                 }
                 Err(error) => Err(error),
             };

@@ -1,0 +1,345 @@
+//! How fast the allocator is, beside how fast the API server alone takes the same requests from a plain client.
+//!
+//! Everything runs on one machine, in one lab, one after the other: the ratio means more than the rates.
+//! `make bench` builds both optimised and runs it; `make bench SERVICES=10000` with as many Services.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use crds::annotations;
+use crds::event::{ALLOCATOR, Notice};
+use crds::service::ingress;
+use e2e::{Lab, Options, Process, ProxyMode, audit, wait_until};
+use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::core::v1::{ObjectReference, Service};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Resource, ResourceExt};
+use serde_json::json;
+use tokio::sync::mpsc;
+
+const POOL: &str = "10.200.0.0-10.203.255.255";
+const OBJECTS: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec:
+  remote: {v4pool: {pool: 10.200.0.0-10.203.255.255, subnet: 10.200.0.0/14}}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: plain}
+---
+apiVersion: v1
+kind: Namespace
+metadata: {name: bench}
+";
+/// Requests of the plain client under way at once, as many as the allocator has.
+const CONCURRENCY: usize = 64;
+
+#[derive(Parser)]
+struct Flags {
+    /// Services that wait for an address when the allocator starts.
+    #[arg(long, default_value_t = 2000)]
+    services: usize,
+    /// Services created one by one afterwards, for the time each takes.
+    #[arg(long, default_value_t = 100)]
+    singles: usize,
+}
+
+fn main() -> Result<()> {
+    let flags = Flags::parse();
+    let options = Options {
+        name: Some("bench-allocator".into()),
+        nodes: 1,
+        proxy: ProxyMode::None,
+        ..Options::default()
+    };
+    Lab::run(options, async |lab| bench(&lab, &flags).await)
+}
+
+#[allow(clippy::cast_precision_loss, reason = "rates for people")]
+fn rate(n: usize, took: Duration) -> f64 {
+    n as f64 / took.as_secs_f64()
+}
+
+#[allow(clippy::too_many_lines, reason = "one run from the first line to the last")]
+async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
+    let n = flags.services;
+    lab.install().await?;
+    lab.apply(OBJECTS).await?;
+    create_all(lab, "plain", n, Some("example.com/nobody")).await?;
+    let plain = lab.service_account_client("purelb", "allocator").await?;
+    let patches = plain_patches(&plain, false).await?;
+    let both = plain_patches(&plain, true).await?;
+    println!("a plain client, {CONCURRENCY} requests at once:");
+    println!("  PATCH services/status          {:8.0} /s", rate(n, patches));
+    println!("  the same and an event each     {:8.0} /s", rate(n, both));
+    remove_all(lab, "plain").await?;
+
+    create_all(lab, "bench", n, None).await?;
+    let before = requests(lab).await?;
+    let mut arrivals = arrivals(lab);
+    let started = Instant::now();
+    let allocator = lab.start_allocator().await?;
+    let mut seen = Vec::new();
+    while seen.len() < n {
+        let next = tokio::time::timeout(Duration::from_mins(5), arrivals.recv()).await;
+        seen.push(
+            next.context("not all Services got an address")?
+                .context("the watch ended")?
+                .1,
+        );
+    }
+    let (first, last) = (seen.first().context("none")?, seen.last().context("none")?);
+    let steady = rate(n, *last - *first);
+    println!("the allocator, {n} Services waiting:");
+    println!(
+        "  first address after            {:8.0} ms",
+        (*first - started).as_secs_f64() * 1e3
+    );
+    println!("  from the first to the last     {steady:8.0} /s");
+    println!("  with its start                 {:8.0} /s", rate(n, *last - started));
+    println!(
+        "  of the plain client's rate     {:8.2} (with events), {:.2} (without)",
+        steady / rate(n, both),
+        steady / rate(n, patches)
+    );
+    settle(lab, n).await?;
+    println!("  requests per Service:");
+    for (what, count) in requests(lab).await? {
+        let count = count - before.get(&what).copied().unwrap_or_default();
+        let is_a_write = ["PATCH", "POST", "PUT", "APPLY"]
+            .iter()
+            .any(|verb| what.starts_with(verb));
+        let is_ours = ["services/", "events/", "servicegroups/"]
+            .iter()
+            .any(|kind| what.contains(kind));
+        if count > 0.0 && is_a_write && is_ours {
+            println!("    {what:45} {:8.3}", count / rate(n, Duration::from_secs(1)));
+        }
+    }
+    println!("  peak resident memory           {:8.1} MiB", peak(&allocator)?);
+
+    let mut took = Vec::new();
+    for i in 0..flags.singles {
+        let name = format!("single-{i}");
+        let begun = Instant::now();
+        create(lab.client(), "bench", &name, None).await?;
+        loop {
+            let (arrived, when) = arrivals.recv().await.context("the watch ended")?;
+            if arrived == name {
+                took.push(when - begun);
+                break;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    took.sort_unstable();
+    if let (Some(median), Some(worst)) = (took.get(took.len() / 2), took.last()) {
+        println!("one Service on an idle cluster, from before its creation until a watch shows its address:");
+        println!(
+            "  median {:.1} ms, worst of {} {:.1} ms",
+            median.as_secs_f64() * 1e3,
+            took.len(),
+            worst.as_secs_f64() * 1e3
+        );
+    }
+
+    allocator.kill().await?;
+    let restarted = Instant::now();
+    let again = lab
+        .start_replica("allocator-again", &[("PURELB_POD_NAME", "allocator")])
+        .await?;
+    while !again.log().contains("ready") {
+        again.check()?;
+        ensure!(
+            restarted.elapsed() < Duration::from_mins(1),
+            "not ready again:\n{}",
+            again.log()
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    println!("killed and started again with {} Services:", n + flags.singles);
+    println!(
+        "  ready after                    {:8.0} ms",
+        restarted.elapsed().as_secs_f64() * 1e3
+    );
+    create(lab.client(), "bench", "afterwards", None).await?;
+    while arrivals.recv().await.context("the watch ended")?.0 != "afterwards" {}
+    println!(
+        "  an address after               {:8.0} ms",
+        restarted.elapsed().as_secs_f64() * 1e3
+    );
+    println!("  peak resident memory           {:8.1} MiB", peak(&again)?);
+    let all = Api::<Service>::namespaced(lab.client(), "bench")
+        .list(&ListParams::default())
+        .await?;
+    let used = audit(&all.items, &[POOL])?;
+    ensure!(
+        used.len() == all.items.len(),
+        "{} addresses for {} Services",
+        used.len(),
+        all.items.len()
+    );
+    Ok(())
+}
+
+async fn create(client: Client, namespace: &str, name: &str, class: Option<&str>) -> Result<()> {
+    let object = json!({
+        "metadata": {"name": name},
+        "spec": {
+            "type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "loadBalancerClass": class,
+            "ports": [{"port": 80}], "selector": {"app": "nobody"},
+        },
+    });
+    let api: Api<Service> = Api::namespaced(client, namespace);
+    api.create(&PostParams::default(), &serde_json::from_value(object)?)
+        .await?;
+    Ok(())
+}
+
+async fn create_all(lab: &Lab, namespace: &str, n: usize, class: Option<&str>) -> Result<()> {
+    stream::iter(0..n)
+        .map(|i| async move { create(lab.client(), namespace, &format!("s{i}"), class).await })
+        .buffer_unordered(CONCURRENCY)
+        .try_collect::<()>()
+        .await
+}
+
+/// Removes all Services of a namespace.
+async fn remove_all(lab: &Lab, namespace: &str) -> Result<()> {
+    let api: Api<Service> = Api::namespaced(lab.client(), namespace);
+    let names = api.list_metadata(&ListParams::default()).await?.items;
+    let (api, params) = (&api, &DeleteParams::default());
+    stream::iter(names.iter().map(ResourceExt::name_any))
+        .map(|name| async move { api.delete(&name, params).await.map(|_| ()) })
+        .buffer_unordered(CONCURRENCY)
+        .try_collect::<()>()
+        .await?;
+    Ok(())
+}
+
+/// Writes to every Service of the namespace `plain` what the allocator writes to its own, and returns how long that took.
+async fn plain_patches(client: &Client, with_events: bool) -> Result<Duration> {
+    let api: Api<Service> = Api::namespaced(client.clone(), "plain");
+    let services = Api::<Service>::all(client.clone())
+        .list(&ListParams::default())
+        .await?
+        .items;
+    let services: Vec<Service> = services
+        .into_iter()
+        .filter(|s| s.namespace().as_deref() == Some("plain"))
+        .collect();
+    let started = Instant::now();
+    let (api, client) = (&api, &client);
+    stream::iter(services.iter().enumerate())
+        .map(|(i, service)| async move {
+            let ip = format!("10.200.{}.{}", i / 256 % 256, i % 256);
+            // Something new each time: a patch that changes nothing is not written.
+            let from = if with_events { "default" } else { "other" };
+            let patch = json!({
+                "metadata": {
+                    "resourceVersion": service.resource_version(),
+                    "annotations": {
+                        annotations::ALLOCATED_BY: annotations::BRAND, annotations::ALLOCATED_FROM: from,
+                        annotations::POOL_TYPE: "remote",
+                    },
+                },
+                "status": {
+                    "loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]},
+                    "conditions": [{
+                        "type": "purelb.io/Allocated", "status": "True", "reason": "Assigned",
+                        "message": format!("from pool {from}"), "lastTransitionTime": "2026-01-01T00:00:00Z",
+                    }],
+                },
+            });
+            let name = service.name_any();
+            api.patch_status(&name, &PatchParams::default(), &Patch::Merge(patch))
+                .await?;
+            if with_events {
+                let message = format!("Assigned {{Ingress:[{{IP:{ip} Hostname: Ports:[]}}]}} from pool default");
+                let regarding: ObjectReference = service.object_ref(&());
+                let event = Notice::normal("AddressAssigned", message).event(regarding, ALLOCATOR, "plain");
+                let events: Api<Event> = Api::namespaced((*client).clone(), "plain");
+                events.create(&PostParams::default(), &event).await?;
+            }
+            anyhow::Ok(())
+        })
+        .buffer_unordered(CONCURRENCY)
+        .try_collect::<()>()
+        .await?;
+    Ok(started.elapsed())
+}
+
+/// When a watch of the namespace `bench` first shows a Service's address.
+fn arrivals(lab: &Lab) -> mpsc::UnboundedReceiver<(String, Instant)> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let api: Api<Service> = Api::namespaced(lab.client(), "bench");
+    tokio::spawn(async move {
+        let mut known = std::collections::BTreeSet::new();
+        let mut services = watcher(api, watcher::Config::default()).applied_objects().boxed();
+        while let Some(Ok(service)) = services.next().await {
+            let is_new = !ingress(&service).is_empty() && known.insert(service.name_any());
+            if is_new && sender.send((service.name_any(), Instant::now())).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// Waits until the group's status shows that all have theirs, and events had time to be written.
+async fn settle(lab: &Lab, n: usize) -> Result<()> {
+    wait_until("the group's status is written", Duration::from_secs(30), async || {
+        let path = "jsonpath={.status.allocatedIPv4}";
+        let counted = lab
+            .kubectl(["get", "sg", "default", "-n", "purelb", "-o", path])
+            .await?;
+        ensure!(counted == n.to_string(), "{counted}");
+        Ok(())
+    })
+    .await
+}
+
+/// Requests by their kind, from the API server's own metrics.
+async fn requests(lab: &Lab) -> Result<BTreeMap<String, f64>> {
+    let text = lab.kubectl(["get", "--raw", "/metrics"]).await?;
+    let mut counted = BTreeMap::new();
+    for line in text
+        .lines()
+        .filter_map(|line| line.strip_prefix("apiserver_request_total{"))
+    {
+        let Some((labels, value)) = line.split_once("} ") else {
+            continue;
+        };
+        let label = |name: &str| {
+            let (_, rest) = labels.split_once(&format!("{name}=\""))?;
+            Some(rest.split('"').next().unwrap_or_default().to_owned())
+        };
+        let part = |name| label(name).unwrap_or_default();
+        let what = format!(
+            "{} {}/{} {}",
+            part("verb"),
+            part("resource"),
+            part("subresource"),
+            part("code")
+        );
+        *counted.entry(what).or_insert(0.0) += value.trim().parse::<f64>()?;
+    }
+    Ok(counted)
+}
+
+/// The most memory a process has had at once, in MiB.
+fn peak(process: &Process) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .context("no VmHWM")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib / 1024.0)
+}
