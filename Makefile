@@ -14,10 +14,13 @@ THREADS ?= 2
 # How often bench-failover does everything it measures.
 ROUNDS ?= 20
 
+# How long the soak lasts.
+MINUTES ?= 30
+
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover bench-routing vm docs book crds manifest deny clean
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover soak bench-routing vm docs book crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +84,10 @@ bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: a
 bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/bench-failover $(ROUNDS)
+
+soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES=30)
+	@cargo build --quiet --locked --workspace --bins
+	@target/debug/soak $(MINUTES)
 
 bench-routing: kubernetes ## What a node's death and a lost next hop cost, measured
 	cargo build --quiet --locked --workspace --bins
