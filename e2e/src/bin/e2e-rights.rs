@@ -25,6 +25,10 @@ struct Right {
     name: String,
 }
 
+/// Account, verb and resource of what only a race needs, which no test can order: the allocator reads a Service anew after
+/// somebody else's write came between its own.
+const RARE: [(&str, &str, &str); 1] = [("allocator", "get", "services")];
+
 fn main() -> Result<ExitCode> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut rights = BTreeSet::new();
@@ -37,6 +41,7 @@ fn main() -> Result<ExitCode> {
     let unused: Vec<_> = rights
         .iter()
         .filter(|right| !requests.iter().any(|request| right.covers(request)))
+        .filter(|right| !RARE.contains(&(&right.account, &right.verb, &right.resource)))
         .collect();
     for right in &unused {
         println!(
