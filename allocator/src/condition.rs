@@ -10,11 +10,12 @@
 //! |---|---|---|
 //! | `True` | `Assigned` | it has all it asks for |
 //! | `True` | `Incomplete` | it has a part: `PreferDualStack` with one family, multi-pool with full ranges |
-//! | `False` | `UnknownPool`, `NoUsablePool` | no such ServiceGroup, or one that gives out nothing |
+//! | `False` | `UnknownPool`, `NoUsablePool` | no such ServiceGroup, or one that was rejected |
 //! | `False` | `PoolExhausted`, `NoPoolOfFamily` | the group has no free address, or none of the family |
 //! | `False` | `InvalidAddresses`, `AddressNotInPool` | the address asked for cannot be had |
 //! | `False` | `PortConflict`, `SharingKeyConflict` | the address is another Service's |
 //! | `False` | `NamespaceDenied`, `AmbiguousNamespaceDefault` | the group is not for this namespace |
+//! | `False` | `ProviderUnavailable`, `ProviderRefused`, `ProviderMistaken` | who gives out the group's addresses does not answer, says no, or answers what cannot be |
 //! | `False` | `MultiPoolRefused` | multi-pool does not go with what else is asked for |
 
 use k8s_openapi::api::core::v1::Service;

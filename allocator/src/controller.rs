@@ -5,6 +5,7 @@
 //! together and is guarded by the resourceVersion the decision was made on, so nothing half-written
 //! exists to repair: after a crash the Services themselves say who holds what.
 
+mod external;
 mod groups;
 mod slim;
 mod strangers;
@@ -30,9 +31,11 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::condition::Saying;
+use crate::controller::external::External;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
+use crate::ipam::Token;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::metrics::Metrics;
 use crate::notices;
@@ -49,6 +52,8 @@ pub struct Settings {
     pub is_default: bool,
     /// Name of this instance, for events.
     pub instance: String,
+    /// What Netbox wants to see.
+    pub netbox_token: Token,
 }
 
 enum Input {
@@ -58,6 +63,7 @@ enum Input {
     StatusWritten(GroupKey, kube::Result<ServiceGroup>),
     Retry(ServiceKey),
     Forget(ServiceKey, IpAddr),
+    External(external::Message),
 }
 
 /// Runs until the watches end, which they do not. Dropping the future ends its writes with it. `ready` is told
@@ -102,6 +108,7 @@ struct Controller {
     groups: Mirror<ServiceGroup>,
     verdicts: BTreeMap<GroupKey, Verdict>,
     ledger: Ledger,
+    external: External,
 
     /// Services with a write under way, and whether to decide again when it is done.
     writing: HashMap<ServiceKey, bool>,
@@ -152,6 +159,7 @@ impl Controller {
             groups: Mirror::default(),
             verdicts: BTreeMap::new(),
             ledger: Ledger::default(),
+            external: External::default(),
             writing: HashMap::new(),
             queue: VecDeque::new(),
             queued: HashSet::new(),
@@ -181,6 +189,7 @@ impl Controller {
             Input::StatusWritten(key, result) => self.status_written(&key, result),
             Input::Retry(key) => self.reconcile(&key),
             Input::Forget(host, ip) => self.forget_stranger(&host, ip),
+            Input::External(message) => self.external_message(message),
         }
         let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);
         self.metrics.waiting.set(waiting);
@@ -234,6 +243,7 @@ impl Controller {
             self.usage_changed();
             self.reconcile_waiting();
         }
+        self.settle(key);
     }
 
     /// The picture is complete: who holds what is read from all Services before the first decision, and
@@ -257,6 +267,7 @@ impl Controller {
         self.ready.set(Ok(()));
         self.metrics.client.config_loaded.set(1);
         self.usage_changed();
+        self.watch_stats();
     }
 
     /// Writes into the ledger what a Service's own status says it holds. Another controller's addresses
@@ -346,16 +357,19 @@ impl Controller {
         let Some(service) = self.service(key).cloned() else {
             return;
         };
+        self.note_reservations(key, &service);
         match request::read(&service, self.settings.is_default) {
+            _ if external::is_leaving(&service) => self.give_back(key, &service, &notices::leaving()),
             Reading::NotOurs => {
                 self.waiting.remove(key);
             }
-            Reading::OtherType(type_) => self.give_back(key, &service, &type_),
+            Reading::OtherType(type_) => self.give_back(key, &service, &notices::released(&type_)),
             Reading::Invalid(key, refusal) => self.refuse(&key, &service, &refusal, None),
             // Another controller's address, or one set by hand: it stays.
             Reading::Wants(_) if !ingress(&service).is_empty() && !is_ours(&service) => {}
             Reading::Wants(request) => self.serve(&service, &request),
         }
+        self.settle(key);
     }
 
     fn serve(&mut self, service: &Arc<Service>, request: &Request) {
@@ -365,8 +379,12 @@ impl Controller {
         let contested = self.contested(key, &request.claim);
         let mut current = held.clone();
         current.retain(|ip| !contested.contains_key(ip));
-        let grant = match decide(&self.ledger, request, &current) {
+        self.forget_old_trouble(request);
+        let decided = decide(&self.ledger, request, &current);
+        self.note_awaited(key, &decided);
+        let grant = match decided {
             Ok(grant) => grant,
+            Err(Refusal::Awaited { group }) => return self.ask(service, request, &group, &current),
             Err(refusal) => {
                 self.tell_of_conflicts(key, service, &contested, &[]);
                 let mut current = held;
@@ -391,7 +409,7 @@ impl Controller {
         }
         self.tell_of_conflicts(key, service, &contested, &grant.addresses);
         if let Some(patch) = assignment(service, request, &grant) {
-            for remark in &request.remarks {
+            for remark in external::remarks(&self.ledger, request, &grant) {
                 self.tell_once(key, service, remark.clone());
             }
             if let Some(refusal) = &grant.shortfall
@@ -488,14 +506,15 @@ impl Controller {
         );
     }
 
-    fn give_back(&mut self, key: &ServiceKey, service: &Arc<Service>, type_: &str) {
+    /// Takes everything of ours off a Service. `why` is what its author is told.
+    fn give_back(&mut self, key: &ServiceKey, service: &Arc<Service>, why: &Notice) {
         self.waiting.remove(key);
         let held = self.ledger.addresses_of(key).to_vec();
         let made_room = self.ledger.release(key);
         if let Some(patch) = withdrawal(service) {
             if !held.is_empty() || !ingress(service).is_empty() {
-                tracing::info!(service = %key, addresses = ?held, cause = "service type", "released");
-                self.reporter.tell(service.as_ref(), &notices::released(type_));
+                tracing::info!(service = %key, addresses = ?held, cause = why.message, "released");
+                self.reporter.tell(service.as_ref(), why);
             }
             self.told.remove(key);
             self.write(key.clone(), Part::Status, patch);

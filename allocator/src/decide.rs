@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
-use crds::Family;
-use crds::servicegroup::{Announce, Group, Source};
+use crds::servicegroup::{Announce, Group};
+use crds::{Family, ServiceKey};
 
 use crate::ledger::Ledger;
+use crate::offers;
 use crate::refusal::{self, Ambiguity, Refusal};
 use crate::request::{Request, Traffic};
 
@@ -66,7 +67,7 @@ pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<
         }
         let found = match (pin, held) {
             (Some(pin), held) if held.contains(&pin) => Ok(vec![pin]),
-            (Some(pin), _) => take_pinned(ledger, request, pin).map(|ip| vec![ip]),
+            (Some(pin), _) => take_pinned(ledger, request, home.as_ref().ok(), pin).map(|ip| vec![ip]),
             (None, held) if is_multi_pool => home
                 .as_ref()
                 .map_err(Clone::clone)
@@ -75,11 +76,12 @@ pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<
             (None, _) => home
                 .as_ref()
                 .map_err(Clone::clone)
-                .and_then(|home| take_any(ledger, request, home, family))
-                .map(|ip| vec![ip]),
+                .and_then(|home| take_any(ledger, request, home, family)),
         };
         match found {
             Ok(found) => addresses.extend(found),
+            // Not known yet: it is decided again when the answer is there.
+            Err(refusal @ Refusal::Awaited { .. }) => return Err(refusal),
             // A shortfall needs something to fall short of: another family that was had.
             Err(refusal) if request.may_degrade && families.len() > 1 => shortfall = Some(refusal),
             Err(refusal) => return Err(refusal),
@@ -98,13 +100,19 @@ pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<
         is_multi_pool,
         ambiguity,
         shortfall,
-        ..grant(ledger, addresses)
+        ..grant(ledger, &request.service, addresses)
     })
 }
 
-fn grant(ledger: &Ledger, addresses: Vec<IpAddr>) -> Grant {
+fn grant(ledger: &Ledger, service: &ServiceKey, addresses: Vec<IpAddr>) -> Grant {
     let mut groups: Vec<String> = Vec::new();
-    for (name, _) in addresses.iter().filter_map(|ip| ledger.pool_of(*ip)) {
+    let origin = |ip: &IpAddr| {
+        ledger
+            .offers()
+            .group_of(service, *ip)
+            .or_else(|| Some(ledger.pool_of(*ip)?.0))
+    };
+    for name in addresses.iter().filter_map(origin) {
         if !groups.iter().any(|known| known == name) {
             groups.push(name.to_owned());
         }
@@ -170,18 +178,9 @@ fn home<'a>(ledger: &'a Ledger, request: &'a Request) -> Result<Home<'a>, Refusa
             known: ledger.group_names().map(ToOwned::to_owned).collect(),
         });
     };
-    let source_of = match group.source {
-        Source::Pools(_) => None,
-        Source::External(_) => Some("an external provider"),
-        Source::Netbox(_) => Some("Netbox"),
-    };
-    if let Some(source_of) = source_of {
-        return Err(Refusal::Elsewhere {
-            group: name.to_owned(),
-            source_of,
-        });
-    }
-    let is_multi_pool = request.pinned.is_empty() && request.multi_pool.unwrap_or(group.multi_pool);
+    // A provider knows its ranges and decides how many addresses there are to be.
+    let has_ranges = request.pinned.is_empty() && !group.is_elsewhere();
+    let is_multi_pool = has_ranges && request.multi_pool.unwrap_or(group.multi_pool);
     if is_multi_pool && group.balance_pools {
         return Err(Refusal::MultiPoolBalanced(name.to_owned()));
     }
@@ -199,7 +198,10 @@ fn home<'a>(ledger: &'a Ledger, request: &'a Request) -> Result<Home<'a>, Refusa
 /// Whether an address is one that the Service could be given by its group today. The address of a sharing
 /// key is, until the last of the others has left it.
 fn is_at_home(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAddr) -> bool {
-    let in_a_pool = home.is_some_and(|home| home.group.pools().iter().any(|pool| pool.range.contains(ip)));
+    let in_a_pool = home.is_some_and(|home| {
+        let is_offered = ledger.offers().group_of(&request.service, ip) == Some(home.name);
+        is_offered || home.group.pools().iter().any(|pool| pool.range.contains(ip))
+    });
     in_a_pool || (request.claim.sharing_key.is_some() && ledger.holders_of(ip) > 1)
 }
 
@@ -221,13 +223,17 @@ fn wanted_families(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Ve
     vec![[Family::V6, Family::V4].into_iter().find(can).unwrap_or(Family::V4)]
 }
 
-fn take_pinned(ledger: &Ledger, request: &Request, ip: IpAddr) -> Result<IpAddr, Refusal> {
+fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAddr) -> Result<IpAddr, Refusal> {
     let Some((group, _)) = ledger.pool_of(ip) else {
-        let pools = ledger.pools(Family::of(ip));
-        return Err(Refusal::NotInAnyGroup {
-            ip,
-            pools: pools.map(|(group, pool)| format!("{} ({group})", pool.text)).collect(),
-        });
+        let Some(home) = home.filter(|home| home.group.is_elsewhere()) else {
+            let pools = ledger.pools(Family::of(ip));
+            return Err(Refusal::NotInAnyGroup {
+                ip,
+                pools: pools.map(|(group, pool)| format!("{} ({group})", pool.text)).collect(),
+            });
+        };
+        offers::take(ledger, request, home.name, Family::of(ip), Some(ip))?;
+        return Ok(ip);
     };
     let namespaces = ledger.namespaces();
     namespaces.permit(&request.service.namespace, group, Some(ip))?;
@@ -251,7 +257,7 @@ fn is_alone_on(ledger: &Ledger, request: &Request, bound: IpAddr) -> bool {
     ledger.addresses_of(&request.service).contains(&bound) && ledger.holders_of(bound) == 1
 }
 
-fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Result<IpAddr, Refusal> {
+fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Result<Vec<IpAddr>, Refusal> {
     if let Some(key) = &request.claim.sharing_key
         && let Some(bound) = ledger.bound(key, family)
         && !is_alone_on(ledger, request, bound)
@@ -261,11 +267,20 @@ fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> 
             namespaces.permit(&request.service.namespace, group, Some(bound))?;
         }
         ledger.check(bound, &request.service, &request.claim)?;
-        return Ok(bound);
+        return match ledger.origin(bound) {
+            // Its provider is told of each Service that shares it, and says where the others are.
+            Some(group) if ledger.group(group).is_some_and(Group::is_elsewhere) => {
+                offers::take(ledger, request, group, family, None)
+            }
+            _ => Ok(vec![bound]),
+        };
     }
-    ledger
-        .lowest_free(home.name, family)
-        .ok_or_else(|| none_free(ledger, request, home, family))
+    if home.group.is_elsewhere() {
+        return offers::take(ledger, request, home.name, family, None);
+    }
+    let free = ledger.lowest_free(home.name, family);
+    let free = free.ok_or_else(|| none_free(ledger, request, home, family))?;
+    Ok(vec![free])
 }
 
 /// One address of every range that has one, those it holds where it holds them. Addresses that no range has
@@ -716,5 +731,100 @@ mod tests {
         ] {
             assert_eq!(run(&mut ledger, &request("a", group, &[family])).unwrap_err(), sentence);
         }
+    }
+
+    const EXT: &str = "external: {provider: Acme, announce: remote}";
+
+    fn with_ext(offered: &[&str]) -> Ledger {
+        let mut ledger = Ledger::default();
+        ledger.set_groups(groups(&[("default", DUAL), ("ext", EXT)]));
+        ledger.offers_mut().account_mut(&service("a"), "ext").addresses = ips(offered);
+        ledger
+    }
+
+    #[test]
+    fn an_address_from_elsewhere_is_awaited_until_it_is_offered() {
+        use Family::{V4, V6};
+        let awaited = Refusal::Awaited { group: "ext".into() };
+        for (offered, families, expected) in [
+            (&[][..], &[V4][..], None),
+            (&["10.9.0.1"], &[V4], Some(&["10.9.0.1"][..])),
+            (&["10.9.0.1"], &[V4, V6], None),
+            (&["fd09::1", "10.9.0.1"], &[V4, V6], Some(&["10.9.0.1", "fd09::1"])),
+            (&["10.9.0.1", "10.9.0.2"], &[V4], Some(&["10.9.0.1", "10.9.0.2"])),
+        ] {
+            for may_degrade in [false, true] {
+                let asked = Request {
+                    may_degrade,
+                    ..request("a", "ext", families)
+                };
+                let got = decide(&with_ext(offered), &asked, &[]).map(|grant| {
+                    assert_eq!(
+                        (grant.groups, grant.announce),
+                        (vec!["ext".to_owned()], Some(Announce::Remote))
+                    );
+                    grant.addresses
+                });
+                assert_eq!(
+                    got,
+                    expected.map(ips).ok_or_else(|| awaited.clone()),
+                    "{offered:?} {families:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_offer_that_is_anothers_is_not_taken() {
+        let mut ledger = with_ext(&["10.9.0.1"]);
+        ledger.hold(&service("b"), &ips(&["10.9.0.1"]), &claim("", 80));
+        let asked = request("a", "ext", &[Family::V4]);
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap_err(),
+            "pool \"ext\": its provider \"Acme\" gave 10.9.0.1, which is in use by default/b; correct its records"
+        );
+        let mut ledger = with_ext(&["10.0.0.2"]);
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap_err(),
+            "pool \"ext\": its provider \"Acme\" gave 10.0.0.2, which is in a range of ServiceGroup \"default\"; \
+             take it out of one of them"
+        );
+    }
+
+    #[test]
+    fn what_was_taken_from_elsewhere_stays_whatever_becomes_of_the_group() {
+        let mut ledger = with_ext(&["10.9.0.1"]);
+        let mut asked = request("a", "ext", &[Family::V4]);
+        run(&mut ledger, &asked).unwrap();
+        ledger.set_groups(groups(&[("default", DUAL)]));
+        let grant = decide(&ledger, &asked, &ips(&["10.9.0.1"])).unwrap();
+        assert_eq!((grant.addresses, grant.announce), (ips(&["10.9.0.1"]), None));
+        ledger.set_groups(groups(&[("default", DUAL), ("ext", EXT)]));
+        asked.re_evaluate = true;
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap(),
+            ips(&["10.9.0.1"]),
+            "it is at home there"
+        );
+        asked.group = Some("default".into());
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.0.0.1"]));
+    }
+
+    #[test]
+    fn a_stated_address_is_asked_for_where_no_range_has_it() {
+        let mut ledger = with_ext(&["10.9.0.7"]);
+        let mut asked = request("a", "ext", &[Family::V4]);
+        asked.pinned = ips(&["10.9.0.7"]);
+        assert_eq!(run(&mut ledger, &asked).unwrap(), ips(&["10.9.0.7"]));
+        asked.pinned = ips(&["10.9.0.8"]);
+        assert_eq!(
+            decide(&ledger, &asked, &[]).unwrap_err(),
+            Refusal::Awaited { group: "ext".into() }
+        );
+        asked.group = None;
+        assert_eq!(
+            run(&mut ledger, &asked).unwrap_err(),
+            "\"10.9.0.8\" does not belong to any group: ask for one of 10.0.0.1-10.0.0.3 (default)"
+        );
     }
 }

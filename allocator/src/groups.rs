@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crds::ServiceGroup;
 use crds::event::Notice;
-use crds::servicegroup::{Group, GroupError};
+use crds::servicegroup::{Group, GroupError, Source};
 use kube::ResourceExt;
 
 /// Namespace and name of a ServiceGroup.
@@ -64,7 +64,13 @@ impl Verdict {
 
 /// Judges all ServiceGroups. Where two overlap, the older one counts, so that a new group can never take
 /// addresses from one in use.
-pub fn judge(objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>, install_namespace: &str) -> BTreeMap<GroupKey, Verdict> {
+///
+/// `has_netbox_token` tells whether Netbox can be asked.
+pub fn judge(
+    objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>,
+    install_namespace: &str,
+    has_netbox_token: bool,
+) -> BTreeMap<GroupKey, Verdict> {
     let mut by_age: Vec<(&GroupKey, &Arc<ServiceGroup>)> = objects.iter().collect();
     by_age.sort_by_key(|(key, group)| (group.creation_timestamp().map(|t| t.0), (*key).clone()));
     let mut valid: Vec<(&GroupKey, Group)> = Vec::new();
@@ -73,6 +79,9 @@ pub fn judge(objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>, install_namespace:
         let verdict = if key.0 == install_namespace {
             match object.spec.parse() {
                 Err(error) => Verdict::Invalid(error),
+                Ok(group) if matches!(group.source, Source::Netbox(_)) && !has_netbox_token => {
+                    Verdict::Invalid(GroupError::NoNetboxToken)
+                }
                 Ok(group) => {
                     let taken = valid.iter().find(|(_, other)| overlap(other, &group));
                     let overlapped = taken.map(|(other, _)| other.1.clone());
@@ -123,7 +132,7 @@ mod tests {
     }
 
     fn notices(groups: &[(&str, &str, &str, &str)]) -> Vec<String> {
-        judge(&objects(groups), "purelb")
+        judge(&objects(groups), "purelb", false)
             .iter()
             .map(|(key, verdict)| format!("{}: {}", key.1, verdict.notice(key).message))
             .collect()

@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
 
-use crds::servicegroup::Group;
+use crds::servicegroup::{Group, Source};
 use crds::{Family, Pool, ServiceKey};
 
 use crate::namespaces::Namespaces;
+use crate::offers::Offers;
 use crate::pool::Space;
 use crate::refusal::Refusal;
 
@@ -63,6 +64,8 @@ pub struct Ledger {
     /// Groups that are there and give out nothing, each with why.
     rejected: BTreeMap<String, String>,
     namespaces: Namespaces,
+    /// What other people's address books have for our Services.
+    offers: Offers,
     holders: BTreeMap<IpAddr, BTreeMap<ServiceKey, Claim>>,
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
     /// The addresses each sharing key is in use on, by family.
@@ -121,6 +124,32 @@ impl Ledger {
         &self.namespaces
     }
 
+    /// What other people's address books have for our Services.
+    pub const fn offers(&self) -> &Offers {
+        &self.offers
+    }
+
+    /// The same, to take note of what they answered.
+    pub const fn offers_mut(&mut self) -> &mut Offers {
+        &mut self.offers
+    }
+
+    /// The group an address came from: whose provider reserves it for one of its holders, or whose pool has it.
+    pub fn origin(&self, ip: IpAddr) -> Option<&str> {
+        let mut holders = self.holders.get(&ip).into_iter().flatten();
+        let reserved = holders.find_map(|(holder, _)| self.offers.group_of(holder, ip));
+        reserved.or_else(|| Some(self.pool_of(ip)?.0))
+    }
+
+    /// How messages name where a group's addresses come from.
+    pub fn provider_of(&self, group: &str) -> String {
+        match self.group(group).map(|group| &group.source) {
+            Some(Source::External(external)) => external.provider.clone(),
+            Some(Source::Netbox(_)) => "Netbox".into(),
+            Some(Source::Pools(_)) | None => "its provider".into(),
+        }
+    }
+
     /// Names of all groups.
     pub fn group_names(&self) -> impl Iterator<Item = &str> {
         self.books.keys().map(String::as_str)
@@ -161,6 +190,9 @@ impl Ledger {
 
     /// How full a group is in a family.
     pub fn usage(&self, group: &str, family: Family) -> Usage {
+        if self.group(group).is_some_and(Group::is_elsewhere) {
+            return self.offers.usage(group, family);
+        }
         self.books
             .get(group)
             .into_iter()

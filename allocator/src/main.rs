@@ -5,6 +5,7 @@ use std::time::Duration;
 use allocator::bootstrap;
 use allocator::controller::{self, Settings};
 use allocator::errand::Errand;
+use allocator::ipam::Token;
 use allocator::lease::{Candidate, Times};
 use allocator::metrics::Metrics;
 use anyhow::Context;
@@ -25,6 +26,9 @@ struct Flags {
     /// Seconds after which another allocator takes over from one that is not heard of; at least 3.
     #[arg(long, env = "PURELB_ALLOCATOR_LEASE_DURATION", default_value_t = 10)]
     lease_duration: u64,
+    /// Token for groups with addresses from Netbox.
+    #[arg(long, env = "NETBOX_USER_TOKEN", default_value = "", hide_env_values = true)]
+    netbox_user_token: String,
     /// Make an LBNodeAgent `default` where the install namespace has none. The Helm chart makes its own.
     #[arg(long, env = "PURELB_CREATE_LBNODEAGENT", default_value_t = true, action = clap::ArgAction::Set)]
     create_lbnodeagent: bool,
@@ -50,6 +54,7 @@ async fn main() -> anyhow::Result<()> {
             .pod_name
             .or_else(|| std::env::var("HOSTNAME").ok())
             .unwrap_or_else(|| "allocator".into()),
+        netbox_token: Token::new(&flags.netbox_user_token),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

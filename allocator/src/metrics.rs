@@ -1,11 +1,14 @@
 //! What the allocator tells Prometheus. Names that PureLB has are PureLB's.
 
+use std::time::Duration;
+
 use crds::Family as IpFamily;
 use daemon::ClientMetrics;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::decide::Grant;
@@ -65,6 +68,55 @@ pub struct Metrics {
     balanced: Family<Pool, Counter>,
     out_of_scope: Family<Stray, Gauge>,
     status_writes: Family<Outcome, Counter>,
+    /// Requests to those who give out addresses elsewhere.
+    pub calls: Calls,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Call {
+    socket: String,
+    method: &'static str,
+    code: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Method {
+    socket: String,
+    method: &'static str,
+}
+
+/// Requests to providers behind a socket.
+#[derive(Clone, Debug)]
+pub struct Calls {
+    count: Family<Call, Counter>,
+    seconds: Family<Method, Histogram, fn() -> Histogram>,
+}
+
+impl Default for Calls {
+    fn default() -> Self {
+        Self {
+            count: Family::default(),
+            // From a millisecond to as long as is waited.
+            seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 14))),
+        }
+    }
+}
+
+impl Calls {
+    /// A request was answered, or was not. `code` is gRPC's word for how it ended.
+    pub fn done(&self, socket: &str, method: &'static str, code: String, took: Duration) {
+        let labels = Call {
+            socket: socket.to_owned(),
+            method,
+            code,
+        };
+        self.count.get_or_create(&labels).inc();
+        let labels = Method {
+            socket: socket.to_owned(),
+            method,
+        };
+        self.seconds.get_or_create(&labels).observe(took.as_secs_f64());
+    }
 }
 
 impl Metrics {
@@ -108,6 +160,16 @@ impl Metrics {
             self.status_writes.clone(),
         );
         allocator.register(
+            "sidecar_rpc",
+            "Requests to programs that give out addresses, by how they ended",
+            self.calls.count.clone(),
+        );
+        allocator.register(
+            "sidecar_rpc_duration_seconds",
+            "How long these took",
+            self.calls.seconds.clone(),
+        );
+        allocator.register(
             "leading",
             "1 while this is the allocator that decides",
             self.leading.clone(),
@@ -125,12 +187,16 @@ impl Metrics {
         let Verdict::Valid(group) = verdict else { return };
         let (mut size, mut in_use) = (0.0, 0.0);
         for family in [IpFamily::V4, IpFamily::V6] {
-            if !group.pools().iter().any(|pool| pool.range.family() == family) {
+            let has_range = group.pools().iter().any(|pool| pool.range.family() == family);
+            if !has_range && !group.is_elsewhere() {
                 continue;
             }
             let usage = ledger.usage(name, family);
             let (used, free) = (wide(usage.used), wide(usage.free));
-            size += used + free;
+            // What a provider has in all it says itself, or nobody knows.
+            if has_range || ledger.offers().stats(name).is_some_and(|stats| stats.size.is_some()) {
+                size += used + free;
+            }
             in_use += used;
             let labels = PoolFamily {
                 pool: name.to_owned(),

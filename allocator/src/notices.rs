@@ -94,6 +94,11 @@ pub fn released(type_: &str) -> Notice {
     Notice::normal("AddressReleased", format!("Service is Type {type_}, not LoadBalancer"))
 }
 
+/// It is being deleted, and what it had goes back to where it came from first.
+pub fn leaving() -> Notice {
+    Notice::normal("AddressReleased", "Service is being deleted")
+}
+
 /// `externalTrafficPolicy: Local` becomes `Cluster`.
 pub fn local_overridden() -> Notice {
     Notice::normal(

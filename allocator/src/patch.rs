@@ -26,6 +26,8 @@ pub fn assignment(service: &Service, request: &Request, grant: &Grant) -> Option
     // Where no group holds the addresses any more, what is written stays.
     if !grant.groups.is_empty() {
         wanted.insert(annotations::ALLOCATED_FROM, Some(grant.groups.join(", ")));
+    }
+    if grant.announce.is_some() {
         wanted.insert(annotations::POOL_TYPE, pool_type.map(ToOwned::to_owned));
         wanted.insert(
             annotations::SKIP_IPV6_DAD,

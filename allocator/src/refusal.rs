@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use crds::{Family, ServiceKey};
 
+use crate::ipam::Problem;
 use crate::ledger::Port;
 
 /// A reason to refuse, naming the object and, where there is one, the way out.
@@ -25,13 +26,21 @@ pub enum Refusal {
         /// Why it was rejected.
         why: String,
     },
-    /// The group is of a kind that gives out no addresses by itself.
-    #[error("pool \"{group}\" takes its addresses from {source_of}, which is not reachable from here yet")]
-    Elsewhere {
+    /// The group's addresses come from a provider, which has been asked or is about to be.
+    #[error("pool \"{group}\" is being asked for an address")]
+    Awaited {
         /// The group.
         group: String,
-        /// What its addresses come from.
-        source_of: &'static str,
+    },
+    /// The group's addresses come from a provider, which gives none.
+    #[error("pool \"{group}\": its provider \"{provider}\" {problem}")]
+    Provider {
+        /// The group.
+        group: String,
+        /// How the provider is called.
+        provider: String,
+        /// What it did.
+        problem: Problem,
     },
     /// Every address is in use.
     #[error(
@@ -199,7 +208,15 @@ impl Refusal {
     pub const fn word(&self) -> &'static str {
         match self {
             Self::UnknownGroup { .. } => "UnknownPool",
-            Self::Rejected { .. } | Self::Elsewhere { .. } => "NoUsablePool",
+            Self::Rejected { .. } => "NoUsablePool",
+            Self::Awaited { .. } => "Awaited",
+            Self::Provider { problem, .. } => match problem {
+                Problem::Exhausted(_) => "PoolExhausted",
+                Problem::Lacks(_) => "NoPoolOfFamily",
+                Problem::Unreachable { .. } | Problem::Slow => "ProviderUnavailable",
+                Problem::Refused(_) => "ProviderRefused",
+                _ => "ProviderMistaken",
+            },
             Self::Exhausted { .. } | Self::RangesFull { .. } => "PoolExhausted",
             Self::NoFamily { .. } => "NoPoolOfFamily",
             Self::NotInAnyGroup { .. } => "AddressNotInPool",
@@ -228,6 +245,11 @@ impl Refusal {
                 format!("can't change sharing key for \"{service}\", address also in use by ")
             }
             Self::RangesFull { .. } => "no free address in ".into(),
+            Self::Provider {
+                group,
+                provider,
+                problem,
+            } => format!("pool \"{group}\": its provider \"{provider}\" {}", problem.cause()),
             other => other.to_string(),
         }
     }
@@ -237,7 +259,8 @@ impl Refusal {
         match self {
             Self::UnknownGroup { group, .. }
             | Self::Rejected { group, .. }
-            | Self::Elsewhere { group, .. }
+            | Self::Awaited { group }
+            | Self::Provider { group, .. }
             | Self::Exhausted { group, .. }
             | Self::NoFamily { group, .. }
             | Self::GroupClosed { group, .. }
@@ -261,14 +284,21 @@ impl Refusal {
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::UnknownGroup { .. } => "unknown_pool",
-            Self::Exhausted { .. } | Self::RangesFull { .. } => "exhausted",
-            Self::NoFamily { .. } | Self::Rejected { .. } | Self::Elsewhere { .. } => "no_usable_pool",
+            Self::Exhausted { .. }
+            | Self::RangesFull { .. }
+            | Self::Provider {
+                problem: Problem::Exhausted(_),
+                ..
+            } => "exhausted",
+            Self::NoFamily { .. } | Self::Rejected { .. } => "no_usable_pool",
             Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "sharing_key_conflict",
             Self::PortInUse { .. } => "port_conflict",
             Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "namespace_denied",
             Self::Ambiguous(_) => "ambiguous_namespace_default",
             Self::MultiPoolBalanced(_) | Self::MultiPoolShared => "multipool_refused",
-            Self::NotInAnyGroup { .. }
+            Self::Awaited { .. }
+            | Self::Provider { .. }
+            | Self::NotInAnyGroup { .. }
             | Self::InvalidAddress(_)
             | Self::InvalidLoadBalancerIp(_)
             | Self::TwoOfAFamily(..)

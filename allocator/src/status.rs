@@ -17,21 +17,29 @@ pub fn status(verdict: &Verdict, name: &str, ledger: &Ledger) -> ServiceGroupSta
     };
     let [v4, v6] = [Family::V4, Family::V6].map(|family| ledger.usage(name, family));
     let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-    let (ipam, known) = match &group.source {
-        Source::Pools(_) => ("Cluster".to_owned(), true),
-        Source::External(pool) => (pool.provider.clone(), false),
-        Source::Netbox(_) => ("Netbox".to_owned(), false),
+    let ipam = match &group.source {
+        Source::Pools(_) => "Cluster".to_owned(),
+        Source::External(pool) => pool.provider.clone(),
+        Source::Netbox(_) => "Netbox".to_owned(),
     };
-    let has = |family| group.pools().iter().any(|pool| pool.range.family() == family);
+    let stats = ledger.offers().stats(name).filter(|_| group.is_elsewhere());
+    let [has_v4, has_v6] = match stats.and_then(|stats| stats.size) {
+        Some(size) => size.map(|size| size > 0),
+        None => [Family::V4, Family::V6].map(|family| group.pools().iter().any(|pool| pool.range.family() == family)),
+    };
+    let ranges = match stats {
+        Some(stats) => stats.ranges.clone(),
+        None => group.pools().iter().map(|pool| pool.text.clone()).collect(),
+    };
     ServiceGroupStatus {
         bound_namespaces: Some(ledger.namespaces().bound_to(name)).filter(|bound| !bound.is_empty()),
         announce: Some(group.announce.word().to_owned()),
         ipam: Some(ipam),
-        addresses: Some(group.pools().iter().map(|pool| pool.text.clone()).collect()),
+        addresses: Some(ranges),
         allocated_ipv4: signed(v4.used),
         allocated_ipv6: signed(v6.used),
-        available_ipv4: (known && has(Family::V4)).then(|| signed(v4.free)),
-        available_ipv6: (known && has(Family::V6)).then(|| signed(v6.free)),
+        available_ipv4: has_v4.then(|| signed(v4.free)),
+        available_ipv6: has_v6.then(|| signed(v6.free)),
     }
 }
 

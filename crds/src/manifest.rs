@@ -28,7 +28,10 @@ pub fn yaml(definition: &CustomResourceDefinition) -> Result<String, serde_saphy
 fn service_groups() -> CustomResourceDefinition {
     two_versions(
         ServiceGroup::crd(),
-        pool_rules,
+        |schema| {
+            pool_rules(schema);
+            schema.x_kubernetes_validations = Some(rules(&[NAME_FITS_A_FINALIZER]));
+        },
         |v1| {
             if let Some(announce) = property(v1, &["spec", "announce"]) {
                 announce.default = Some(JSON(json!("Auto")));
@@ -89,6 +92,12 @@ fn local_rules(of_pools: &[ValidationRule]) -> Vec<ValidationRule> {
     ]));
     all
 }
+
+/// A Service with an address from elsewhere has a finalizer with the group's name, which takes 63 characters.
+const NAME_FITS_A_FINALIZER: (&str, &str) = (
+    "!(has(self.spec.external) || has(self.spec.netbox)) || size(self.metadata.name) <= 63",
+    "metadata.name of a group with external or netbox must have at most 63 characters",
+);
 
 const FLAT_POOL_IS_WHOLE: (&str, &str) = (
     "!has(self.local) || has(self.local.pool) == has(self.local.subnet)",

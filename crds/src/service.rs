@@ -69,6 +69,16 @@ pub fn is_traffic_local(service: &Service) -> bool {
     service.spec.as_ref().and_then(|s| s.external_traffic_policy.as_deref()) == Some("Local")
 }
 
+/// How the finalizers begin by which a Service stays until a group's provider has its addresses back. What follows
+/// is the group's name.
+pub const RESERVED: &str = "ipam.purelb.io/";
+
+/// The groups whose providers may have an address for the Service, as its finalizers say.
+pub fn reserved_in(service: &Service) -> impl Iterator<Item = &str> {
+    let finalizers = service.metadata.finalizers.iter().flatten();
+    finalizers.filter_map(|finalizer| finalizer.strip_prefix(RESERVED))
+}
+
 /// The groups named by `purelb.io/allocated-from`.
 pub fn allocated_from(service: &Service) -> impl Iterator<Item = &str> {
     annotation(service, annotations::ALLOCATED_FROM)

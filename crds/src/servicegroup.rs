@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
-use crate::pool::{Family, Pool, PoolError};
+use crate::pool::{Aggregation, Family, Pool, PoolError};
 
 /// A named set of address pools for Services of type LoadBalancer.
 #[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -189,12 +189,17 @@ pub struct AddressPool {
 /// An address book behind a Unix socket.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = (
+    "!has(self.socket) || self.socket.startsWith('/')",
+    "socket must be an absolute path such as /var/run/purelb/ipam.sock"
+))]
 pub struct ExternalPool {
     /// Name of the provider, for display.
-    #[schemars(length(min = 1))]
+    #[schemars(length(min = 1, max = 63))]
     pub provider: String,
-    /// Path of its socket. Default /var/run/purelb/ipam.sock.
+    /// Path of its socket in the allocator's container. Default /var/run/purelb/ipam.sock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 107))]
     pub socket: Option<String>,
     /// local: on one node's interface; remote: on the dummy interface of every node.
     pub announce: ExternalAnnounce,
@@ -213,12 +218,23 @@ pub enum ExternalAnnounce {
 /// A tenant of a Netbox server.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = (
+    "isURL(self.url) && url(self.url).getScheme() in ['http', 'https'] && self.url.endsWith('/')",
+    "url must start with http:// or https:// and end with /, such as https://netbox.example.com/"
+))]
 pub struct NetboxPool {
-    /// Base URL, ending with a slash.
+    /// Base URL, ending with a slash: what comes before api/.
+    #[schemars(length(max = 256))]
     pub url: String,
-    /// The tenant whose reserved addresses are given out.
+    /// Slug of the tenant whose reserved addresses are given out.
+    #[schemars(length(min = 1, max = 100))]
     pub tenant: String,
-    /// As in pools.
+    /// Prefix of an IPv4 address on the dummy interface when it is routed: default (the address alone) or a
+    /// length such as /24.
+    #[schemars(
+        length(max = 7),
+        regex(pattern = r"^(default|/([89]|[1-9][0-9]|1[01][0-9]|12[0-8]))?$")
+    )]
     pub aggregation: String,
 }
 
@@ -232,7 +248,7 @@ pub struct ServiceGroupStatus {
     /// Local, Remote or Auto.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announce: Option<String>,
-    /// Cluster, or the name of the external provider.
+    /// Cluster, Netbox, or the name of the external provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipam: Option<String>,
     /// The ranges as written, IPv4 before IPv6.
@@ -329,6 +345,12 @@ pub enum GroupError {
     /// It has no pool.
     #[error("no valid address range found")]
     NoPool,
+    /// A Netbox without a token.
+    #[error("NETBOX_USER_TOKEN not set, can't connect to Netbox: put it into the Secret netbox-client, key user-token")]
+    NoNetboxToken,
+    /// A Netbox that cannot be found.
+    #[error("Netbox URL invalid: \"{0}\" must start with http:// or https:// and end with /")]
+    NetboxUrl(String),
     /// Half a flat pool.
     #[error("spec.local.pool and spec.local.subnet belong together: add the missing one")]
     HalfFlat,
@@ -394,6 +416,12 @@ impl ServiceGroupSpec {
             };
             return Ok(Group::new(announce, Source::External(external.clone())));
         } else if let Some(netbox) = &self.netbox {
+            let has_scheme = ["http://", "https://"]
+                .iter()
+                .any(|scheme| netbox.url.starts_with(scheme));
+            if !(has_scheme && netbox.url.ends_with('/')) {
+                return Err(GroupError::NetboxUrl(netbox.url.clone()));
+            }
             return Ok(Group::new(Announce::Auto, Source::Netbox(netbox.clone())));
         } else {
             return Err(GroupError::NoSource);
@@ -433,6 +461,25 @@ impl Group {
             balance_pools: false,
             skip_ipv6_dad: false,
             serves: Serves::default(),
+        }
+    }
+
+    /// Whether its addresses come from a provider, not from pools of its own.
+    pub const fn is_elsewhere(&self) -> bool {
+        !matches!(self.source, Source::Pools(_))
+    }
+
+    /// Prefix length in bits of an address from elsewhere on the dummy interface. Of its subnet nothing is known
+    /// here, so only a stated length is wider than the address itself.
+    pub fn routed_prefix(&self, family: Family) -> u8 {
+        let stated = match &self.source {
+            // Its lengths are IPv4's, as are the addresses Netbox gave out before.
+            Source::Netbox(netbox) if family == Family::V4 => Aggregation::parse(&netbox.aggregation, family).ok(),
+            _ => None,
+        };
+        match stated {
+            Some(Aggregation::Length(length)) => length,
+            Some(Aggregation::Subnet) | None => family.bits(),
         }
     }
 
@@ -535,10 +582,26 @@ local:
     }
 
     #[test]
+    fn an_address_from_netbox_is_routed_with_the_stated_length_or_alone() {
+        for (aggregation, v4) in [("/24", 24), ("/32", 32), ("default", 32), ("", 32), ("/64", 32)] {
+            let group = spec(&format!(
+                "netbox: {{url: 'http://n/', tenant: t, aggregation: '{aggregation}'}}"
+            ));
+            let group = group.parse().unwrap();
+            let got = [Family::V4, Family::V6].map(|family| group.routed_prefix(family));
+            assert_eq!(got, [v4, 128], "{aggregation}");
+        }
+    }
+
+    #[test]
     fn a_bad_group_says_why() {
         for (yaml, sentence) in [
             ("{}", "Pool must specify local, remote, or external"),
             ("local: {}", "no valid address range found"),
+            (
+                "netbox: {url: 'netbox.example', tenant: k8s, aggregation: /32}",
+                "Netbox URL invalid: \"netbox.example\" must start with http:// or https:// and end with /",
+            ),
             (
                 "local: {pool: 10.0.0.0/24}",
                 "spec.local.pool and spec.local.subnet belong together: add the missing one",

@@ -288,7 +288,8 @@ fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut BTr
     if offers.is_near_down_link(vip) {
         return Verdict::Nobody(Reason::LinkDown);
     }
-    routed(picture, of, pool.map(|(_, pool)| pool))
+    let prefix_len = pool.map_or_else(|| prefix_elsewhere(picture, of), |(_, pool)| pool.routed_prefix());
+    routed(picture, of, prefix_len)
 }
 
 /// One of the candidates announces. Where the traffic policy is Local those with an endpoint stand, as
@@ -391,7 +392,7 @@ fn settle(picture: &Picture<'_>, of: &Vip<'_>, placed: Placed) -> Verdict {
     }
 }
 
-fn routed(picture: &Picture<'_>, of: &Vip<'_>, pool: Option<&Pool>) -> Verdict {
+fn routed(picture: &Picture<'_>, of: &Vip<'_>, prefix_len: u8) -> Verdict {
     let vip = of.ip;
     if picture
         .candidates
@@ -406,8 +407,6 @@ fn routed(picture: &Picture<'_>, of: &Vip<'_>, pool: Option<&Pool>) -> Verdict {
     let Some(link) = picture.kernel.link_named(&picture.config.dummy) else {
         return Verdict::Nobody(Reason::NoDummy);
     };
-    // Without its group the widest that is safe is the address alone.
-    let prefix_len = pool.map_or(Family::of(vip).bits(), Pool::routed_prefix);
     Verdict::Routed(Placed {
         address: picture
             .config
@@ -415,6 +414,16 @@ fn routed(picture: &Picture<'_>, of: &Vip<'_>, pool: Option<&Pool>) -> Verdict {
             .routed(VipAddress::routed(link.index, vip, prefix_len)),
         interface: link.name.clone(),
     })
+}
+
+/// Prefix length of a routed VIP that is in no pool: of a group that is gone or has none of its own. The widest that
+/// is safe is the address alone.
+fn prefix_elsewhere(picture: &Picture<'_>, of: &Vip<'_>) -> u8 {
+    let family = Family::of(of.ip);
+    let names = of.users.iter().flat_map(|service| &service.groups);
+    let mut groups = names.filter_map(|name| picture.groups.get(name));
+    let elsewhere = groups.find(|group| group.is_elsewhere());
+    elsewhere.map_or(family.bits(), |group| group.routed_prefix(family))
 }
 
 /// The group and pool of a VIP: of the groups its Service names, else of any, since a group may have been

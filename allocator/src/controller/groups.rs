@@ -39,7 +39,8 @@ impl Controller {
 
     /// Judges all groups and tells what is news. Returns whether anything changed.
     pub(super) fn judge_groups(&mut self) -> bool {
-        let verdicts = judge(self.groups.objects(), &self.settings.namespace);
+        let has_token = self.settings.netbox_token.is_set();
+        let verdicts = judge(self.groups.objects(), &self.settings.namespace, has_token);
         if verdicts == self.verdicts {
             return false;
         }
@@ -71,6 +72,7 @@ impl Controller {
         });
         self.ledger.set_rejected(rejected.collect());
         self.verdicts = verdicts;
+        self.note_providers(&valid);
         self.ledger.set_groups(valid);
         self.metrics.groups(self.verdicts.iter().filter_map(|(key, verdict)| {
             let object = self.groups.get(key)?;
@@ -94,6 +96,7 @@ impl Controller {
     pub(super) fn write_statuses(&mut self) {
         self.status_due = None;
         self.measure();
+        self.ask_stats();
         for (key, verdict) in &self.verdicts {
             let current = status::status(verdict, &key.1, &self.ledger);
             let known = self

@@ -75,21 +75,27 @@ impl Controller {
             Ok(written) => {
                 self.failures.remove(&key);
                 // Gone meanwhile: the watch has told.
-                if self.service(&key).is_none() {
-                    return;
-                }
+                let Some(known) = self.service(&key).cloned() else {
+                    return self.settle(&key);
+                };
                 let (service, again) = match written {
                     Written::Done(service) => (service, again),
                     Written::Outrun(service) => (service, true),
                 };
+                // Another of the same name has come meanwhile.
+                if known.metadata.uid != service.metadata.uid {
+                    return self.service_changed(&key);
+                }
                 self.assigned(&key, &service);
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
                     self.service_changed(&key);
+                } else {
+                    self.settle(&key);
                 }
             }
             // Gone meanwhile: the watch says so as well.
-            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Err(kube::Error::Api(status)) if status.is_not_found() => self.settle(&key),
             Err(error) => {
                 self.metrics.client.update_errors.inc();
                 let failures = self.failures.entry(key.clone()).or_default();

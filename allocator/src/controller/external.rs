@@ -1,0 +1,517 @@
+//! The acting part for groups whose addresses come from elsewhere: asks their providers, and gives back.
+//!
+//! Nothing here waits: providers are asked beside the loop and their answers come back as messages. So that
+//! neither side keeps an address the other has forgotten,
+//!
+//! - a Service gets a finalizer that names the group *before* the provider is asked, and loses it when the
+//!   provider has confirmed that it has nothing for the Service any more: who reserved what is known after any
+//!   restart, and no Service is gone before its addresses are given back;
+//! - an address is given back only when the Service does not show it any more;
+//! - of one Service and one provider there is one request at a time.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crds::ServiceKey;
+use crds::event::Notice;
+use crds::service::{RESERVED, allocated_from, ingress, is_ours, reserved_in};
+use crds::servicegroup::{Group, Source};
+use k8s_openapi::api::core::v1::Service;
+use serde_json::json;
+use tokio::time::Instant;
+
+use super::{Controller, Input, Part};
+use crate::decide::Grant;
+use crate::groups::Verdict;
+use crate::ipam::{self, Answer, Problem, Provider, Return, Stats};
+use crate::ledger::Ledger;
+use crate::offers;
+use crate::refusal::Refusal;
+use crate::request::{self, Request};
+
+/// First and longest wait before a provider is asked again that may be back in a moment.
+const PASSING: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// The same for one that will say no again until somebody corrects something.
+const LASTING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_mins(5));
+/// How often providers are asked how full they are, besides after each change of ours.
+const STATS_EVERY: Duration = Duration::from_secs(30);
+
+/// What comes back.
+pub(super) enum Message {
+    Answered(ServiceKey, String, Result<Answer, Problem>),
+    Released(ServiceKey, String, Return, Result<(), Problem>),
+    /// A wait is over.
+    Again(ServiceKey, String, Act),
+    Stats(String, Result<Option<Stats>, Problem>),
+    StatsDue,
+}
+
+/// What a provider is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Act {
+    Allocate,
+    Release,
+}
+
+/// A Service, and a group with a provider.
+type Pair = (ServiceKey, String);
+
+struct Pause {
+    failures: u32,
+    until: Instant,
+    /// What failed: silence ends with any answer, and want of addresses with one that is given back.
+    problem: Option<Problem>,
+}
+
+/// Which requests are under way, wanted and waiting.
+#[derive(Default)]
+pub(super) struct External {
+    /// The providers of groups; also of those that are gone, for what is to be given back there.
+    providers: HashMap<String, (Source, Arc<Provider>)>,
+    busy: HashSet<Pair>,
+    pauses: HashMap<(ServiceKey, String, Act), Pause>,
+    /// The group each Service waits for.
+    awaited: HashMap<ServiceKey, String>,
+    /// As what each Service asked last.
+    asked_as: HashMap<ServiceKey, Request>,
+    /// Groups to be asked how full they are.
+    stats_wanted: BTreeSet<String>,
+}
+
+/// Whether a Service is being deleted and stays until its addresses are given back.
+pub(super) fn is_leaving(service: &Service) -> bool {
+    service.metadata.deletion_timestamp.is_some() && reserved_in(service).next().is_some()
+}
+
+/// The remarks on a request that hold for what it was granted: a group that gave a pinned address was not ignored.
+pub(super) fn remarks<'a>(
+    ledger: &Ledger,
+    request: &'a Request,
+    grant: &Grant,
+) -> impl Iterator<Item = &'a Notice> + use<'a> {
+    let is_external = grant
+        .groups
+        .iter()
+        .any(|name| ledger.group(name).is_some_and(Group::is_elsewhere));
+    let remarks = request.remarks.iter();
+    remarks.filter(move |remark| !(is_external && remark.reason == "ConfigurationWarning"))
+}
+
+impl Controller {
+    pub(super) fn external_message(&mut self, message: Message) {
+        match message {
+            Message::Answered(key, group, result) => self.answered(&key, &group, result),
+            Message::Released(key, group, what, result) => self.released(&key, &group, &what, result),
+            Message::Again(key, group, act) => self.again(&key, &group, act),
+            Message::Stats(group, Ok(stats)) => {
+                if let Some(stats) = stats
+                    && self.ledger.offers_mut().set_stats(&group, stats)
+                {
+                    self.usage_changed();
+                }
+            }
+            Message::Stats(group, Err(problem)) => tracing::debug!(group, %problem, "no stats"),
+            Message::StatsDue => {
+                let groups = self.ledger.group_names().map(ToOwned::to_owned);
+                self.external.stats_wanted.extend(groups);
+                self.ask_stats();
+            }
+        }
+    }
+
+    // ---- what is known ---------------------------------------------------------------------------
+
+    /// Takes note of the groups' providers.
+    pub(super) fn note_providers(&mut self, groups: &BTreeMap<String, Group>) {
+        for (name, group) in groups.iter().filter(|(_, group)| group.is_elsewhere()) {
+            let providers = &self.external.providers;
+            if providers
+                .get(name)
+                .is_some_and(|(known, _)| ipam::is_same(known, &group.source))
+            {
+                continue;
+            }
+            let mut others = providers.values();
+            let shared = others.find(|(source, _)| ipam::is_same(source, &group.source));
+            let provider = shared.map(|(_, provider)| provider.clone());
+            let (token, calls) = (&self.settings.netbox_token, &self.metrics.calls);
+            let provider = provider.or_else(|| Provider::new(&group.source, token, calls).map(Arc::new));
+            if let Some(provider) = provider {
+                let entry = (group.source.clone(), provider);
+                self.external.providers.insert(name.clone(), entry);
+                self.external.stats_wanted.insert(name.clone());
+            }
+        }
+    }
+
+    /// Takes note of what a Service itself says about what is reserved for it, before it is decided about.
+    pub(super) fn note_reservations(&mut self, key: &ServiceKey, service: &Service) {
+        self.external.awaited.remove(key);
+        for group in reserved_in(service) {
+            self.ledger.offers_mut().account_mut(key, group);
+        }
+        let has_any = !self.external.providers.is_empty() || reserved_in(service).next().is_some();
+        if !has_any || !is_ours(service) {
+            return;
+        }
+        for ip in ingress(service) {
+            let is_own = self.ledger.pool_of(ip);
+            let is_own = is_own.is_some_and(|(group, _)| allocated_from(service).any(|name| name == group));
+            if is_own || self.ledger.offers().group_of(key, ip).is_some() {
+                continue;
+            }
+            // Also those that are gone or were rejected since.
+            let is_elsewhere = |name: &&str| {
+                let is_reserved = reserved_in(service).any(|group| group == *name);
+                is_reserved || self.ledger.group(name).is_some_and(Group::is_elsewhere)
+            };
+            if let Some(group) = allocated_from(service).find(is_elsewhere) {
+                let account = self.ledger.offers_mut().account_mut(key, group);
+                account.addresses.push(ip);
+                account.is_clear = false;
+            }
+        }
+    }
+
+    /// Takes note of the group a Service waits for.
+    pub(super) fn note_awaited(&mut self, key: &ServiceKey, decided: &Result<Grant, Refusal>) {
+        let refusal = match decided {
+            Ok(grant) => grant.shortfall.as_ref(),
+            Err(refusal) => Some(refusal),
+        };
+        match refusal {
+            Some(Refusal::Awaited { group } | Refusal::Provider { group, .. }) => {
+                self.external.awaited.insert(key.clone(), group.clone());
+            }
+            _ => {
+                self.external.awaited.remove(key);
+            }
+        }
+    }
+
+    /// A Service that asks for something else is not held up by what became of the last.
+    pub(super) fn forget_old_trouble(&mut self, request: &Request) {
+        let key = &request.service;
+        if self.external.asked_as.get(key).is_some_and(|asked| asked != request) {
+            self.external.asked_as.remove(key);
+            let groups: Vec<String> = self.ledger.offers().groups(key).map(ToOwned::to_owned).collect();
+            for group in groups {
+                self.ledger.offers_mut().account_mut(key, &group).trouble = None;
+            }
+        }
+    }
+
+    fn refusal(&self, group: &str, problem: Problem) -> Refusal {
+        let provider = self.external.providers.get(group);
+        Refusal::Provider {
+            group: group.to_owned(),
+            provider: provider.map_or_else(String::new, |(_, provider)| provider.name().to_owned()),
+            problem,
+        }
+    }
+
+    // ---- asking ----------------------------------------------------------------------------------
+
+    /// Asks a group's provider for what a Service wants beside `current`, or sees to it that this can be done.
+    pub(super) fn ask(&mut self, service: &Service, request: &Request, group: &str, current: &[IpAddr]) {
+        let key = &request.service;
+        self.waiting.insert(key.clone());
+        let pair = (key.clone(), group.to_owned());
+        if self.external.busy.contains(&pair) || service.metadata.deletion_timestamp.is_some() {
+            return;
+        }
+        let Some((_, provider)) = self.external.providers.get(group) else {
+            return;
+        };
+        if reserved_in(service).all(|known| known != group) {
+            let others = service.metadata.finalizers.iter().flatten().cloned();
+            let finalizers: Vec<String> = others.chain([format!("{RESERVED}{group}")]).collect();
+            return self.write_finalizers(key, service, &finalizers);
+        }
+        let provider = provider.clone();
+        let query = offers::query(&self.ledger, request, group, current);
+        let offered = self.ledger.offers().of(key, group).iter().copied();
+        let kept: Vec<IpAddr> = offered.filter(|ip| current.contains(ip)).collect();
+        self.ledger.offers_mut().account_mut(key, group).is_clear = false;
+        self.external.asked_as.insert(key.clone(), request.clone());
+        self.external.busy.insert(pair.clone());
+        tracing::debug!(service = %key, group, want = ?query.want, "asking");
+        let sender = self.sender.clone();
+        self.spawn(async move {
+            let result = provider.allocate(&query, &kept).await;
+            let _ = sender.send(Input::External(Message::Answered(pair.0, pair.1, result)));
+        });
+    }
+
+    fn answered(&mut self, key: &ServiceKey, group: &str, result: Result<Answer, Problem>) {
+        self.external.busy.remove(&(key.clone(), group.to_owned()));
+        let service = self.service(key).cloned();
+        let trouble = match result {
+            Ok(answer) => {
+                let claim = service.as_deref().map(request::claim).unwrap_or_default();
+                let examine = |ip: &IpAddr| offers::examine(&self.ledger, key, &claim, group, *ip).err();
+                let wrong = answer.addresses.iter().find_map(examine);
+                let account = self.ledger.offers_mut().account_mut(key, group);
+                for ip in answer.addresses {
+                    if !account.addresses.contains(&ip) {
+                        account.addresses.push(ip);
+                    }
+                }
+                wrong.or_else(|| Some(self.refusal(group, answer.missing?)))
+            }
+            Err(problem) => Some(self.refusal(group, problem)),
+        };
+        if let Some(refusal) = trouble {
+            tracing::debug!(service = %key, group, %refusal, "no address");
+            let problem = match &refusal {
+                Refusal::Provider { problem, .. } => Some(problem.clone()),
+                _ => None,
+            };
+            self.ledger.offers_mut().account_mut(key, group).trouble = Some(refusal);
+            self.pause(key, group, Act::Allocate, problem.as_ref());
+        } else {
+            self.worked(key, group, Act::Allocate);
+        }
+        self.look_again(key);
+    }
+
+    // ---- giving back -----------------------------------------------------------------------------
+
+    /// Gives back what is reserved for a Service and not needed, and takes the finalizer off when all is.
+    pub(super) fn settle(&mut self, key: &ServiceKey) {
+        if !self.is_started || self.writing.contains_key(key) {
+            return;
+        }
+        let groups: Vec<String> = self.ledger.offers().groups(key).map(ToOwned::to_owned).collect();
+        if groups.is_empty() {
+            return;
+        }
+        let service = self.service(key).cloned();
+        if service.is_none() {
+            self.external.awaited.remove(key);
+            self.external.asked_as.remove(key);
+        }
+        let mut in_use = self.ledger.addresses_of(key).to_vec();
+        in_use.extend(service.iter().flat_map(|service| ingress(service)));
+        let mut finalizers: Vec<String> = service
+            .iter()
+            .filter_map(|service| service.metadata.finalizers.clone())
+            .flatten()
+            .collect();
+        let before = finalizers.len();
+        for group in groups {
+            let finalizer = format!("{RESERVED}{group}");
+            let has_finalizer = finalizers.contains(&finalizer);
+            if self.external.busy.contains(&(key.clone(), group.clone())) {
+                continue;
+            }
+            let Some(account) = self.ledger.offers().account(key, &group) else {
+                continue;
+            };
+            let surplus = account.addresses.iter().find(|ip| !in_use.contains(ip)).copied();
+            let is_used = account.addresses.iter().any(|ip| in_use.contains(ip));
+            let is_awaited = self.external.awaited.get(key) == Some(&group);
+            if is_used || is_awaited {
+                if let Some(ip) = surplus {
+                    self.release(key, &group, Return::One(ip.to_string()));
+                } else if is_used && !has_finalizer && !service.as_deref().is_none_or(is_deleted) {
+                    finalizers.push(finalizer);
+                }
+            } else if !account.is_clear {
+                self.release(key, &group, Return::All);
+            } else if has_finalizer {
+                finalizers.retain(|known| *known != finalizer);
+            } else {
+                self.ledger.offers_mut().close(key, &group);
+                self.external.pauses.retain(|(of, at, _), _| (of, at) != (key, &group));
+            }
+        }
+        if let Some(service) = service
+            && finalizers.len() != before
+        {
+            self.write_finalizers(key, &service, &finalizers);
+        }
+    }
+
+    fn release(&mut self, key: &ServiceKey, group: &str, what: Return) {
+        let waits = self.external.pauses.get(&(key.clone(), group.to_owned(), Act::Release));
+        if waits.is_some_and(|pause| pause.until > Instant::now()) {
+            return;
+        }
+        let Some((_, provider)) = self.external.providers.get(group) else {
+            return self.release_nowhere(key, group);
+        };
+        let (provider, sender) = (provider.clone(), self.sender.clone());
+        let pair = (key.clone(), group.to_owned());
+        self.external.busy.insert(pair.clone());
+        self.spawn(async move {
+            let result = provider.release(&pair.1, &pair.0, &what).await;
+            let _ = sender.send(Input::External(Message::Released(pair.0, pair.1, what, result)));
+        });
+    }
+
+    /// The group is not there, or is not what it was, so that nobody knows where to give back. While it is there
+    /// and was rejected it may yet become good.
+    fn release_nowhere(&mut self, key: &ServiceKey, group: &str) {
+        let place = (self.settings.namespace.clone(), group.to_owned());
+        let is_rejected = matches!(
+            self.verdicts.get(&place),
+            Some(Verdict::Invalid(_) | Verdict::Overlaps(_))
+        );
+        let message = if is_rejected {
+            format!(
+                "Addresses of ServiceGroup \"{group}\" cannot be given back, for it was rejected: correct it, or take the \
+                 finalizer {RESERVED}{group} off this Service and free them at the provider by hand"
+            )
+        } else {
+            self.ledger.offers_mut().account_mut(key, group).is_clear = true;
+            format!(
+                "ServiceGroup \"{group}\" is gone, so its provider cannot be told that this Service needs no address any \
+                 more: free it there by hand"
+            )
+        };
+        if let Some(service) = self.service(key).cloned() {
+            self.tell_once(key, &service, Notice::warning("ReleaseFailed", message));
+        }
+        if !is_rejected {
+            self.send(Message::Again(key.clone(), group.to_owned(), Act::Release));
+        }
+    }
+
+    fn released(&mut self, key: &ServiceKey, group: &str, what: &Return, result: Result<(), Problem>) {
+        self.external.busy.remove(&(key.clone(), group.to_owned()));
+        match result {
+            Ok(()) => {
+                tracing::info!(service = %key, group, ?what, "given back");
+                let account = self.ledger.offers_mut().account_mut(key, group);
+                match what {
+                    Return::All => {
+                        account.addresses.clear();
+                        account.is_clear = true;
+                    }
+                    Return::One(text) => account.addresses.retain(|ip| ip.to_string() != *text),
+                }
+                self.worked(key, group, Act::Release);
+            }
+            Err(problem) => {
+                if let Some(service) = self.service(key).cloned() {
+                    let name = self.refusal(group, problem.clone());
+                    let stays = if is_deleted(&service) {
+                        "; until then this Service stays"
+                    } else {
+                        ""
+                    };
+                    let message = format!("Failed to give addresses back, will try again{stays}: {name}");
+                    self.tell_once(key, &service, Notice::warning("ReleaseFailed", message));
+                }
+                self.pause(key, group, Act::Release, Some(&problem));
+            }
+        }
+        self.look_again(key);
+    }
+
+    fn write_finalizers(&mut self, key: &ServiceKey, service: &Service, finalizers: &[String]) {
+        let version = &service.metadata.resource_version;
+        let patch = json!({"metadata": {"resourceVersion": version, "finalizers": finalizers}});
+        self.write(key.clone(), Part::Status, patch);
+    }
+
+    // ---- trying again ----------------------------------------------------------------------------
+
+    /// Waits before the same is tried again, the longer the more often it failed.
+    fn pause(&mut self, key: &ServiceKey, group: &str, act: Act, problem: Option<&Problem>) {
+        let is_passing = problem.is_some_and(Problem::is_passing);
+        let (first, longest) = if is_passing { PASSING } else { LASTING };
+        let slot = (key.clone(), group.to_owned(), act);
+        let failures = self.external.pauses.get(&slot).map_or(0, |pause| pause.failures);
+        let wait = first.saturating_mul(1 << failures.min(10)).min(longest);
+        let pause = Pause {
+            failures: failures + 1,
+            until: Instant::now() + wait,
+            problem: problem.cloned(),
+        };
+        self.external.pauses.insert(slot, pause);
+        let message = Message::Again(key.clone(), group.to_owned(), act);
+        let sender = self.sender.clone();
+        self.spawn(async move {
+            tokio::time::sleep(wait).await;
+            let _ = sender.send(Input::External(message));
+        });
+    }
+
+    fn again(&mut self, key: &ServiceKey, group: &str, act: Act) {
+        let pause = self.external.pauses.get(&(key.clone(), group.to_owned(), act));
+        if pause.is_some_and(|pause| pause.until > Instant::now()) {
+            return;
+        }
+        if act == Act::Allocate && self.ledger.offers().account(key, group).is_some() {
+            self.ledger.offers_mut().account_mut(key, group).trouble = None;
+        }
+        self.look_again(key);
+    }
+
+    /// A provider did what it was asked: some of those that wait need not wait any longer.
+    fn worked(&mut self, key: &ServiceKey, group: &str, act: Act) {
+        self.external.pauses.remove(&(key.clone(), group.to_owned(), act));
+        self.external.stats_wanted.insert(group.to_owned());
+        self.usage_changed();
+        let mut woken = Vec::new();
+        for ((of, at, waits_for), pause) in &mut self.external.pauses {
+            let is_over = pause.problem.as_ref().is_some_and(|problem| {
+                let has_room = act == Act::Release && matches!(problem, Problem::Exhausted(_));
+                has_room || problem.is_silence()
+            });
+            if at == group && is_over {
+                pause.until = Instant::now();
+                woken.push((of.clone(), *waits_for));
+            }
+        }
+        for (of, act) in woken {
+            self.send(Message::Again(of, group.to_owned(), act));
+        }
+    }
+
+    fn look_again(&mut self, key: &ServiceKey) {
+        if self.service(key).is_some() {
+            self.reconcile(key);
+        } else {
+            self.settle(key);
+        }
+    }
+
+    fn send(&self, message: Message) {
+        let _ = self.sender.send(Input::External(message));
+    }
+
+    // ---- how full they are -----------------------------------------------------------------------
+
+    /// Has the providers asked from time to time.
+    pub(super) fn watch_stats(&self) {
+        let sender = self.sender.clone();
+        self.spawn(async move {
+            while sender.send(Input::External(Message::StatsDue)).is_ok() {
+                tokio::time::sleep(STATS_EVERY).await;
+            }
+        });
+    }
+
+    pub(super) fn ask_stats(&mut self) {
+        for group in std::mem::take(&mut self.external.stats_wanted) {
+            let is_elsewhere = self.ledger.group(&group).is_some_and(Group::is_elsewhere);
+            let Some((_, provider)) = self.external.providers.get(&group).filter(|_| is_elsewhere) else {
+                continue;
+            };
+            let (provider, sender) = (provider.clone(), self.sender.clone());
+            self.spawn(async move {
+                let stats = provider.stats(&group).await;
+                let _ = sender.send(Input::External(Message::Stats(group, stats)));
+            });
+        }
+    }
+}
+
+fn is_deleted(service: &Service) -> bool {
+    service.metadata.deletion_timestamp.is_some()
+}

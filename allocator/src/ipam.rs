@@ -1,0 +1,468 @@
+//! Asking other people's address books: what is asked, what may be answered, and what can be wrong.
+//!
+//! [`grpc`] and [`netbox`] carry it there. Neither is trusted: an answer counts once [`Query::check`] and
+//! [`crate::offers::examine`] find nothing wrong with it, and what was answered wrongly is given back.
+
+pub mod grpc;
+pub mod netbox;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crds::servicegroup::Source;
+use crds::{Family, ServiceKey};
+use tokio::sync::Semaphore;
+
+pub use netbox::Token;
+
+use crate::metrics::Calls;
+
+/// How long a provider may take for one answer.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Requests to one provider at once.
+const AT_ONCE: usize = 8;
+
+/// What is asked of a provider for a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Query {
+    /// Name of the ServiceGroup.
+    pub pool: String,
+    /// Who asks.
+    pub service: ServiceKey,
+    /// The key with which the Service shares addresses.
+    pub sharing_key: Option<String>,
+    /// The addresses that other Services of that key have from this provider.
+    pub shared: Vec<IpAddr>,
+    /// What is asked for.
+    pub want: Want,
+    /// Whether a part is better than nothing.
+    pub may_degrade: bool,
+}
+
+/// Which addresses are asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// These and no others.
+    Explicit(Vec<IpAddr>),
+    /// At least one of each of these families.
+    Families(Vec<Family>),
+}
+
+/// What a provider gave, found good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The addresses, in the order of the answer.
+    pub addresses: Vec<IpAddr>,
+    /// Why a part is missing, where a part is better than nothing.
+    pub missing: Option<Problem>,
+}
+
+/// What is given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Return {
+    /// All that the Service has.
+    All,
+    /// One address, as the provider wrote it.
+    One(String),
+}
+
+/// How full a provider says it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Addresses in use, IPv4 and IPv6, by whomever.
+    pub in_use: [u64; 2],
+    /// All there are, where that is known.
+    pub size: Option<[u64; 2]>,
+    /// The ranges, for display.
+    pub ranges: Vec<String>,
+}
+
+/// What is wrong with a provider or with its answer: how a sentence ends that begins with its name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// Nobody is there.
+    #[error("cannot be reached at {at} ({cause}); start it, or correct {field}")]
+    Unreachable {
+        /// The socket or URL.
+        at: String,
+        /// What the attempt ended with.
+        cause: String,
+        /// The field with that address.
+        field: &'static str,
+    },
+    /// It takes too long.
+    #[error("did not answer within {} s; it is asked again", PATIENCE.as_secs())]
+    Slow,
+    /// It has no address left.
+    #[error("has no address left ({0}); add some there or delete a Service")]
+    Exhausted(String),
+    /// It says no.
+    #[error("refused ({0}); see its log")]
+    Refused(String),
+    /// It answered something that is no answer.
+    #[error("gave an answer that cannot be read ({0}); see whether it is the version it should be")]
+    Unreadable(String),
+    /// No address, or more than a Service can have.
+    #[error("answered with {0} addresses where 1 to {most} are allowed", most = ::ipam::MOST_ADDRESSES)]
+    Count(usize),
+    /// Something that is no address.
+    #[error("answered with \"{0}\", which is no address")]
+    NoAddress(String),
+    /// The same address more than once.
+    #[error("answered with {0} twice")]
+    Twice(IpAddr),
+    /// An address of a family nobody asked for.
+    #[error("answered with {ip}, an {family} address, which was not asked for", ip = .0, family = Family::of(*.0))]
+    WrongFamily(IpAddr),
+    /// Another address than the one asked for.
+    #[error("answered with {0}, which is none of the addresses asked for")]
+    NotAsked(IpAddr),
+    /// An address asked for is missing.
+    #[error("did not give {0}, which was asked for")]
+    Withheld(IpAddr),
+    /// A family asked for is missing.
+    #[error("gave no {0} address; change spec.ipFamilies, or add some there")]
+    Lacks(Family),
+    /// An address another Service has.
+    #[error("gave {ip}, which is in use by {holders}; correct its records", ip = .0, holders = names(.1))]
+    Taken(IpAddr, Vec<ServiceKey>),
+    /// An address that another group gives out.
+    #[error("gave {0}, which is in a range of ServiceGroup \"{1}\"; take it out of one of them")]
+    InPoolOf(IpAddr, String),
+}
+
+impl Problem {
+    /// Whether there was no answer.
+    pub const fn is_silence(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Slow)
+    }
+
+    /// Whether it may be over in a moment, without anybody doing anything.
+    pub const fn is_passing(&self) -> bool {
+        self.is_silence() || matches!(self, Self::Exhausted(_))
+    }
+
+    /// How the sentence begins that tells this problem from others; what follows may change without being news.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Unreachable { at, .. } => format!("cannot be reached at {at}"),
+            Self::Exhausted(_) => "has no address left".to_owned(),
+            Self::Refused(_) => "refused".to_owned(),
+            Self::Unreadable(_) => "gave an answer that cannot be read".to_owned(),
+            other => other.to_string(),
+        }
+    }
+}
+
+fn names(services: &[ServiceKey]) -> String {
+    let names: Vec<String> = services.iter().take(8).map(ToString::to_string).collect();
+    names.join(", ")
+}
+
+impl Query {
+    /// Reads an answer and sees whether it is one to this query.
+    ///
+    /// # Errors
+    /// The first thing wrong with it.
+    pub fn check(&self, texts: &[String]) -> Result<Answer, Problem> {
+        if texts.is_empty() || texts.len() > ::ipam::MOST_ADDRESSES {
+            return Err(Problem::Count(texts.len()));
+        }
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for text in texts {
+            let ip: IpAddr = text.parse().map_err(|_| Problem::NoAddress(cut(text)))?;
+            if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() {
+                return Err(Problem::NoAddress(cut(text)));
+            }
+            if addresses.contains(&ip) {
+                return Err(Problem::Twice(ip));
+            }
+            match &self.want {
+                Want::Explicit(asked) if !asked.contains(&ip) => return Err(Problem::NotAsked(ip)),
+                Want::Families(asked) if !asked.contains(&Family::of(ip)) => return Err(Problem::WrongFamily(ip)),
+                _ => addresses.push(ip),
+            }
+        }
+        let missing = match &self.want {
+            Want::Explicit(asked) => asked
+                .iter()
+                .find(|ip| !addresses.contains(ip))
+                .map(|ip| Problem::Withheld(*ip)),
+            Want::Families(asked) => asked
+                .iter()
+                .find(|family| !addresses.iter().any(|ip| Family::of(*ip) == **family))
+                .map(|family| Problem::Lacks(*family)),
+        };
+        match missing {
+            Some(problem) if !self.may_degrade => Err(problem),
+            missing => Ok(Answer { addresses, missing }),
+        }
+    }
+}
+
+/// As much of a text as fits into a sentence.
+fn cut(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(64).collect()
+}
+
+/// Whether two groups have one provider.
+pub fn is_same(one: &Source, other: &Source) -> bool {
+    match (one, other) {
+        (Source::External(one), Source::External(other)) => {
+            one.socket == other.socket && one.provider == other.provider
+        }
+        (Source::Netbox(one), Source::Netbox(other)) => one.url == other.url && one.tenant == other.tenant,
+        _ => false,
+    }
+}
+
+/// Where a group's addresses come from.
+#[derive(Debug)]
+pub struct Provider {
+    kind: Kind,
+    /// So that a slow provider is not asked ever more.
+    slots: Semaphore,
+    /// How messages name it.
+    name: String,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Grpc(grpc::Client),
+    Netbox(Box<netbox::Client>),
+}
+
+impl Provider {
+    /// The provider of a group; `None` for one with pools of its own. `token` is what Netbox wants to see, `calls`
+    /// counts requests to others.
+    pub fn new(source: &Source, token: &Token, calls: &Calls) -> Option<Self> {
+        let (kind, name) = match source {
+            Source::Pools(_) => return None,
+            Source::External(external) => {
+                let socket = external.socket.as_deref().unwrap_or(::ipam::SOCKET);
+                (
+                    Kind::Grpc(grpc::Client::new(socket, calls.clone())),
+                    external.provider.clone(),
+                )
+            }
+            Source::Netbox(netbox) => (
+                Kind::Netbox(Box::new(netbox::Client::new(&netbox.url, &netbox.tenant, token))),
+                "Netbox".to_owned(),
+            ),
+        };
+        // Netbox knows no way to take an address that nobody else can take meanwhile: one at a time.
+        let at_once = if matches!(kind, Kind::Netbox(_)) { 1 } else { AT_ONCE };
+        Some(Self {
+            kind,
+            slots: Semaphore::new(at_once),
+            name,
+        })
+    }
+
+    /// How messages name it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Asks for addresses. What a wrong answer brought is given back before this returns, except what is among
+    /// `kept`, the addresses the Service has from this provider already.
+    ///
+    /// # Errors
+    /// What is wrong with the provider or its answer.
+    pub async fn allocate(&self, query: &Query, kept: &[IpAddr]) -> Result<Answer, Problem> {
+        let _slot = self.slots.acquire().await;
+        let whole = self.ask(query, kept).await;
+        let families = match (&query.want, &whole) {
+            (Want::Families(families), Err(problem))
+                if query.may_degrade && families.len() > 1 && !problem.is_silence() =>
+            {
+                families
+            }
+            _ => return whole,
+        };
+        // Both families are not to be had: one may be.
+        let mut part = Answer {
+            addresses: Vec::new(),
+            missing: None,
+        };
+        for family in families {
+            let query = Query {
+                want: Want::Families(vec![*family]),
+                ..query.clone()
+            };
+            match self.ask(&query, kept).await {
+                Ok(answer) => part.addresses.extend(answer.addresses),
+                Err(problem) => part.missing = Some(problem),
+            }
+        }
+        if part.addresses.is_empty() { whole } else { Ok(part) }
+    }
+
+    async fn ask(&self, query: &Query, kept: &[IpAddr]) -> Result<Answer, Problem> {
+        let texts = match &self.kind {
+            Kind::Grpc(client) => client.allocate(query).await?,
+            Kind::Netbox(client) => in_time(client.allocate(query)).await?,
+        };
+        let checked = query.check(&texts);
+        if let Err(problem) = &checked {
+            tracing::warn!(pool = query.pool, service = %query.service, provider = self.name, %problem, "a wrong answer");
+            for back in back(&texts, kept) {
+                if let Err(problem) = self.send_back(&query.pool, &query.service, &back).await {
+                    tracing::warn!(pool = query.pool, service = %query.service, %problem, "not given back");
+                }
+            }
+        }
+        checked
+    }
+
+    /// Gives addresses back.
+    ///
+    /// # Errors
+    /// What is wrong with the provider.
+    pub async fn release(&self, pool: &str, service: &ServiceKey, what: &Return) -> Result<(), Problem> {
+        let _slot = self.slots.acquire().await;
+        self.send_back(pool, service, what).await
+    }
+
+    async fn send_back(&self, pool: &str, service: &ServiceKey, what: &Return) -> Result<(), Problem> {
+        match &self.kind {
+            Kind::Grpc(client) => client.release(pool, service, what).await,
+            Kind::Netbox(client) => in_time(client.release(service, what)).await,
+        }
+    }
+
+    /// Asks how full it is; `None` where it cannot tell.
+    ///
+    /// # Errors
+    /// What is wrong with the provider.
+    pub async fn stats(&self, pool: &str) -> Result<Option<Stats>, Problem> {
+        match &self.kind {
+            Kind::Grpc(client) => client.stats(pool).await.map(Some),
+            Kind::Netbox(_) => Ok(None),
+        }
+    }
+}
+
+/// What of a wrong answer goes back: all that the provider has for the Service, unless some of it is in use.
+fn back(texts: &[String], kept: &[IpAddr]) -> Vec<Return> {
+    if kept.is_empty() {
+        return vec![Return::All];
+    }
+    let texts: BTreeSet<&String> = texts.iter().take(4 * ::ipam::MOST_ADDRESSES).collect();
+    let is_kept = |text: &str| text.parse::<IpAddr>().is_ok_and(|ip| kept.contains(&ip));
+    let unwanted = texts.into_iter().filter(|text| !is_kept(text));
+    unwanted.map(|text| Return::One(text.clone())).collect()
+}
+
+async fn in_time<T>(work: impl Future<Output = Result<T, Problem>>) -> Result<T, Problem> {
+    tokio::time::timeout(PATIENCE, work).await.unwrap_or(Err(Problem::Slow))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::tests::{ip, service};
+    use Family::{V4, V6};
+
+    fn query(want: Want) -> Query {
+        Query {
+            pool: "ext".into(),
+            service: service("a"),
+            sharing_key: None,
+            shared: Vec::new(),
+            want,
+            may_degrade: false,
+        }
+    }
+
+    fn check(query: &Query, texts: &[&str]) -> Result<Vec<String>, String> {
+        let texts: Vec<String> = texts.iter().map(ToString::to_string).collect();
+        let answer = query.check(&texts).map_err(|problem| problem.to_string())?;
+        Ok(answer.addresses.iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn an_answer_is_what_was_asked_for_or_it_is_none() {
+        let four = Want::Families(vec![V4]);
+        let both = Want::Families(vec![V4, V6]);
+        let this = Want::Explicit(vec![ip("10.0.0.1")]);
+        let many: Vec<String> = (1..=17).map(|n| format!("10.0.0.{n}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        for (name, want, texts, expected) in [
+            ("one", &four, &["10.0.0.1"][..], Ok(1)),
+            ("sixteen", &four, &many[..16], Ok(16)),
+            ("both", &both, &["fd00::1", "10.0.0.1"], Ok(2)),
+            ("the one", &this, &["10.0.0.1"], Ok(1)),
+            (
+                "none",
+                &four,
+                &[],
+                Err("answered with 0 addresses where 1 to 16 are allowed"),
+            ),
+            (
+                "seventeen",
+                &four,
+                &many,
+                Err("answered with 17 addresses where 1 to 16 are allowed"),
+            ),
+            (
+                "no address",
+                &four,
+                &["10.0.0.1/24"],
+                Err("answered with \"10.0.0.1/24\", which is no address"),
+            ),
+            (
+                "nowhere",
+                &four,
+                &["0.0.0.0"],
+                Err("answered with \"0.0.0.0\", which is no address"),
+            ),
+            (
+                "twice",
+                &four,
+                &["10.0.0.1", "10.0.0.1"],
+                Err("answered with 10.0.0.1 twice"),
+            ),
+            (
+                "other family",
+                &four,
+                &["fd00::1"],
+                Err("answered with fd00::1, an IPv6 address, which was not asked for"),
+            ),
+            (
+                "half",
+                &both,
+                &["10.0.0.1"],
+                Err("gave no IPv6 address; change spec.ipFamilies, or add some there"),
+            ),
+            (
+                "other address",
+                &this,
+                &["10.0.0.2"],
+                Err("answered with 10.0.0.2, which is none of the addresses asked for"),
+            ),
+        ] {
+            let got = check(&query(want.clone()), texts).map(|ips| ips.len());
+            assert_eq!(got, expected.map_err(str::to_owned), "{name}");
+        }
+    }
+
+    #[test]
+    fn half_an_answer_is_one_where_half_is_better_than_nothing() {
+        let query = Query {
+            may_degrade: true,
+            ..query(Want::Families(vec![V4, V6]))
+        };
+        let answer = query.check(&["fd00::1".into()]).unwrap();
+        assert_eq!((answer.addresses.len(), answer.missing), (1, Some(Problem::Lacks(V4))));
+    }
+
+    #[test]
+    fn a_wrong_answer_goes_back_without_what_is_in_use() {
+        let texts = ["10.0.0.1".to_owned(), "nonsense".to_owned()];
+        assert_eq!(back(&texts, &[]), [Return::All]);
+        assert_eq!(back(&texts, &[ip("10.0.0.1")]), [Return::One("nonsense".into())]);
+    }
+}
