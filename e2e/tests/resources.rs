@@ -51,6 +51,24 @@ const ROWS: &[Row] = &[
         None,
     ),
     (
+        "external with a socket elsewhere",
+        "v2",
+        "{external: {provider: p, announce: remote, socket: /run/p.sock}}",
+        None,
+    ),
+    (
+        "external with a relative socket",
+        "v2",
+        "{external: {provider: p, announce: remote, socket: p.sock}}",
+        Some("socket must be an absolute path such as /var/run/purelb/ipam.sock"),
+    ),
+    (
+        "netbox without a slash",
+        "v1",
+        "{netbox: {url: 'http://netbox', tenant: t, aggregation: default}}",
+        Some("url must start with http:// or https:// and end with /"),
+    ),
+    (
         "reversed",
         "v2",
         "{local: {v4pool: {pool: 10.0.0.9-10.0.0.1, subnet: 10.0.0.0/24}}}",
