@@ -230,7 +230,7 @@ pub struct Provider {
 
 #[derive(Debug)]
 enum Kind {
-    Grpc(grpc::Client),
+    Grpc(Box<grpc::Client>),
     Netbox(Box<netbox::Client>),
 }
 
@@ -243,7 +243,7 @@ impl Provider {
             Source::External(external) => {
                 let socket = external.socket.as_deref().unwrap_or(::ipam::SOCKET);
                 (
-                    Kind::Grpc(grpc::Client::new(socket, calls.clone())),
+                    Kind::Grpc(Box::new(grpc::Client::new(socket, calls.clone()))),
                     external.provider.clone(),
                 )
             }

@@ -21,7 +21,7 @@ use crate::metrics::Calls;
 #[derive(Debug)]
 pub struct Client {
     socket: String,
-    client: IpamClient<Channel>,
+    channel: IpamClient<Channel>,
     calls: Calls,
 }
 
@@ -39,7 +39,7 @@ impl Client {
             .connect_with_connector_lazy(connector);
         Self {
             socket: socket.to_owned(),
-            client: IpamClient::new(channel),
+            channel: IpamClient::new(channel),
             calls,
         }
     }
@@ -64,7 +64,7 @@ impl Client {
             sharing_key: query.sharing_key.clone().unwrap_or_default(),
             want: Some(want),
         };
-        let mut client = self.client.clone();
+        let mut client = self.channel.clone();
         let answered = self.call("Allocate", client.allocate(request)).await;
         let answer = answered.map_err(|status| self.problem(&status))?;
         Ok(answer.ips.into_iter().map(|address| address.ip).collect())
@@ -83,7 +83,7 @@ impl Client {
                 Return::One(ip) => What::Ip(ip.clone()),
             }),
         };
-        let mut client = self.client.clone();
+        let mut client = self.channel.clone();
         match self.call("Release", client.release(request)).await {
             Ok(_) => Ok(()),
             // It knows nothing of it: then it is not reserved.
@@ -98,7 +98,7 @@ impl Client {
     /// What it answered instead.
     pub async fn stats(&self, pool: &str) -> Result<Stats, Problem> {
         let request = StatsRequest { pool: pool.to_owned() };
-        let mut client = self.client.clone();
+        let mut client = self.channel.clone();
         let answered = self.call("Stats", client.stats(request)).await;
         let stats = answered.map_err(|status| self.problem(&status))?;
         Ok(Stats {
