@@ -203,7 +203,7 @@ spec:
         - name: configuration
           configMap:
             name: {{ $name }}
-        # Its control socket, by which the node agent asks what is announced.
+        # Its control socket, by which birdc and vtysh on the node tell what is announced.
         - name: run
           hostPath:
             path: /run/purelb/{{ .daemon }}
