@@ -1,0 +1,203 @@
+//! In place of PureLB: a cluster as its releases leave it is taken over, and every Service keeps its address.
+#![allow(clippy::indexing_slicing, reason = "tests may panic")]
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Lab, Options, wait_until};
+use serde_json::Value;
+
+/// Far more than anything here takes: the machine may be busy.
+const SOON: Duration = Duration::from_mins(1);
+
+/// The second address of its pool, which M wins; and one that is not the first either.
+const LOCAL: &str = "10.31.188.65";
+const ROUTED: &str = "10.189.0.7";
+const OTHERS: &str = "10.31.188.64";
+
+const BACKENDS: &str = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web, namespace: web}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec: {containers: [{name: web, image: web}]}
+";
+
+#[test]
+fn a_cluster_of_v0_6_is_taken_over_and_keeps_its_addresses() -> Result<()> {
+    // Permanent, with the interface's mask, and nothing that marks them.
+    taken_over("v0.6", &["valid_lft", "forever", "preferred_lft", "forever"])
+}
+
+#[test]
+fn a_cluster_of_v0_17_is_taken_over_and_keeps_its_addresses() -> Result<()> {
+    // They expire unless they are refreshed.
+    taken_over("v0.17", &["valid_lft", "300", "preferred_lft", "300", "noprefixroute"])
+}
+
+fn taken_over(release: &str, options: &[&str]) -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let others = leave_behind(&lab, release, options)
+            .await
+            .context("as PureLB leaves it")?;
+        lab.apply(BACKENDS).await?;
+        lab.ready_pods("web", "app=web", 2).await?;
+
+        lab.install().await.context("one apply")?;
+        let product = lab.start_product().await?;
+        held_by(&lab, "eth0", LOCAL, &["m"]).await?;
+        held_by(&lab, "kube-lb0", ROUTED, &["m", "w11", "w12"]).await?;
+        for vip in [LOCAL, ROUTED] {
+            wait_until(&format!("{vip} answers"), SOON, async || {
+                let via = if vip == LOCAL { "client" } else { "w11" };
+                let answer = lab.get(via, &format!("http://{vip}/")).await?;
+                ensure!(answer.status == 200, "status {}", answer.status);
+                Ok(())
+            })
+            .await?;
+        }
+        wait_until("the local address has no end", SOON, async || {
+            let shown = lab
+                .exec("m", ["ip", "-4", "addr", "show", "dev", "eth0", "to", LOCAL])
+                .await?;
+            ensure!(shown.contains("valid_lft forever"), "{shown}");
+            Ok(())
+        })
+        .await?;
+
+        // A new Service gets the next address: those in use are known, also the one of somebody else.
+        lab.kubectl([
+            "expose",
+            "deployment",
+            "web",
+            "-n",
+            "web",
+            "--name",
+            "new",
+            "--port",
+            "80",
+            "--type",
+            "LoadBalancer",
+        ])
+        .await?;
+        lab.kubectl([
+            "annotate",
+            "service",
+            "new",
+            "-n",
+            "web",
+            "purelb.io/service-group=layer2-ippool",
+        ])
+        .await?;
+        wait_until("a new Service has an address", SOON, async || {
+            let addresses = ingress(&lab, "new").await?;
+            ensure!(addresses == ["10.31.188.66"], "{addresses:?}");
+            Ok(())
+        })
+        .await?;
+        ensure!(ingress(&lab, "local").await? == [LOCAL] && ingress(&lab, "routed").await? == [ROUTED]);
+        ensure!(
+            service(&lab, "others").await? == others,
+            "a Service of another class is touched by nobody"
+        );
+        let local = service(&lab, "local").await?;
+        ensure!(
+            local["metadata"]["annotations"]["purelb.io/announcing-IPv4"]
+                .as_str()
+                .is_some_and(|value| value.starts_with("tiny-cilium-master-188-1.k8s.tcinternal,eth0")),
+            "{local}"
+        );
+
+        // Ours to look after, whoever put them there: they go with their Services.
+        lab.kubectl(["delete", "service", "-n", "web", "local", "routed"])
+            .await?;
+        held_by(&lab, "eth0", LOCAL, &[]).await?;
+        held_by(&lab, "kube-lb0", ROUTED, &[]).await?;
+        product.allocator.check()?;
+        lab.check_processes()
+    })
+}
+
+/// The definitions and objects of a release, its Services with their status, and its addresses in the kernels. Returns the Service
+/// of another controller.
+async fn leave_behind(lab: &Lab, release: &str, options: &[&str]) -> Result<Value> {
+    lab.kubectl(["apply", "-f", &manifest(&format!("{release}.yaml"))])
+        .await?;
+    wait_until("the definitions are served", SOON, async || {
+        lab.kubectl(["apply", "-f", &manifest(&format!("{release}-objects.yaml"))])
+            .await
+    })
+    .await?;
+    for (service, ip) in [("local", LOCAL), ("routed", ROUTED), ("others", OTHERS)] {
+        let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{{"ip": "{ip}"}}]}}}}}}"#);
+        let arguments = [
+            "patch",
+            "service",
+            service,
+            "-n",
+            "web",
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+        ];
+        lab.kubectl(arguments.into_iter().chain([status.as_str()])).await?;
+    }
+    let local = format!("{LOCAL}/16");
+    let add = ["ip", "addr", "add", &local, "dev", "eth0"];
+    lab.exec("m", add.iter().chain(options)).await?;
+    for node in lab.nodes() {
+        for command in [
+            "ip link add kube-lb0 type veth peer name kube-lb0-peer",
+            "ip link set dev kube-lb0 arp off up",
+            "ip link set dev kube-lb0-peer up",
+            &format!("ip addr add {ROUTED}/32 dev kube-lb0"),
+        ] {
+            lab.exec(&node.ns, command.split(' ')).await?;
+        }
+    }
+    service(lab, "others").await
+}
+
+fn manifest(file: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("takeover").join(file);
+    path.to_string_lossy().into_owned()
+}
+
+async fn service(lab: &Lab, name: &str) -> Result<Value> {
+    let shown = lab.kubectl(["get", "service", name, "-n", "web", "-o", "json"]).await?;
+    Ok(serde_json::from_str(&shown)?)
+}
+
+async fn ingress(lab: &Lab, name: &str) -> Result<Vec<String>> {
+    let service = service(lab, name).await?;
+    let entries = service["status"]["loadBalancer"]["ingress"]
+        .as_array()
+        .into_iter()
+        .flatten();
+    Ok(entries
+        .filter_map(|entry| entry["ip"].as_str().map(str::to_owned))
+        .collect())
+}
+
+/// Waits until exactly these nodes hold an address on an interface.
+async fn held_by(lab: &Lab, interface: &str, vip: &str, holders: &[&str]) -> Result<()> {
+    wait_until(&format!("{vip} is on {interface} of {holders:?}"), SOON, async || {
+        for node in lab.nodes() {
+            let shown = lab
+                .exec(&node.ns, ["ip", "-4", "addr", "show", "dev", interface])
+                .await?;
+            ensure!(
+                shown.contains(&format!(" {vip}/")) == holders.contains(&node.ns.as_str()),
+                "{}: {shown}",
+                node.ns
+            );
+        }
+        Ok(())
+    })
+    .await
+}
