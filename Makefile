@@ -66,7 +66,7 @@ lint: setup ## Format and clippy, without warnings
 unit: setup ## Unit and property tests, and those of the node agent against the kernel
 	cargo test --quiet --locked --workspace --exclude e2e
 
-chart: ## The chart's tests; the manifest must be what it renders
+chart: setup ## The chart's tests; the manifest must be what it renders
 	charts/test
 
 e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBERNETES=1.36 for another version than 1.34
