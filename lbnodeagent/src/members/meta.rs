@@ -27,7 +27,7 @@ const V6_OFFSET: u8 = 64;
 pub struct Meta {
     /// The agent is about to stop and hands over what it announces.
     pub is_leaving: bool,
-    /// The node takes no new announcements: cordoned or excluded.
+    /// The node carries no VIPs: it is excluded from external load balancers, or about to be deleted.
     pub is_drained: bool,
     /// Grows with every start of the agent on this node; 0 when not said.
     pub generation: u64,
