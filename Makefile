@@ -73,7 +73,7 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBER
 	@e2e/kubernetes/build --all >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	rm -rf target/e2e-rights
-	cargo test --quiet --locked --package e2e -- --test-threads $(THREADS)
+	cargo test --quiet --locked --no-fail-fast --package e2e -- --test-threads $(THREADS)
 	target/debug/e2e-rights
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
