@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::api::PostParams;
@@ -25,6 +25,7 @@ use crate::net::{self, Node, Wiring};
 use crate::pods;
 use crate::process::{Output, Process, Program};
 use crate::rights;
+use crate::wait::wait_until;
 
 /// Which rules kube-proxy makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -253,6 +254,44 @@ impl Lab {
     /// Runs a program in a namespace, expects it to succeed and returns what it printed.
     pub async fn exec<S: AsRef<str>>(&self, ns: &str, argv: impl IntoIterator<Item = S>) -> Result<String> {
         self.try_exec(ns, argv).await?.success()
+    }
+
+    /// The namespaces of the nodes that have an address, on this interface where one is named and on any otherwise.
+    pub async fn holders(&self, address: &str, interface: Option<&str>) -> Result<Vec<String>> {
+        let mut holders = Vec::new();
+        for node in self.nodes() {
+            let show = ["ip", "-brief", "address", "show"].into_iter();
+            let on = interface.into_iter().flat_map(|interface| ["dev", interface]);
+            if self
+                .exec(&node.ns, show.chain(on))
+                .await?
+                .contains(&format!(" {address}/"))
+            {
+                holders.push(node.ns.clone());
+            }
+        }
+        Ok(holders)
+    }
+
+    /// Waits until exactly these nodes, in the order of [`Lab::nodes`], have an address: see [`Lab::holders`].
+    pub async fn held_by(
+        &self,
+        address: &str,
+        interface: Option<&str>,
+        nodes: &[&str],
+        deadline: Duration,
+    ) -> Result<()> {
+        let on = interface.unwrap_or("any interface");
+        wait_until(
+            &format!("{address} is on {on} of {nodes:?} alone"),
+            deadline,
+            async || {
+                let holders = self.holders(address, interface).await?;
+                ensure!(holders == nodes, "{holders:?}");
+                Ok(())
+            },
+        )
+        .await
     }
 
     /// Runs a program in a namespace to its end with this process's own input and output: a shell, for example.

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use tokio::time::sleep;
 
 use crate::http::Answer;
 use crate::lab::Lab;
@@ -109,10 +110,16 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
-    /// Waits until one node alone has the address.
+    /// Waits until one node alone has the address, at two looks: agents that all start at once may each hold it for a
+    /// moment, until the others have told their subnets.
     pub async fn settled(&self, owner: &str) -> Result<()> {
         let what = format!("{owner} alone holds {VIP}");
-        wait_until(&what, SOON, async || self.is_held_by(owner).await).await
+        wait_until(&what, SOON, async || {
+            self.is_held_by(owner).await?;
+            sleep(Duration::from_millis(500)).await;
+            self.is_held_by(owner).await
+        })
+        .await
     }
 
     /// What `path` on the port for metrics and health of a node's agent says.

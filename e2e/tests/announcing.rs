@@ -103,17 +103,18 @@ async fn shown(lab: &Lab, ns: &str, interface: &str) -> Result<String> {
     lab.exec(ns, ["ip", "addr", "show", "dev", interface]).await
 }
 
+/// Datagrams from the client to the VIP, a hundred a second.
+fn probe(lab: &Lab) -> Result<Probe> {
+    let interval = Duration::from_millis(10);
+    Probe::start(lab, "client", Protocol::Udp, V4.parse::<IpAddr>()?, 80, interval)
+}
+
 /// Waits until exactly one node has the VIP on eth0 and returns it.
 async fn owner(lab: &Lab, vip: &str) -> Result<&'static str> {
     wait_until(&format!("one node has {vip}"), SOON, async || {
-        let mut holders = Vec::new();
-        for ns in NODES {
-            if shown(lab, ns, "eth0").await?.contains(&format!(" {vip}/")) {
-                holders.push(ns);
-            }
-        }
-        ensure!(holders.len() == 1, "{holders:?}");
-        holders.pop().context("none")
+        let holders = lab.holders(vip, Some("eth0")).await?;
+        let alone = NODES.into_iter().find(|ns| holders == [*ns]);
+        alone.with_context(|| format!("{holders:?}"))
     })
     .await
 }
@@ -181,14 +182,7 @@ fn an_agent_that_was_killed_finds_its_addresses_again_and_takes_off_what_is_stal
         );
         answers(lab, "client", V4).await?;
         lab.kubectl(["delete", "service", "routed", "-n", "web"]).await?;
-        let probe = Probe::start(
-            lab,
-            "client",
-            Protocol::Udp,
-            V4.parse::<IpAddr>()?,
-            80,
-            Duration::from_millis(10),
-        )?;
+        let probe = probe(lab)?;
         let agent = lab.start_agent(holder).await?;
         wait_until("the restarted agent takes off what is stale", SOON, async || {
             let dummy = shown(lab, holder, "kube-lb0").await?;
@@ -209,14 +203,7 @@ fn an_agent_that_was_killed_finds_its_addresses_again_and_takes_off_what_is_stal
 fn a_vip_survives_the_death_of_its_node() -> Result<()> {
     with_services(async |lab, _| {
         let before = owner(lab, V4).await?;
-        let probe = Probe::start(
-            lab,
-            "client",
-            Protocol::Udp,
-            V4.parse::<IpAddr>()?,
-            80,
-            Duration::from_millis(10),
-        )?;
+        let probe = probe(lab)?;
         lab.cut(before).await?;
         answers(lab, "client", V4).await?;
         let report = probe.stop().await?;

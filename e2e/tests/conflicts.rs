@@ -35,19 +35,6 @@ async fn get(lab: &Lab, name: &str, path: &str) -> Result<String> {
 }
 
 /// Nodes that have an address.
-async fn holders(lab: &Lab, vip: &str) -> Result<Vec<String>> {
-    let mut holders = Vec::new();
-    for node in lab.nodes() {
-        let shown = lab
-            .exec(&node.ns, ["ip", "-brief", "address", "show", "dev", "eth0"])
-            .await?;
-        if shown.contains(&format!(" {vip}/")) {
-            holders.push(node.ns.clone());
-        }
-    }
-    Ok(holders)
-}
-
 #[test]
 fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
@@ -72,7 +59,10 @@ fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() 
             let ingress = get(&lab, "web", "{.status.loadBalancer.ingress[*].ip}").await?;
             ensure!(ingress == "10.31.200.2 fd00:10:31::c8:2", "{ingress}");
             for vip in ingress.split(' ') {
-                ensure!(holders(&lab, vip).await?.len() == 1, "{vip} is announced once");
+                ensure!(
+                    lab.holders(vip, Some("eth0")).await?.len() == 1,
+                    "{vip} is announced once"
+                );
             }
             let said = get(&lab, "web", "{.metadata.annotations}").await?;
             ensure!(!said.contains("address-conflict"), "{said}");
@@ -82,7 +72,7 @@ fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() 
         })
         .await?;
         for vip in ["10.31.200.1", "fd00:10:31::c8:1", "10.31.200.9"] {
-            ensure!(holders(&lab, vip).await?.is_empty(), "{vip} was announced");
+            ensure!(lab.holders(vip, Some("eth0")).await?.is_empty(), "{vip} was announced");
         }
         let events = lab
             .kubectl(["get", "events", "-o", "jsonpath={.items[*].message}"])
@@ -101,14 +91,14 @@ fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() 
             let said = get(&lab, "pinned", "{.metadata.annotations.purelb\\.io/address-conflict}").await?;
             ensure!(said.starts_with(&format!("10.31.200.9,{mac},")), "{said}");
             ensure!(
-                holders(&lab, "fd00:10:31::c8:9").await?.len() == 1,
+                lab.holders("fd00:10:31::c8:9", Some("eth0")).await?.len() == 1,
                 "the other family is announced"
             );
             Ok(())
         })
         .await?;
         stays("it is not announced", Duration::from_secs(1), async || {
-            ensure!(holders(&lab, "10.31.200.9").await?.is_empty(), "it is");
+            ensure!(lab.holders("10.31.200.9", Some("eth0")).await?.is_empty(), "it is");
             Ok(())
         })
         .await?;
@@ -117,7 +107,7 @@ fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() 
         lab.exec("client", ["ip", "address", "del", "10.31.200.9/16", "dev", "eth0"])
             .await?;
         wait_until("it is announced", SOON, async || {
-            ensure!(holders(&lab, "10.31.200.9").await?.len() == 1, "it is not");
+            ensure!(lab.holders("10.31.200.9", Some("eth0")).await?.len() == 1, "it is not");
             let types = get(&lab, "pinned", "{.status.conditions[*].type}").await?;
             ensure!(
                 !types.contains("AddressConflict") && types.contains("Allocated"),
@@ -141,19 +131,26 @@ fn an_address_that_another_node_has_is_no_conflict() -> Result<()> {
         lab.start_product().await?;
         lab.apply(&format!("{GROUP}{}", service("web", ""))).await?;
         wait_until("it is announced once", SOON, async || {
-            ensure!(holders(&lab, "10.31.200.1").await?.len() == 1, "it is not");
+            ensure!(lab.holders("10.31.200.1", Some("eth0")).await?.len() == 1, "it is not");
             Ok(())
         })
         .await?;
         let types = get(&lab, "web", "{.status.conditions[*].type}").await?;
         ensure!(!types.contains("AddressConflict"), "{types}");
         // It was announced before: a take-over asks nobody.
-        let holder = holders(&lab, "10.31.200.1").await?.pop().context("nobody")?;
+        let holder = lab
+            .holders("10.31.200.1", Some("eth0"))
+            .await?
+            .pop()
+            .context("nobody")?;
         lab.cut(&holder).await?;
         let began = std::time::Instant::now();
         wait_until("another node has it", SOON, async || {
             ensure!(
-                holders(&lab, "10.31.200.1").await?.iter().any(|node| *node != holder),
+                lab.holders("10.31.200.1", Some("eth0"))
+                    .await?
+                    .iter()
+                    .any(|node| *node != holder),
                 "none"
             );
             Ok(())

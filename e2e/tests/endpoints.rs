@@ -79,24 +79,8 @@ const NEEDY: &str = "10.31.200.4";
 const ROUTED: &str = "10.200.0.1";
 
 /// The nodes that have an address, on whatever interface.
-async fn holders(lab: &Lab, vip: &str) -> Result<Vec<String>> {
-    let mut holders = Vec::new();
-    for node in lab.nodes() {
-        let shown = lab.exec(&node.ns, ["ip", "-brief", "address", "show"]).await?;
-        if shown.contains(&format!(" {vip}/")) {
-            holders.push(node.ns.clone());
-        }
-    }
-    Ok(holders)
-}
-
 async fn only_on(lab: &Lab, vip: &str, node: &str) -> Result<()> {
-    wait_until(&format!("{vip} is on {node} alone"), SOON, async || {
-        let holders = holders(lab, vip).await?;
-        ensure!(holders == [node], "{holders:?}");
-        Ok(())
-    })
-    .await
+    lab.held_by(vip, None, &[node], SOON).await
 }
 
 #[test]
@@ -137,18 +121,18 @@ fn vips_go_where_the_endpoints_are_and_follow_them() -> Result<()> {
         // No endpoint is left.
         lab.kubectl(["scale", "deployment", "web", "--replicas=0"]).await?;
         wait_until("what needs endpoints is withdrawn", SOON, async || {
-            let holders = holders(&lab, NEEDY).await?;
+            let holders = lab.holders(NEEDY, None).await?;
             ensure!(holders.is_empty(), "{holders:?}");
             Ok(())
         })
         .await?;
         wait_until("the rest is announced all the same", SOON, async || {
             for vip in [LOCAL, DRAWN, EMPTY] {
-                let holders = holders(&lab, vip).await?;
+                let holders = lab.holders(vip, None).await?;
                 ensure!(holders.len() == 1, "{vip}: {holders:?}");
             }
             // The one with the traffic policy Cluster does not mind where.
-            let holders = holders(&lab, ROUTED).await?;
+            let holders = lab.holders(ROUTED, None).await?;
             ensure!(holders.len() == 3, "{holders:?}");
             Ok(())
         })
@@ -158,7 +142,7 @@ fn vips_go_where_the_endpoints_are_and_follow_them() -> Result<()> {
             "a routed VIP of the traffic policy Local is withdrawn",
             SOON,
             async || {
-                let holders = holders(&lab, ROUTED).await?;
+                let holders = lab.holders(ROUTED, None).await?;
                 ensure!(holders.is_empty(), "{holders:?}");
                 Ok(())
             },
@@ -168,7 +152,7 @@ fn vips_go_where_the_endpoints_are_and_follow_them() -> Result<()> {
         only_on(&lab, ROUTED, "m").await?;
         only_on(&lab, NEEDY, "w11").await?;
         stays("it stays so", Duration::from_secs(1), async || {
-            ensure!(holders(&lab, LOCAL).await? == ["m"], "it does not");
+            ensure!(lab.holders(LOCAL, None).await? == ["m"], "it does not");
             Ok(())
         })
         .await

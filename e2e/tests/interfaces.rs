@@ -52,26 +52,8 @@ async fn wire_up(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-async fn holders(lab: &Lab, vip: &str, interface: &str) -> Result<Vec<String>> {
-    let mut holders = Vec::new();
-    for node in lab.nodes() {
-        let shown = lab
-            .exec(&node.ns, ["ip", "-brief", "address", "show", "dev", interface])
-            .await?;
-        if shown.contains(&format!(" {vip}/")) {
-            holders.push(node.ns.clone());
-        }
-    }
-    Ok(holders)
-}
-
 async fn only_on(lab: &Lab, vip: &str, node: &str, interface: &str) -> Result<()> {
-    wait_until(&format!("{vip} is on {interface} of {node} alone"), SOON, async || {
-        let holders = holders(lab, vip, interface).await?;
-        ensure!(holders == [node], "{holders:?}");
-        Ok(())
-    })
-    .await
+    lab.held_by(vip, Some(interface), &[node], SOON).await
 }
 
 /// Waits until the client's packets for a VIP go to a node.
@@ -96,7 +78,7 @@ fn an_interface_that_fails_alone_gives_up_its_vips_and_keeps_the_others() -> Res
         lab.apply(OBJECTS).await?;
         only_on(&lab, ON_ETH0, "w11", "eth0").await?;
         ensure!(
-            holders(&lab, ON_ETH1, "eth1").await?.is_empty(),
+            lab.holders(ON_ETH1, Some("eth1")).await?.is_empty(),
             "eth1 has no default route"
         );
         let extra = r#"{"spec":{"local":{"interfaces":["eth1"]}}}"#;
@@ -109,7 +91,10 @@ fn an_interface_that_fails_alone_gives_up_its_vips_and_keeps_the_others() -> Res
         lab.exec("root", ["ip", "link", "set", "w11-2", "down"]).await?;
         only_on(&lab, ON_ETH1, "m", "eth1").await?;
         reached_at(&lab, ON_ETH1, "m").await?;
-        ensure!(holders(&lab, ON_ETH0, "eth0").await? == ["w11"], "that of eth0 stays");
+        ensure!(
+            lab.holders(ON_ETH0, Some("eth0")).await? == ["w11"],
+            "that of eth0 stays"
+        );
         lab.exec("root", ["ip", "link", "set", "w11-2", "up"]).await?;
         only_on(&lab, ON_ETH1, "w11", "eth1").await?;
         reached_at(&lab, ON_ETH1, "w11").await?;
@@ -117,7 +102,10 @@ fn an_interface_that_fails_alone_gives_up_its_vips_and_keeps_the_others() -> Res
         // The link is up, but leads nowhere.
         lab.exec("root", ["ip", "link", "set", "w11-2", "nomaster"]).await?;
         reached_at(&lab, ON_ETH1, "m").await?;
-        ensure!(holders(&lab, ON_ETH0, "eth0").await? == ["w11"], "that of eth0 stays");
+        ensure!(
+            lab.holders(ON_ETH0, Some("eth0")).await? == ["w11"],
+            "that of eth0 stays"
+        );
         lab.exec("root", ["ip", "link", "set", "w11-2", "master", "lan2"])
             .await?;
         reached_at(&lab, ON_ETH1, "w11").await?;
@@ -200,7 +188,7 @@ fn an_lbnodeagent_applies_to_the_nodes_it_selects() -> Result<()> {
         // Of the default interfaces none is in the second subnet.
         only_on(&lab, ON_ETH0, "w11", "eth0").await?;
         ensure!(
-            holders(&lab, ON_ETH1, "eth1").await?.is_empty(),
+            lab.holders(ON_ETH1, Some("eth1")).await?.is_empty(),
             "eth1 has no default route"
         );
         lab.apply(SELECTED).await?;

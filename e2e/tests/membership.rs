@@ -30,6 +30,19 @@ async fn set_keys(lab: &Lab, primary: &str, secondary: Option<&str>) -> Result<(
     lab.apply(&secret.to_string()).await.map(drop)
 }
 
+/// W11 keeps the address while all is well, loses it to w12 with its cable, and has it again afterwards.
+async fn holds_and_fails_over(lab: &Lab, scene: &Scene<'_>) -> Result<()> {
+    stays("w11 alone holds it", Duration::from_secs(1), async || {
+        scene.is_held_by("w11").await
+    })
+    .await?;
+    lab.cut("w11").await?;
+    let taken_over = async || scene.holds("w12", true).await;
+    wait_until("w12 takes over", FAILED_OVER, taken_over).await?;
+    lab.uncut("w11").await?;
+    scene.settled("w11").await
+}
+
 #[test]
 fn keys_are_changed_under_a_client_that_loses_nothing() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
@@ -91,15 +104,7 @@ fn a_node_that_comes_back_with_another_address_stands_by_as_before() -> Result<(
             Ok(())
         };
         wait_until("w12 is back", SOON, ready).await?;
-        stays("nothing moves", Duration::from_secs(1), async || {
-            scene.is_held_by("w11").await
-        })
-        .await?;
-        lab.cut("w11").await?;
-        let taken_over = async || scene.holds("w12", true).await;
-        wait_until("w12 takes over", FAILED_OVER, taken_over).await?;
-        lab.uncut("w11").await?;
-        scene.settled("w11").await
+        holds_and_fails_over(&lab, &scene).await
     })
 }
 
@@ -126,15 +131,7 @@ fn nodes_with_ipv6_addresses_only_fail_over_alike() -> Result<()> {
                 .await?;
         }
         scene.settled("w11").await?;
-        stays("w11 alone holds it", Duration::from_secs(1), async || {
-            scene.is_held_by("w11").await
-        })
-        .await?;
-        lab.cut("w11").await?;
-        let taken_over = async || scene.holds("w12", true).await;
-        wait_until("w12 takes over", FAILED_OVER, taken_over).await?;
-        lab.uncut("w11").await?;
-        scene.settled("w11").await
+        holds_and_fails_over(&lab, &scene).await
     })
 }
 

@@ -50,8 +50,9 @@ fn taken_over(release: &str, options: &[&str]) -> Result<()> {
 
         lab.install().await.context("one apply")?;
         let product = lab.start_product().await?;
-        held_by(&lab, "eth0", LOCAL, &["m"]).await?;
-        held_by(&lab, "kube-lb0", ROUTED, &["m", "w11", "w12"]).await?;
+        lab.held_by(LOCAL, Some("eth0"), &["m"], SOON).await?;
+        lab.held_by(ROUTED, Some("kube-lb0"), &["m", "w11", "w12"], SOON)
+            .await?;
         for vip in [LOCAL, ROUTED] {
             wait_until(&format!("{vip} answers"), SOON, async || {
                 let via = if vip == LOCAL { "client" } else { "w11" };
@@ -116,8 +117,8 @@ fn taken_over(release: &str, options: &[&str]) -> Result<()> {
         // Ours to look after, whoever put them there: they go with their Services.
         lab.kubectl(["delete", "service", "-n", "web", "local", "routed"])
             .await?;
-        held_by(&lab, "eth0", LOCAL, &[]).await?;
-        held_by(&lab, "kube-lb0", ROUTED, &[]).await?;
+        lab.held_by(LOCAL, Some("eth0"), &[], SOON).await?;
+        lab.held_by(ROUTED, Some("kube-lb0"), &[], SOON).await?;
         product.allocator.check()?;
         lab.check_processes()
     })
@@ -182,22 +183,4 @@ async fn ingress(lab: &Lab, name: &str) -> Result<Vec<String>> {
     Ok(entries
         .filter_map(|entry| entry["ip"].as_str().map(str::to_owned))
         .collect())
-}
-
-/// Waits until exactly these nodes hold an address on an interface.
-async fn held_by(lab: &Lab, interface: &str, vip: &str, holders: &[&str]) -> Result<()> {
-    wait_until(&format!("{vip} is on {interface} of {holders:?}"), SOON, async || {
-        for node in lab.nodes() {
-            let shown = lab
-                .exec(&node.ns, ["ip", "-4", "addr", "show", "dev", interface])
-                .await?;
-            ensure!(
-                shown.contains(&format!(" {vip}/")) == holders.contains(&node.ns.as_str()),
-                "{}: {shown}",
-                node.ns
-            );
-        }
-        Ok(())
-    })
-    .await
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 use memberlist::Options;
 use memberlist::delegate::{CompositeDelegate, EventDelegate, NodeDelegate, VoidDelegate};
 use memberlist::net::NetTransportOptions;
+use memberlist::net::error::NetTransportError;
 use memberlist::net::stream_layer::tcp::Tcp;
 use memberlist::proto::{EncryptionAlgorithm, MaybeResolvedAddress, Meta as RawMeta, NodeState};
 use memberlist::tokio::{TokioRuntime, TokioSocketAddrResolver, TokioTcpMemberlist};
@@ -95,6 +96,8 @@ pub enum MembersError {
     Join {
         /// The peer's address.
         peer: SocketAddr,
+        /// Whether its host answered that nobody listens there.
+        is_closed: bool,
         /// Memberlist's words.
         cause: String,
     },
@@ -211,6 +214,8 @@ impl Members {
             memberlist::error::Error::NotRunning => MembersError::Left,
             other => MembersError::Join {
                 peer,
+                is_closed: matches!(&other, memberlist::error::Error::Transport(NetTransportError::Io(error))
+                    if error.kind() == std::io::ErrorKind::ConnectionRefused),
                 cause: other.to_string(),
             },
         })

@@ -98,7 +98,7 @@ impl Selector {
 }
 
 /// The node agent's metrics. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Metrics {
     /// What both processes count.
     pub client: ClientMetrics,
@@ -134,38 +134,24 @@ pub struct Metrics {
     steals: Family<Steal, Counter>,
     winner_changes: Family<OfService, Counter>,
     selector: Family<State, Gauge>,
-    takeovers: Family<OfCause, Counter>,
-    takeover_time: Family<OfCause, Histogram>,
+    takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
 }
 
-impl Default for Metrics {
+/// Addresses taken over from another node.
+#[derive(Clone, Debug)]
+struct Takeovers {
+    count: Family<OfCause, Counter>,
+    seconds: Family<OfCause, Histogram>,
+}
+
+impl Default for Takeovers {
     fn default() -> Self {
         Self {
-            takeover_time: Family::new_with_constructor(|| {
+            count: Family::default(),
+            seconds: Family::new_with_constructor(|| {
                 Histogram::new([0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0])
             }),
-            client: ClientMetrics::default(),
-            sent: Sent::default(),
-            standby: Counters::default(),
-            gossip: Traffic::default(),
-            additions: Counter::default(),
-            withdrawals: Counter::default(),
-            renewals: Counter::default(),
-            renewal_errors: Counter::default(),
-            wins: Counter::default(),
-            losses: Counter::default(),
-            is_member: Gauge::default(),
-            members: Gauge::default(),
-            subnets: Gauge::default(),
-            local_subnets: Gauge::default(),
-            watched: Gauge::default(),
-            announced: Family::default(),
-            steals: Family::default(),
-            winner_changes: Family::default(),
-            selector: Family::default(),
-            takeovers: Family::default(),
-            corrections: Family::default(),
         }
     }
 }
@@ -242,12 +228,12 @@ impl Metrics {
         agent.register(
             "takeovers",
             "Addresses taken over from another node, by cause",
-            self.takeovers.clone(),
+            self.takeovers.count.clone(),
         );
         agent.register(
             "takeover_seconds",
             "From the owner's last sign of life, or from the decision, until the address was here",
-            self.takeover_time.clone(),
+            self.takeovers.seconds.clone(),
         );
         agent.register(
             "kernel_corrections",
@@ -294,8 +280,11 @@ impl Metrics {
     /// This node took an address over.
     pub fn taken_over(&self, cause: Cause, time: Duration) {
         let labels = OfCause { cause: cause.name() };
-        self.takeovers.get_or_create(&labels).inc();
-        self.takeover_time.get_or_create(&labels).observe(time.as_secs_f64());
+        self.takeovers.count.get_or_create(&labels).inc();
+        self.takeovers
+            .seconds
+            .get_or_create(&labels)
+            .observe(time.as_secs_f64());
     }
 
     /// The kernel had lost an address (`restored`), or had one nobody wanted (`leftover`).

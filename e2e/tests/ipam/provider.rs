@@ -11,6 +11,17 @@ use serde_json::json;
 
 use super::{GROUPS, SOON, Sides, group, options};
 
+/// When these Services, the last ones, are gone, the provider has nothing reserved any more.
+async fn nothing_stays(sides: &Sides<'_>, services: &[&str]) -> Result<()> {
+    for name in services {
+        sides.delete(name).await?;
+        sides.gone(name).await?;
+    }
+    sides.agree("ext").await?;
+    ensure!(sides.ledger()?["ext"].is_empty());
+    Ok(())
+}
+
 #[test]
 fn addresses_of_a_provider_are_reserved_used_and_shared() -> Result<()> {
     const BOTH: &str = "RequireDualStack";
@@ -61,13 +72,7 @@ fn addresses_of_a_provider_are_reserved_used_and_shared() -> Result<()> {
         sides.has("three", &["10.220.0.3"]).await?;
         sides.agree("ext").await?;
 
-        for name in ["three", "four", "both"] {
-            sides.delete(name).await?;
-            sides.gone(name).await?;
-        }
-        sides.agree("ext").await?;
-        ensure!(sides.ledger()?["ext"].is_empty());
-        Ok(())
+        nothing_stays(&sides, &["three", "four", "both"]).await
     })
 }
 
@@ -161,13 +166,7 @@ fn a_full_provider_and_what_is_given_back_to_it() -> Result<()> {
         sides.agree("ext").await?;
         lab.kubectl(["delete", "servicegroup", "ext", "-n", "purelb"]).await?;
         sides.has("three", &["10.220.0.1"]).await?;
-        for name in ["three", "four", "both"] {
-            sides.delete(name).await?;
-            sides.gone(name).await?;
-        }
-        sides.agree("ext").await?;
-        ensure!(sides.ledger()?["ext"].is_empty());
-        Ok(())
+        nothing_stays(&sides, &["three", "four", "both"]).await
     })
 }
 

@@ -92,6 +92,8 @@ impl Members {
         let mut last = (Ok(()), false);
         for address in addresses {
             match self.join_one(*address).await {
+                // An agent that starts right now may listen a moment later: that is no answer to what was asked before.
+                Err(error @ MembersError::Join { is_closed: true, .. }) => last = (Err(error), false),
                 Err(error @ MembersError::Join { .. }) => last = (Err(error), answers(*address).await),
                 other => return (other, false),
             }
