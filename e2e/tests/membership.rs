@@ -126,11 +126,17 @@ fn nodes_with_ipv6_addresses_only_fail_over_alike() -> Result<()> {
             ])
             .await?;
         }
+        let mut agents = Vec::new();
         for node in lab.nodes() {
-            lab.start_agent_with(&node.ns, &[("PURELB_HOST", &node.ipv6.to_string())])
-                .await?;
+            let host = node.ipv6.to_string();
+            agents.push(lab.start_agent_with(&node.ns, &[("PURELB_HOST", &host)]).await?);
         }
         scene.settled("w11").await?;
+        // They started at once, and agreed before any of them took it.
+        let logs: Vec<String> = agents.iter().map(|agent| agent.log()).collect();
+        let since_start = logs.iter().filter_map(|log| log.rsplit(" starting version=").next());
+        let announced = since_start.filter(|log| log.contains("announcing service=default/web"));
+        ensure!(announced.count() == 1, "{}", logs.join("\n"));
         holds_and_fails_over(&lab, &scene).await
     })
 }

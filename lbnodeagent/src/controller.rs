@@ -6,6 +6,7 @@
 
 mod asking;
 mod counting;
+mod introducing;
 mod telling;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -212,6 +213,8 @@ struct Agent<'a> {
     is_settled: bool,
     /// Nothing was reconciled yet: addresses found are those of a process before this one.
     is_first: bool,
+    /// When this node began to stand for election, while it does.
+    introduced: Option<Instant>,
     /// What was last told to the other nodes.
     meta: Meta,
     /// Tells this process from those before it on this node.
@@ -270,6 +273,7 @@ impl<'a> Agent<'a> {
             started: Instant::now(),
             is_settled: false,
             is_first: true,
+            introduced: None,
             meta: Meta::default(),
             generation: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -399,9 +403,18 @@ impl<'a> Agent<'a> {
             self.wake_in(wait);
         }
         let subnets = plan::subnets(&snapshot, &config);
-        let now = self.started.elapsed();
-        let mut candidates = self.presence.candidates(now, &self.settings.node, living);
         let is_drained = self.cluster.is_excluded(&self.settings.node);
+        let meta = Meta {
+            subnets: subnets.clone(),
+            generation: self.generation,
+            is_drained,
+            ..self.meta.clone()
+        };
+        let Some(is_new) = self.is_introduced(&meta, living).await else {
+            return Ok(());
+        };
+        let now = self.started.elapsed();
+        let mut candidates = self.presence.candidates(now, &self.settings.node, is_new, living);
         let this = Candidate {
             addresses: subnets.clone(),
             is_withdrawn: is_drained,
@@ -446,10 +459,8 @@ impl<'a> Agent<'a> {
         self.annotate(&plan);
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
-            subnets,
-            generation: self.generation,
-            is_drained,
-            ..self.meta.clone()
+            is_starting: false,
+            ..meta
         })
         .await;
         Ok(())
@@ -507,6 +518,7 @@ impl<'a> Agent<'a> {
 
     /// No LBNodeAgent applies to this node: it holds nothing and says so.
     async fn idle(&mut self) -> anyhow::Result<()> {
+        self.introduced = None;
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
             generation: self.generation,
@@ -605,22 +617,6 @@ impl<'a> Agent<'a> {
         Ok(self.links.kernel.snapshot().await?)
     }
 
-    async fn tell_members(&mut self, meta: Meta) {
-        if meta == self.meta {
-            return;
-        }
-        tracing::info!(subnets = ?meta.subnets, leaving = meta.is_leaving, drained = meta.is_drained, "telling the members");
-        match self.links.members.set_meta(&meta).await {
-            Ok(0) => {}
-            Ok(left_out) => tracing::warn!(
-                left_out,
-                "too many subnets for the gossip: the last ones are not announced"
-            ),
-            Err(error) => tracing::warn!(%error, "members not told"),
-        }
-        self.meta = meta;
-    }
-
     /// Keeps addresses that another node has won for [`LINGER`], until it has told the neighbours.
     fn linger(&mut self, plan: &Plan, snapshot: &Snapshot, desired: &mut BTreeSet<VipAddress>) {
         let now = Instant::now();
@@ -650,6 +646,7 @@ impl<'a> Agent<'a> {
         let has_others = self.links.members.snapshot().len() > 1;
         self.tell_members(Meta {
             is_leaving: true,
+            is_starting: false,
             ..self.meta.clone()
         })
         .await;

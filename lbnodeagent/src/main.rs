@@ -32,8 +32,17 @@ struct Flags {
     routers_follow_seconds: u16,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+/// How long tasks have that are still under way when everything is done: they have nothing to do any more.
+const LAST_TASKS: Duration = Duration::from_millis(500);
+
+fn main() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let result = runtime.block_on(run());
+    runtime.shutdown_timeout(LAST_TASKS);
+    result
+}
+
+async fn run() -> anyhow::Result<()> {
     let mut flags = Flags::parse();
     flags.common.log_level = format!("{},{QUIET_DIRECTIVES}", flags.common.log_level);
     let metrics = Metrics::default();

@@ -228,13 +228,18 @@ impl Members {
         if !is_new {
             return Ok(left_out);
         }
-        match self.list.update_node(UPDATE_TIMEOUT).await {
-            Err(memberlist::error::Error::NotRunning) => Err(MembersError::Left),
-            Err(error) => {
+        // Memberlist counts its time from when it has its locks.
+        match timeout(UPDATE_TIMEOUT * 2, self.list.update_node(UPDATE_TIMEOUT)).await {
+            Ok(Err(memberlist::error::Error::NotRunning)) => Err(MembersError::Left),
+            Ok(Err(error)) => {
                 tracing::debug!(%error, "metadata not sent yet");
                 Ok(left_out)
             }
-            Ok(()) => Ok(left_out),
+            Err(_) => {
+                tracing::warn!("gossip does not take up what this node says");
+                Ok(left_out)
+            }
+            Ok(Ok(())) => Ok(left_out),
         }
     }
 

@@ -30,18 +30,27 @@ struct Known {
 }
 
 impl Presence {
-    /// The candidates besides this node.
-    pub fn candidates(&mut self, now: Duration, this: &str, living: &Living) -> BTreeMap<String, Candidate> {
+    /// The candidates besides this node. To one that has just started itself, `is_new`, others that have are candidates
+    /// too, so that of a cluster that starts at once not every node takes every VIP. To all the others they are what they
+    /// were before, or nothing: whoever holds a VIP lets go of it once the other has it.
+    pub fn candidates(
+        &mut self,
+        now: Duration,
+        this: &str,
+        is_new: bool,
+        living: &Living,
+    ) -> BTreeMap<String, Candidate> {
         for known in self.known.values_mut() {
             known.missed.get_or_insert(now);
         }
         for (name, member) in living.iter().filter(|(name, _)| *name != this) {
+            let counts = member.meta.generation > 0 && (is_new || !member.meta.is_starting);
             // An agent that has just started has nothing to say yet; its kernel holds what it held.
-            if member.meta.generation == 0 && self.known.contains_key(name) {
+            if !counts && self.known.contains_key(name) {
                 continue;
             }
             let known = Known {
-                meta: member.meta.clone(),
+                meta: if counts { member.meta.clone() } else { Meta::default() },
                 missed: None,
             };
             self.known.insert(name.clone(), known);
@@ -107,29 +116,62 @@ mod tests {
         presence.candidates(
             NOW,
             "me",
+            false,
             &living(&[("me", 1, false), ("dead", 1, false), ("left", 1, true)]),
         );
         let later = NOW + Duration::from_millis(10);
-        let candidates = presence.candidates(later, "me", &living(&[("me", 1, false)]));
+        let candidates = presence.candidates(later, "me", false, &living(&[("me", 1, false)]));
         let names: Vec<_> = candidates.keys().map(String::as_str).collect();
         assert_eq!(names, ["dead"]);
         assert_eq!(candidates["dead"].standing, Standing::Departed { is_recent: true });
         assert_eq!(presence.wake_in(NOW + IN_ABEYANCE), Some(Duration::from_millis(10)));
-        let candidates = presence.candidates(later + IN_ABEYANCE, "me", &living(&[]));
+        let candidates = presence.candidates(later + IN_ABEYANCE, "me", false, &living(&[]));
         assert_eq!(candidates["dead"].standing, Standing::Departed { is_recent: false });
-        assert!(presence.candidates(later + REMEMBERED, "me", &living(&[])).is_empty());
+        assert!(
+            presence
+                .candidates(later + REMEMBERED, "me", false, &living(&[]))
+                .is_empty()
+        );
     }
 
     #[test]
     fn an_agent_that_comes_back_is_what_it_was_until_it_has_something_to_say() {
         let mut presence = Presence::default();
-        presence.candidates(NOW, "me", &living(&[("w11", 1, false), ("new", 0, false)]));
+        presence.candidates(NOW, "me", false, &living(&[("w11", 1, false), ("new", 0, false)]));
         let later = NOW + Duration::from_secs(1);
-        let candidates = presence.candidates(later, "me", &living(&[("w11", 0, false), ("new", 0, false)]));
+        let candidates = presence.candidates(later, "me", false, &living(&[("w11", 0, false), ("new", 0, false)]));
         assert_eq!(candidates["w11"].standing, Standing::Departed { is_recent: true });
         assert_eq!(candidates["w11"].addresses.len(), 1);
         assert_eq!(candidates["new"].addresses.len(), 0);
-        let candidates = presence.candidates(later, "me", &living(&[("w11", 2, false)]));
+        let candidates = presence.candidates(later, "me", false, &living(&[("w11", 2, false)]));
         assert_eq!(candidates["w11"].standing, Standing::Member);
+    }
+
+    #[test]
+    fn agents_that_start_together_see_each_other_and_those_before_them_do_not() {
+        let starting = || {
+            let mut living = living(&[("back", 2, false), ("new", 1, false)]);
+            for member in living.values_mut() {
+                member.meta.is_starting = true;
+            }
+            living
+        };
+        let later = NOW + Duration::from_millis(10);
+        for (is_new, back, new) in [
+            (false, Standing::Departed { is_recent: true }, 0),
+            (true, Standing::Member, 1),
+        ] {
+            let mut presence = Presence::default();
+            presence.candidates(NOW, "me", is_new, &living(&[("back", 1, false)]));
+            let candidates = presence.candidates(later, "me", is_new, &starting());
+            assert_eq!(candidates["back"].standing, back, "{is_new}");
+            assert_eq!(candidates["back"].addresses.len(), 1, "{is_new}");
+            assert_eq!(candidates["new"].addresses.len(), new, "{is_new}");
+            // They have started.
+            let candidates =
+                presence.candidates(later, "me", is_new, &living(&[("back", 2, false), ("new", 1, false)]));
+            assert_eq!(candidates["back"].standing, Standing::Member, "{is_new}");
+            assert_eq!(candidates["new"].addresses.len(), 1, "{is_new}");
+        }
     }
 }

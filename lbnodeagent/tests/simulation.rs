@@ -492,7 +492,7 @@ impl World {
             .map(|index| self.member(*index))
             .collect();
         let this = &mut self.nodes[node];
-        let mut candidates = this.presence.candidates(now, &this.name, &living);
+        let mut candidates = this.presence.candidates(now, &this.name, false, &living);
         let own = Candidate {
             addresses: [ipnet::IpNet::new(this.address, 16).unwrap()].into(),
             ..Candidate::default()

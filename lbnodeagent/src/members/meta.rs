@@ -15,12 +15,14 @@ const VERSION: u8 = 1;
 const HEADER_LEN: usize = 10;
 const LEAVING: u8 = 0x01;
 const DRAINED: u8 = 0x02;
+const STARTING: u8 = 0x04;
 /// Added to the prefix length of an IPv6 subnet, so that one byte tells the family too.
 const V6_OFFSET: u8 = 64;
 
 /// What a node says about itself.
 ///
-/// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained; the others are ignored), instance generation (8, big
+/// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained, bit 2 starting; the others are
+/// ignored), instance generation (8, big
 /// endian), then each subnet as its prefix length (1; 0 to 32 is IPv4, 64 to 192 is IPv6) and this node's own address
 /// there (4 or 16). An IPv4 subnet takes 5 bytes, an IPv6 one 17: 22 dual-stack interfaces fit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,6 +31,9 @@ pub struct Meta {
     pub is_leaving: bool,
     /// The node carries no VIPs: it is excluded from external load balancers, or about to be deleted.
     pub is_drained: bool,
+    /// The agent has just started: it stands for election among others that do, and holds nothing yet for which another
+    /// should let go.
+    pub is_starting: bool,
     /// Grows with every start of the agent on this node; 0 when not said.
     pub generation: u64,
     /// The subnets its interfaces offer, each as the node's own address there and the length of its prefix.
@@ -61,7 +66,15 @@ pub enum MetaError {
 impl Meta {
     /// The bytes to gossip. Subnets that do not fit are left out, the same ones every time.
     pub fn encode(&self) -> EncodedMeta {
-        let flags = if self.is_leaving { LEAVING } else { 0 } | if self.is_drained { DRAINED } else { 0 };
+        let flags = [
+            (self.is_leaving, LEAVING),
+            (self.is_drained, DRAINED),
+            (self.is_starting, STARTING),
+        ];
+        let flags = flags
+            .into_iter()
+            .filter(|(is_set, _)| *is_set)
+            .fold(0, |all, (_, flag)| all | flag);
         let mut bytes = vec![VERSION, flags];
         bytes.extend(self.generation.to_be_bytes());
         let mut written = 0;
@@ -95,6 +108,7 @@ impl Meta {
         Ok(Self {
             is_leaving: flags & LEAVING != 0,
             is_drained: flags & DRAINED != 0,
+            is_starting: flags & STARTING != 0,
             generation: u64::from_be_bytes(generation),
             subnets,
         })
@@ -147,10 +161,11 @@ mod tests {
                 Meta {
                     is_leaving: true,
                     is_drained: true,
+                    is_starting: true,
                     generation: 0x0102,
                     ..Meta::default()
                 },
-                &[1, 3, 0, 0, 0, 0, 0, 0, 1, 2],
+                &[1, 7, 0, 0, 0, 0, 0, 0, 1, 2],
             ),
             (
                 "the node's own addresses",
@@ -194,7 +209,7 @@ mod tests {
 
     #[test]
     fn unknown_flags_are_ignored() {
-        let bytes = [1, 0xfc, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 128, 0, 1];
+        let bytes = [1, 0xf8, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 128, 0, 1];
         assert_eq!(Meta::decode(&bytes), Ok(meta(&["10.128.0.1/9"])));
     }
 
@@ -225,10 +240,11 @@ mod tests {
         fn what_is_encoded_is_read_back_and_never_too_long(
             is_leaving: bool,
             is_drained: bool,
+            is_starting: bool,
             generation: u64,
             subnets in proptest::collection::btree_set(any_subnet(), 0..80),
         ) {
-            let meta = Meta { is_leaving, is_drained, generation, subnets };
+            let meta = Meta { is_leaving, is_drained, is_starting, generation, subnets };
             let encoded = meta.encode();
             prop_assert!(encoded.bytes.len() <= MAX_META_LEN);
             let read = Meta::decode(&encoded.bytes).unwrap();
