@@ -20,7 +20,7 @@ MINUTES ?= 30
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover soak bench-routing vm docs book crds manifest deny clean
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,7 +57,7 @@ lab: kubernetes ## A shell in a cluster with the product installed
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/demo --shell
 
-test: lint deny unit chart e2e book ## All tests
+test: lint deny unit chart e2e docs ## All tests
 
 lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
@@ -93,11 +93,8 @@ bench-routing: kubernetes ## What a node's death and a lost next hop cost, measu
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --package e2e --test routing -- --ignored --nocapture --test-threads 1 measured
 
-docs: ## Build the book in target/book (and mdBook itself, once: some minutes)
+docs: ## Build the book in target/book (and mdBook itself, once: some minutes); unit tests check its links
 	"$$(docs/mdbook | tail -n 1)" build docs
-
-book: ## The same where mdBook is there already; links are checked by the unit tests in any case
-	@if mdbook=$$(docs/mdbook --find); then "$$mdbook" build docs; else echo "mdBook is not there: the book is not built (make docs)"; fi
 
 # What a virtual node needs beside PACKAGES.
 VM_PACKAGES := busybox-static kmod qemu-system-x86

@@ -200,7 +200,8 @@ fn good_groups_are_accepted_and_bad_ones_refused_in_a_sentence() -> Result<()> {
                 }
             }
         }
-        one_object_reads_as_both_versions(&lab).await
+        one_object_reads_as_both_versions(&lab).await?;
+        kubectl_says_it_all(&lab).await
     })
 }
 
@@ -250,5 +251,49 @@ async fn one_object_reads_as_both_versions(lab: &Lab) -> Result<()> {
         .await?;
     let heading: Vec<&str> = v1.lines().next().unwrap_or_default().split_whitespace().collect();
     ensure!(heading == ["NAME", "AGE"], "v1 shows what it always showed: {v1}");
+    Ok(())
+}
+
+/// Columns, short names, the category, and an explanation of any field.
+async fn kubectl_says_it_all(lab: &Lab) -> Result<()> {
+    lab.apply("{apiVersion: purelb.io/v2, kind: LBNodeAgent, metadata: {name: default, namespace: purelb}, spec: {local: {}}}")
+        .await?;
+    let all = lab.kubectl(["get", "purelb", "-n", "purelb", "-o", "name"]).await?;
+    for name in ["lbnodeagent.purelb.io/default", "servicegroup.purelb.io/g101"] {
+        ensure!(
+            all.lines().any(|line| line == name),
+            "no {name} in `kubectl get purelb`: {all}"
+        );
+    }
+    let few = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 AGE";
+    let many = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 ADDRESSES AVAILABLE-V4 AVAILABLE-V6 NAMESPACES ENFORCED BOUND AGE";
+    for (kind, output, expected) in [
+        ("servicegroups", "", few),
+        ("sg", "wide", many),
+        ("sgs", "", few),
+        ("lbnodeagents", "", "NAME AGE"),
+        ("lbna", "", "NAME AGE"),
+        ("lbnas", "wide", "NAME AGE"),
+    ] {
+        let shown = lab.kubectl(["get", kind, "-n", "purelb", "-o", output]).await?;
+        let heading: Vec<&str> = shown.lines().next().unwrap_or_default().split_whitespace().collect();
+        ensure!(
+            heading.join(" ") == expected,
+            "kubectl get {kind} -o {output:?}: {shown}"
+        );
+    }
+    // That every field has a text is a unit test of the definitions; here, that it arrives, in both versions.
+    for version in ["v1", "v2"] {
+        for (field, text) in [
+            ("servicegroup.spec.local.v4pools.pool", "First and last address"),
+            ("servicegroup.status.allocatedIPv4", "IPv4 addresses in use"),
+            ("lbnodeagent.spec.local.garpConfig.count", "Rounds"),
+        ] {
+            let explained = lab
+                .kubectl(["explain", field, &format!("--api-version=purelb.io/{version}")])
+                .await?;
+            ensure!(explained.contains(text), "{version} {field}: {explained}");
+        }
+    }
     Ok(())
 }

@@ -1,11 +1,11 @@
-//! In place of PureLB: a cluster as its releases leave it is taken over, and every Service keeps its address.
+//! In place of PureLB, or of MetalLB: a cluster as they leave it is taken over, and every Service keeps its address.
 #![allow(clippy::indexing_slicing, reason = "tests may panic")]
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, wait_until};
+use e2e::{Lab, Options, ROOT, wait_until};
 use serde_json::Value;
 
 /// Far more than anything here takes: the machine may be busy.
@@ -122,6 +122,118 @@ fn taken_over(release: &str, options: &[&str]) -> Result<()> {
         product.allocator.check()?;
         lab.check_processes()
     })
+}
+
+/// What MetalLB leaves: its annotations, and addresses in the status of Services.
+const METALLB: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: first-pool, namespace: purelb}
+spec: {local: {v4pools: [{pool: 10.31.188.64-10.31.188.90, subnet: 10.31.0.0/16}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: any, namespace: web, annotations: {metallb.io/ip-allocated-from-pool: first-pool}}
+spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: asks
+  namespace: web
+  annotations:
+    metallb.io/address-pool: first-pool
+    metallb.universe.tf/allow-shared-ip: it's one
+spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 81, targetPort: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: insists
+  namespace: web
+  annotations: {metallb.io/loadBalancerIPs: 10.31.188.70}
+spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 80}]}
+";
+
+#[test]
+fn a_cluster_of_metallb_is_taken_over_as_the_docs_say() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.kubectl(["create", "namespace", "web"]).await?;
+        lab.install().await.context("one apply")?;
+        wait_until("the definitions are served", SOON, async || lab.apply(METALLB).await).await?;
+        let kept = [
+            ("any", "10.31.188.66"),
+            ("asks", "10.31.188.65"),
+            ("insists", "10.31.188.70"),
+        ];
+        for (service, ip) in kept {
+            let status =
+                format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{{"ip": "{ip}", "ipMode": "VIP"}}]}}}}}}"#);
+            let arguments = [
+                "patch",
+                "service",
+                service,
+                "-n",
+                "web",
+                "--subresource=status",
+                "--type=merge",
+                "-p",
+            ];
+            lab.kubectl(arguments.into_iter().chain([status.as_str()])).await?;
+        }
+        lab.apply(BACKENDS).await?;
+        lab.ready_pods("web", "app=web", 2).await?;
+
+        // The command of the page, with what it prints given to a shell.
+        let script = format!(
+            "KUBECONFIG={} PATH={}:$PATH; export KUBECONFIG PATH\n({}) | sh -e",
+            lab.admin_kubeconfig(),
+            e2e::binaries()?.display(),
+            translation()?
+        );
+        lab.exec(ROOT, ["sh", "-ec", &script]).await.context("translating")?;
+        for (name, annotation, value) in [
+            ("asks", "purelb.io/service-group", "first-pool"),
+            ("asks", "purelb.io/allow-shared-ip", "it's one"),
+            ("insists", "purelb.io/addresses", "10.31.188.70"),
+            ("any", "purelb.io/allocated-by", "PureLB"),
+        ] {
+            let service = service(&lab, name).await?;
+            ensure!(service["metadata"]["annotations"][annotation] == value, "{service}");
+        }
+
+        let product = lab.start_product().await?;
+        for (name, ip) in kept {
+            wait_until(&format!("{name} is ours, and answers"), SOON, async || {
+                let service = service(&lab, name).await?;
+                let annotations = &service["metadata"]["annotations"];
+                ensure!(
+                    annotations["purelb.io/allocated-from"] == "first-pool"
+                        && annotations["purelb.io/announcing-IPv4"].is_string(),
+                    "{service}"
+                );
+                let port = &service["spec"]["ports"][0]["port"];
+                let answer = lab.get("client", &format!("http://{ip}:{port}/")).await?;
+                ensure!(answer.status == 200, "status {}", answer.status);
+                Ok(())
+            })
+            .await?;
+            ensure!(ingress(&lab, name).await? == [ip], "{name} has another address");
+        }
+        product.allocator.check()?;
+        lab.check_processes()
+    })
+}
+
+/// The command in `docs/coming-from.md` that translates annotations.
+fn translation() -> Result<String> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/coming-from.md");
+    let text = std::fs::read_to_string(page)?;
+    let (_, after) = text
+        .split_once("<!-- run by e2e/tests/takeover.rs -->\n   ```sh\n")
+        .context("the page has no such command")?;
+    let (command, _) = after.split_once("```").context("it has no end")?;
+    Ok(command.to_owned())
 }
 
 /// The definitions and objects of a release, its Services with their status, and its addresses in the kernels. Returns the Service
