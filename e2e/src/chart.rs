@@ -124,6 +124,9 @@ impl Lab {
         if let Some(host) = &volume.host_path {
             return Ok(host_path(node, &host.path));
         }
+        if volume.empty_dir.is_some() {
+            return Ok(host_path(node, &format!("/empty/{}", volume.name)));
+        }
         let source = volume
             .config_map
             .as_ref()

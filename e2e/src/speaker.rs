@@ -104,6 +104,12 @@ impl Config {
         Self(format!("{}ip prefix-list VIPS permit {prefix} le 32\n", self.0))
     }
 
+    /// Replaces a part of the text, as an operator does who edits the file.
+    #[must_use]
+    pub fn edited(self, from: &str, to: &str) -> Self {
+        Self(self.0.replace(from, to))
+    }
+
     /// The text as it is now.
     pub fn text(&self) -> &str {
         &self.0
@@ -151,6 +157,14 @@ impl Speaker {
                 self.lab.exec(&self.ns, argv).await
             }
             Daemon::GoBgp => self.lab.exec(&self.ns, ["gobgp"].into_iter().chain(words)).await,
+        }
+    }
+
+    /// Where it can be asked, as the node agent is told. `GoBGP` has no such socket.
+    pub fn control_socket(&self) -> String {
+        match self.daemon {
+            Daemon::Bird => format!("bird={}", self.bird_socket()),
+            Daemon::Frr | Daemon::GoBgp => format!("frr={}/bgpd.vty", self.frr_directory()),
         }
     }
 

@@ -7,6 +7,7 @@
 mod asking;
 mod counting;
 mod introducing;
+mod routing;
 mod telling;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -37,6 +38,7 @@ use crate::neighbor::frame::Mac;
 use crate::picture::{Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Place, Plan};
 use crate::presence::Presence;
+use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher};
 use crate::steadiness::{Others, Steadiness};
 
@@ -53,6 +55,8 @@ pub struct Settings {
     pub keys: Keys,
     /// How long routers may need to stop sending to a node that has withdrawn its routed addresses.
     pub routers_follow_in: Duration,
+    /// The routing daemon of this node, if it can be asked.
+    pub routing_daemon: Option<daemons::Daemon>,
 }
 
 /// How long an address stays after another node has won its election: the winner adds it and tells the
@@ -129,6 +133,12 @@ pub async fn run(
         agent.held.subscribe(),
         again.clone()
     ));
+    let (unadvertised, mut not_advertised) = watch::channel(BTreeMap::new());
+    if let Some(daemon) = agent.settings.routing_daemon.clone() {
+        let (routed, metrics) = (agent.routed.subscribe(), agent.links.metrics.clone());
+        // Beside this loop, which a long answer must not hold up.
+        tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, metrics));
+    }
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
@@ -140,6 +150,7 @@ pub async fn run(
             Ok(()) = living.changed() => {}
             Ok(()) = heard.changed() => {}
             Ok(()) = api_reachable.changed() => {}
+            Ok(()) = not_advertised.changed() => {}
             () = kernel.changed() => {}
             () = watcher.taken_over() => {
                 tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
@@ -168,6 +179,7 @@ pub async fn run(
         agent.members_before = members.keys().cloned().collect();
         agent.heard = heard.borrow_and_update().clone();
         agent.is_api_reachable = *api_reachable.borrow_and_update();
+        agent.unadvertised = not_advertised.borrow_and_update().clone();
         agent.reconcile(&members).await?;
     }
     agent.withdraw().await;
@@ -239,6 +251,12 @@ struct Agent<'a> {
     announcing: BTreeMap<(ServiceKey, IpAddr), String>,
     /// Local addresses held, for announcements under way to look at.
     held: watch::Sender<Held>,
+    /// Routed addresses held, for the routing daemon to be asked about.
+    routed: watch::Sender<BTreeSet<IpAddr>>,
+    /// Those of them that no route is advertised to.
+    unadvertised: BTreeMap<IpAddr, Unadvertised>,
+    /// What was said about that, by the name of the cause.
+    said_unadvertised: BTreeMap<(ServiceKey, IpAddr), &'static str>,
     /// Addresses that another node has won, and until when they stay here.
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// What is known of addresses that were never announced.
@@ -290,6 +308,9 @@ impl<'a> Agent<'a> {
             dummy: None,
             announcing: BTreeMap::new(),
             held: watch::Sender::new(Held::new()),
+            routed: watch::Sender::new(BTreeSet::new()),
+            unadvertised: BTreeMap::new(),
+            said_unadvertised: BTreeMap::new(),
             lingering: BTreeMap::new(),
             findings: Findings::default(),
             annotating: BTreeSet::new(),
@@ -536,6 +557,8 @@ impl<'a> Agent<'a> {
             .announcing(&self.settings.node, &self.announcing, &BTreeMap::new());
         self.announcing.clear();
         self.held.send_replace(Held::new());
+        self.routed.send_replace(BTreeSet::new());
+        self.said_unadvertised.clear();
         if let Some(name) = self.dummy.take() {
             self.links.kernel.remove_dummy(&name).await?;
         }
@@ -657,6 +680,7 @@ impl<'a> Agent<'a> {
         let (routed, local): (Vec<_>, Vec<_>) = difference(&BTreeSet::new(), &snapshot)
             .into_iter()
             .partition(|change| dummy.is_some_and(|link| link.index == change.key().0));
+        self.routed.send_replace(BTreeSet::new());
         self.take_off(&routed).await;
         let routers_know = Instant::now() + self.settings.routers_follow_in;
         if has_others && !local.is_empty() {

@@ -17,5 +17,6 @@ pub mod picture;
 pub mod plan;
 pub mod presence;
 pub mod probe;
+pub mod routing;
 pub mod standby;
 pub mod steadiness;

@@ -8,6 +8,7 @@ use clap::Parser;
 use lbnodeagent::controller::{self, Settings};
 use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
 use lbnodeagent::metrics::Metrics;
+use lbnodeagent::routing::Daemon;
 
 /// Announces addresses of Services from this node.
 #[derive(Parser)]
@@ -30,6 +31,9 @@ struct Flags {
     /// Seconds between taking routed addresses off and the end of this process: routers follow within them.
     #[arg(long, env = "PURELB_ROUTERS_FOLLOW_SECONDS", default_value = "5", value_parser = clap::value_parser!(u16).range(0..=600))]
     routers_follow_seconds: u16,
+    /// The routing daemon of this node, `bird=SOCKET` or `frr=SOCKET`: it is asked whether it advertises the routed addresses.
+    #[arg(long, env = "PURELB_ROUTING_DAEMON")]
+    routing_daemon: Option<Daemon>,
 }
 
 /// How long tasks have that are still under way when everything is done: they have nothing to do any more.
@@ -61,6 +65,7 @@ async fn run() -> anyhow::Result<()> {
         namespace: flags.common.namespace,
         keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
         routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),
+        routing_daemon: flags.routing_daemon,
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

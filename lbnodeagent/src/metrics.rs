@@ -136,6 +136,7 @@ pub struct Metrics {
     selector: Family<State, Gauge>,
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
+    unadvertised: Family<OfCause, Gauge>,
 }
 
 /// Addresses taken over from another node.
@@ -240,6 +241,11 @@ impl Metrics {
             "Addresses the kernel did not hold as it should, though nothing was decided anew: restored, leftover",
             self.corrections.clone(),
         );
+        agent.register(
+            "not_advertised",
+            "Routed addresses here that the node's routing daemon advertises no route to, by cause",
+            self.unadvertised.clone(),
+        );
     }
 
     /// What this node announces changed.
@@ -290,6 +296,15 @@ impl Metrics {
     /// The kernel had lost an address (`restored`), or had one nobody wanted (`leftover`).
     pub fn corrected(&self, kind: &'static str) {
         self.corrections.get_or_create(&OfKind { kind }).inc();
+    }
+
+    /// How many routed addresses each cause keeps from being advertised.
+    pub fn unadvertised(&self, counts: &BTreeMap<&'static str, usize>) {
+        for (cause, count) in counts {
+            let labels = OfCause { cause };
+            let count = i64::try_from(*count).unwrap_or(i64::MAX);
+            self.unadvertised.get_or_create(&labels).set(count);
+        }
     }
 
     /// Which LBNodeAgent applies.

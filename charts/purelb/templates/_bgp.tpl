@@ -18,6 +18,9 @@ bgp.nodes lists them; without it there is one kind, of all nodes.
 {{- if and .Values.bird.enabled .Values.frr.enabled }}
 {{- fail "bird.enabled and frr.enabled: a node has one BGP port, enable one of them" }}
 {{- end }}
+{{- if .Values.lbnodeagent.routingDaemon }}
+{{- fail "lbnodeagent.routingDaemon is for a daemon of your own: leave it empty with bird.enabled or frr.enabled" }}
+{{- end }}
 {{- if not .Values.lbnodeagent.enabled }}
 {{- fail "bird.enabled and frr.enabled need lbnodeagent.enabled: without it nothing puts addresses on the interface they announce" }}
 {{- end }}
@@ -53,6 +56,14 @@ bgp.nodes lists them; without it there is one kind, of all nodes.
 {{- end }}
 {{- end }}
 
+{{/* The routing daemon that node agents ask what it advertises: KIND=SOCKET, a path of the node. Empty: none. */}}
+{{- define "purelb.bgp.daemon" -}}
+{{- if .Values.bird.enabled }}bird=/run/purelb/bird/bird.ctl
+{{- else if .Values.frr.enabled }}frr=/run/purelb/frr/bgpd.vty
+{{- else }}{{ .Values.lbnodeagent.routingDaemon }}
+{{- end }}
+{{- end }}
+
 {{/* Name of the interface whose addresses are announced. */}}
 {{- define "purelb.bgp.interface" -}}
 {{- .Values.lbnodeagent.dummyInterface | default .Values.lbnodeagent.extlbint | default "kube-lb0" }}
@@ -85,7 +96,7 @@ such as IPv6, and those in which it would be its own neighbor, are left out then
 {{/* The beginning of the start scripts: what is filled in. */}}
 {{- define "purelb.bgp.start" -}}
 set -eu
-umask 077 # of the configuration, which may hold passwords
+umask 077 # of the configuration in /run/bgp, which may hold passwords
 for address in $(echo "$NODE_IPS" | tr , ' '); do
   case $address in
   *:*) export NODE_IPV6="$address" ;;
@@ -197,15 +208,28 @@ spec:
           volumeMounts:
             - name: configuration
               mountPath: /etc/bgp
+            - name: filled
+              mountPath: /run/bgp
             - name: run
               mountPath: {{ .directory }}
+            - name: expected
+              mountPath: {{ .directory }}/expected
       volumes:
         - name: configuration
           configMap:
             name: {{ $name }}
-        # Its control socket, by which birdc and vtysh on the node tell what is announced.
+        # The configuration with addresses and passwords, seen by nobody else.
+        - name: filled
+          emptyDir:
+            medium: Memory
+        # Its control socket, by which the node agent, and birdc and vtysh on the node, ask what is advertised.
         - name: run
           hostPath:
             path: /run/purelb/{{ .daemon }}
+            type: DirectoryOrCreate
+        # Tells the node agent that a daemon is to run on this node, also while its image cannot be pulled.
+        - name: expected
+          hostPath:
+            path: /run/purelb/{{ .daemon }}/expected
             type: DirectoryOrCreate
 {{- end }}

@@ -2,6 +2,7 @@
 //!
 //! The configurations of nodes and routers are in `topologies/`; `docs/routing.md` has the pictures.
 
+mod advertised;
 mod calico;
 mod docs;
 mod leaving;

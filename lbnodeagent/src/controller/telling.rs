@@ -104,6 +104,7 @@ impl Agent<'_> {
             }
         }
         self.announcing = now_announcing;
+        self.tell_advertising(plan, &failed);
     }
 
     /// Tells the neighbours on a link where an address is now. Before each round it is verified that this node still
