@@ -335,7 +335,7 @@ fn none_free(ledger: &Ledger, request: &Request, home: &Home, family: Family) ->
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::ledger::tests::{claim, groups, ip, service};
 
@@ -348,7 +348,7 @@ mod tests {
         ledger
     }
 
-    fn request(name: &str, group: &str, families: &[Family]) -> Request {
+    pub(crate) fn request(name: &str, group: &str, families: &[Family]) -> Request {
         Request {
             service: service(name),
             group: Some(group.into()),

@@ -116,3 +116,168 @@ pub fn local_allowed() -> Notice {
          forwarded inter-node. This is not a recommended configuration; please see the PureLB docs for more info.",
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decide::tests::request;
+    use crate::ledger::tests::ip;
+    use crate::refusal::Ambiguity;
+    use crds::event::Kind;
+    use serde_json::json;
+
+    fn service(addresses: &[&str]) -> Service {
+        let ingress: Vec<_> = addresses.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "default", "name": "web"},
+            "status": {"loadBalancer": {"ingress": ingress}},
+        }))
+        .unwrap()
+    }
+
+    fn grant(addresses: &[&str], is_multi_pool: bool) -> Grant {
+        Grant {
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+            groups: vec!["g".into(), "h".into()],
+            announce: None,
+            skip_ipv6_dad: false,
+            is_multi_pool,
+            ambiguity: None,
+            shortfall: None,
+        }
+    }
+
+    /// What a Service that asks for IPv4 is told when it had these addresses and has those.
+    fn told(before: &[&str], grant: &Grant) -> Vec<(Kind, &'static str, String)> {
+        let notices = granted(&service(before), &request("web", "g", &[Family::V4]), grant);
+        let parts = notices.into_iter().map(|said| (said.kind, said.reason, said.message));
+        parts.collect()
+    }
+
+    #[test]
+    fn what_is_granted_is_told_in_the_words_users_know() {
+        let one = ["10.0.0.1"].as_slice();
+        let two = ["10.0.0.1", "10.0.1.1"].as_slice();
+        for (name, before, now, is_multi_pool, reason, message) in [
+            (
+                "one",
+                &[][..],
+                one,
+                false,
+                "AddressAssigned",
+                "Assigned {Ingress:[{IP:10.0.0.1 Hostname: Ports:[]}]} from pool g, h",
+            ),
+            (
+                "both families",
+                &[],
+                &["10.0.0.1", "fd00::1"],
+                false,
+                "AddressAssigned",
+                "Assigned {Ingress:[{IP:10.0.0.1 Hostname: Ports:[]} {IP:fd00::1 Hostname: Ports:[]}]} from pool g, h",
+            ),
+            (
+                "multi-pool",
+                &[],
+                two,
+                true,
+                "AddressAssigned",
+                "Multi-pool: assigned 2 IPs from pool g, h",
+            ),
+            (
+                "a range more",
+                one,
+                two,
+                true,
+                "AddressAssigned",
+                "Incremental multi-pool: added 1 IPs (total 2) from pool g, h",
+            ),
+            (
+                "a family less",
+                &["10.0.0.1", "fd00::1"],
+                one,
+                false,
+                "AddressReleased",
+                "Released addresses no longer needed after IP family transition: [fd00::1]",
+            ),
+        ] {
+            let expected = vec![(Kind::Normal, reason, message.to_owned())];
+            assert_eq!(told(before, &grant(now, is_multi_pool)), expected, "{name}");
+        }
+        assert_eq!(told(one, &grant(one, false)), [], "nothing new");
+        let ambiguous = Grant {
+            ambiguity: Some(Ambiguity::None {
+                namespace: "default".into(),
+                groups: vec!["g".into(), "h".into()],
+            }),
+            ..grant(one, false)
+        };
+        let message = "namespace \"default\" is served by [g h] and none sets namespaceDefault; exactly one must; allocated from \"default\" instead";
+        let warning = (Kind::Warning, "ConfigurationWarning", message.to_owned());
+        assert_eq!(told(one, &ambiguous), [warning]);
+    }
+
+    #[test]
+    fn what_is_refused_or_taken_is_told_with_its_reason() {
+        let refusal = Refusal::MultiPoolBalanced("g".into());
+        let full = Refusal::RangesFull {
+            group: "g".into(),
+            ranges: vec!["10.0.0.0/24".into()],
+        };
+        let taken = Refusal::PortInUse {
+            port: crate::ledger::Port {
+                protocol: "TCP".into(),
+                number: 80,
+            },
+            ip: ip("10.0.0.1"),
+            holder: ServiceKey::new("default", "other"),
+        };
+        for (notice, kind, reason, message) in [
+            (
+                refused(&service(&[]), &refusal),
+                Kind::Warning,
+                "AllocationFailed",
+                "Failed to allocate IP for \"default/web\": multi-pool and balancePools allocation are mutually exclusive for pool g: ",
+            ),
+            (
+                refused(&service(&["10.0.0.1"]), &refusal),
+                Kind::Warning,
+                "AllocationFailed",
+                "Incremental multi-pool allocation refused for \"default/web\": multi-pool and balancePools ",
+            ),
+            (
+                incomplete(&full),
+                Kind::Warning,
+                "AllocationIncomplete",
+                "Only a part of what was asked for: no free address in 10.0.0.0/24 of pool \"g\"; add a range ",
+            ),
+            (
+                conflict(ip("10.0.0.1"), &taken, &[ip("10.0.0.2")]),
+                Kind::Warning,
+                "AddressConflict",
+                "10.0.0.1 is another Service's too, which keeps it: port TCP/80 on \"10.0.0.1\" is already in use by default/other",
+            ),
+            (
+                released("ClusterIP"),
+                Kind::Normal,
+                "AddressReleased",
+                "Service is Type ClusterIP, not LoadBalancer",
+            ),
+            (leaving(), Kind::Normal, "AddressReleased", "Service is being deleted"),
+            (
+                local_overridden(),
+                Kind::Normal,
+                "LocalOverride",
+                "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster. ",
+            ),
+            (
+                local_allowed(),
+                Kind::Normal,
+                "LocalOverride",
+                "ExternalTrafficPolicy override annotation found, will allow Local policy. ",
+            ),
+        ] {
+            assert_eq!((notice.kind, notice.reason), (kind, reason), "{message}");
+            assert!(notice.message.starts_with(message), "{}", notice.message);
+        }
+    }
+}

@@ -1,4 +1,4 @@
-//! The pages of the docs: links lead somewhere, and every page is in the book.
+//! The pages of the docs: links lead somewhere, every page is in the book, and every event is listed.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeSet;
@@ -98,4 +98,41 @@ fn every_page_of_docs_is_in_the_book() {
         .filter(|page| page != "SUMMARY.md")
         .collect();
     assert_eq!(listed, kept, "docs/SUMMARY.md lists the pages of docs/");
+}
+
+/// The sources of a program.
+fn sources(directory: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let (directories, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    files
+        .into_iter()
+        .chain(directories.iter().flat_map(|path| sources(path)))
+        .collect()
+}
+
+#[test]
+fn every_event_is_in_the_list() {
+    let listed = std::fs::read_to_string(root().join("docs/events.md")).unwrap();
+    let mut reasons = BTreeSet::new();
+    for source in ["allocator/src", "lbnodeagent/src"]
+        .iter()
+        .flat_map(|path| sources(&root().join(path)))
+    {
+        let text = std::fs::read_to_string(source).unwrap();
+        for part in text.split("Notice::").skip(1) {
+            let kind = part.split('(').next().unwrap();
+            let argument = part.split(['(', ',']).nth(1).unwrap().trim();
+            if let ("normal" | "warning", Some(reason)) = (kind, argument.strip_prefix('"')) {
+                reasons.insert((kind.to_owned(), reason.trim_end_matches('"').to_owned()));
+            }
+        }
+    }
+    assert!(reasons.len() > 12, "only {reasons:?}");
+    for (kind, reason) in reasons {
+        let kind = if kind == "normal" { "Normal" } else { "Warning" };
+        assert!(
+            listed.contains(&format!("| {kind} | `{reason}` |")),
+            "docs/events.md does not list {kind} {reason}"
+        );
+    }
 }
