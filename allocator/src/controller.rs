@@ -35,7 +35,7 @@ use crate::controller::external::External;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
-use crate::ipam::Token;
+use crate::ipam::Access;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::metrics::Metrics;
 use crate::notices;
@@ -53,7 +53,7 @@ pub struct Settings {
     /// Name of this instance, for events.
     pub instance: String,
     /// What Netbox wants to see.
-    pub netbox_token: Token,
+    pub netbox: Access,
 }
 
 enum Input {
@@ -62,7 +62,7 @@ enum Input {
     Written(ServiceKey, kube::Result<Written>),
     StatusWritten(GroupKey, kube::Result<ServiceGroup>),
     Retry(ServiceKey),
-    Forget(ServiceKey, IpAddr),
+    Forget(IpAddr),
     External(external::Message),
 }
 
@@ -188,7 +188,7 @@ impl Controller {
             Input::Written(key, result) => self.written(key, result),
             Input::StatusWritten(key, result) => self.status_written(&key, result),
             Input::Retry(key) => self.reconcile(&key),
-            Input::Forget(host, ip) => self.forget_stranger(&host, ip),
+            Input::Forget(ip) => self.forget_stranger(ip),
             Input::External(message) => self.external_message(message),
         }
         let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);

@@ -65,11 +65,11 @@ impl Verdict {
 /// Judges all ServiceGroups. Where two overlap, the older one counts, so that a new group can never take
 /// addresses from one in use.
 ///
-/// `has_netbox_token` tells whether Netbox can be asked.
+/// `no_netbox` is why Netbox cannot be asked, where it cannot.
 pub fn judge(
     objects: &BTreeMap<GroupKey, Arc<ServiceGroup>>,
     install_namespace: &str,
-    has_netbox_token: bool,
+    no_netbox: Option<&GroupError>,
 ) -> BTreeMap<GroupKey, Verdict> {
     let mut by_age: Vec<(&GroupKey, &Arc<ServiceGroup>)> = objects.iter().collect();
     by_age.sort_by_key(|(key, group)| (group.creation_timestamp().map(|t| t.0), (*key).clone()));
@@ -79,9 +79,10 @@ pub fn judge(
         let verdict = if key.0 == install_namespace {
             match object.spec.parse() {
                 Err(error) => Verdict::Invalid(error),
-                Ok(group) if matches!(group.source, Source::Netbox(_)) && !has_netbox_token => {
-                    Verdict::Invalid(GroupError::NoNetboxToken)
-                }
+                Ok(Group {
+                    source: Source::Netbox(_),
+                    ..
+                }) if let Some(fault) = no_netbox => Verdict::Invalid(fault.clone()),
                 Ok(group) => {
                     let taken = valid.iter().find(|(_, other)| overlap(other, &group));
                     let overlapped = taken.map(|(other, _)| other.1.clone());
@@ -132,7 +133,7 @@ mod tests {
     }
 
     fn notices(groups: &[(&str, &str, &str, &str)]) -> Vec<String> {
-        judge(&objects(groups), "purelb", false)
+        judge(&objects(groups), "purelb", None)
             .iter()
             .map(|(key, verdict)| format!("{}: {}", key.1, verdict.notice(key).message))
             .collect()

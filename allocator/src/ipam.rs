@@ -14,7 +14,7 @@ use crds::servicegroup::Source;
 use crds::{Family, ServiceKey};
 use tokio::sync::Semaphore;
 
-pub use netbox::Token;
+pub use netbox::Access;
 
 use crate::metrics::Calls;
 
@@ -39,6 +39,8 @@ pub struct Query {
     pub want: Want,
     /// Whether a part is better than nothing.
     pub may_degrade: bool,
+    /// Addresses that hosts outside the cluster have: others are wanted.
+    pub avoid: BTreeSet<IpAddr>,
 }
 
 /// Which addresses are asked for.
@@ -92,6 +94,16 @@ pub enum Problem {
         /// The field with that address.
         field: &'static str,
     },
+    /// It is somebody else, or its certificate is of an authority that is not known here.
+    #[error(
+        "has a certificate at {at} that is not trusted ({cause}); put the certificate of its authority into the Secret netbox-client, key ca.crt, and restart the allocator"
+    )]
+    Untrusted {
+        /// The URL.
+        at: String,
+        /// What is wrong with it.
+        cause: String,
+    },
     /// It takes too long.
     #[error("did not answer within {} s; it is asked again", PATIENCE.as_secs())]
     Slow,
@@ -128,6 +140,11 @@ pub enum Problem {
     /// An address another Service has.
     #[error("gave {ip}, which is in use by {holders}; correct its records", ip = .0, holders = names(.1))]
     Taken(IpAddr, Vec<ServiceKey>),
+    /// An address that a host outside the cluster has, of this Ethernet address.
+    #[error(
+        "gave {0}, which the host {1} outside the cluster has already; take it off that host, or correct its records"
+    )]
+    Strangers(IpAddr, String),
     /// An address that another group gives out.
     #[error("gave {0}, which is in a range of ServiceGroup \"{1}\"; take it out of one of them")]
     InPoolOf(IpAddr, String),
@@ -148,6 +165,7 @@ impl Problem {
     pub fn cause(&self) -> String {
         match self {
             Self::Unreachable { at, .. } => format!("cannot be reached at {at}"),
+            Self::Untrusted { at, .. } => format!("has a certificate at {at} that is not trusted"),
             Self::Exhausted(_) => "has no address left".to_owned(),
             Self::Refused(_) => "refused".to_owned(),
             Self::Unreadable(_) => "gave an answer that cannot be read".to_owned(),
@@ -235,9 +253,9 @@ enum Kind {
 }
 
 impl Provider {
-    /// The provider of a group; `None` for one with pools of its own. `token` is what Netbox wants to see, `calls`
+    /// The provider of a group; `None` for one with pools of its own. `access` is what Netbox wants to see, `calls`
     /// counts requests to others.
-    pub fn new(source: &Source, token: &Token, calls: &Calls) -> Option<Self> {
+    pub fn new(source: &Source, access: &Access, calls: &Calls) -> Option<Self> {
         let (kind, name) = match source {
             Source::Pools(_) => return None,
             Source::External(external) => {
@@ -248,7 +266,7 @@ impl Provider {
                 )
             }
             Source::Netbox(netbox) => (
-                Kind::Netbox(Box::new(netbox::Client::new(&netbox.url, &netbox.tenant, token))),
+                Kind::Netbox(Box::new(netbox::Client::new(&netbox.url, &netbox.tenant, access))),
                 "Netbox".to_owned(),
             ),
         };
@@ -374,6 +392,7 @@ mod tests {
             shared: Vec::new(),
             want,
             may_degrade: false,
+            avoid: BTreeSet::new(),
         }
     }
 

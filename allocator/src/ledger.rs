@@ -70,6 +70,8 @@ pub struct Ledger {
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
     /// The addresses each sharing key is in use on, by family.
     bound: HashMap<(String, Family), BTreeSet<IpAddr>>,
+    /// Addresses that hosts outside the cluster have, each with the host's Ethernet address.
+    strangers: BTreeMap<IpAddr, String>,
 }
 
 /// How full a group is, by family.
@@ -351,6 +353,31 @@ impl Ledger {
             self.by_service.insert(service.clone(), addresses.to_vec());
         }
         made_room
+    }
+
+    /// Makes a host outside the cluster a holder of an address, like a Service, but one that shares with nobody.
+    pub fn hold_for_stranger(&mut self, mac: &str, ip: IpAddr) {
+        self.forget_stranger(ip);
+        self.strangers.insert(ip, mac.to_owned());
+        self.set_held_by(mac);
+    }
+
+    /// Makes an address available again that a host had. Returns whether it was not.
+    pub fn forget_stranger(&mut self, ip: IpAddr) -> bool {
+        let mac = self.strangers.remove(&ip);
+        mac.is_some_and(|mac| self.set_held_by(&mac))
+    }
+
+    fn set_held_by(&mut self, mac: &str) -> bool {
+        let addresses = self.strangers.iter().filter(|(_, holder)| *holder == mac);
+        let addresses: Vec<IpAddr> = addresses.map(|(ip, _)| *ip).collect();
+        // No Service has colons in its name.
+        self.hold(&ServiceKey::new("host", mac), &addresses, &Claim::default())
+    }
+
+    /// The addresses that hosts outside the cluster have, each with the host's Ethernet address.
+    pub const fn strangers(&self) -> &BTreeMap<IpAddr, String> {
+        &self.strangers
     }
 
     /// Gives back all addresses of a Service. Returns whether it held any.

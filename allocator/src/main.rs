@@ -5,7 +5,7 @@ use std::time::Duration;
 use allocator::bootstrap;
 use allocator::controller::{self, Settings};
 use allocator::errand::Errand;
-use allocator::ipam::Token;
+use allocator::ipam::Access;
 use allocator::lease::{Candidate, Times};
 use allocator::metrics::Metrics;
 use anyhow::Context;
@@ -29,6 +29,9 @@ struct Flags {
     /// Token for groups with addresses from Netbox.
     #[arg(long, env = "NETBOX_USER_TOKEN", default_value = "", hide_env_values = true)]
     netbox_user_token: String,
+    /// Certificates, in PEM, of the authorities of Netbox's own, beside those this machine trusts.
+    #[arg(long, env = "NETBOX_CA", default_value = "", hide_env_values = true)]
+    netbox_ca: String,
     /// Make an LBNodeAgent `default` where the install namespace has none. The Helm chart makes its own.
     #[arg(long, env = "PURELB_CREATE_LBNODEAGENT", default_value_t = true, action = clap::ArgAction::Set)]
     create_lbnodeagent: bool,
@@ -54,7 +57,7 @@ async fn main() -> anyhow::Result<()> {
             .pod_name
             .or_else(|| std::env::var("HOSTNAME").ok())
             .unwrap_or_else(|| "allocator".into()),
-        netbox_token: Token::new(&flags.netbox_user_token),
+        netbox: Access::new(&flags.netbox_user_token, &flags.netbox_ca),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

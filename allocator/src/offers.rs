@@ -119,9 +119,11 @@ pub fn take(
 ) -> Result<Vec<IpAddr>, Refusal> {
     let service = &request.service;
     let offered = ledger.offers().of(service, group).iter().copied();
-    let offered: Vec<IpAddr> = offered
-        .filter(|ip| pin.map_or(Family::of(*ip) == family, |pin| pin == *ip))
-        .collect();
+    let is_meant = |ip: &IpAddr| match pin {
+        Some(pin) => pin == *ip,
+        None => Family::of(*ip) == family && !ledger.strangers().contains_key(ip),
+    };
+    let offered: Vec<IpAddr> = offered.filter(is_meant).collect();
     let trouble = ledger
         .offers()
         .account(service, group)
@@ -143,15 +145,18 @@ pub fn take(
 /// # Errors
 /// Why not.
 pub fn examine(ledger: &Ledger, service: &ServiceKey, claim: &Claim, group: &str, ip: IpAddr) -> Result<(), Refusal> {
-    // Taken already, and looked at then: a pool that came later takes no address away.
-    if ledger.addresses_of(service).contains(&ip) {
-        return Ok(());
-    }
     let mistaken = |problem| Refusal::Provider {
         group: group.to_owned(),
         provider: ledger.provider_of(group),
         problem,
     };
+    if let Some(mac) = ledger.strangers().get(&ip) {
+        return Err(mistaken(Problem::Strangers(ip, mac.clone())));
+    }
+    // Taken already, and looked at then: a pool that came later takes no address away.
+    if ledger.addresses_of(service).contains(&ip) {
+        return Ok(());
+    }
     if let Some((other, _)) = ledger.pool_of(ip) {
         return Err(mistaken(Problem::InPoolOf(ip, other.to_owned())));
     }
@@ -163,14 +168,16 @@ pub fn examine(ledger: &Ledger, service: &ServiceKey, claim: &Claim, group: &str
 
 /// What is to be asked of a group's provider for a Service that has `current`.
 pub fn query(ledger: &Ledger, request: &Request, group: &str, current: &[IpAddr]) -> Query {
-    let offered = ledger.offers().of(&request.service, group);
+    let strangers = ledger.strangers();
+    let offered = ledger.offers().of(&request.service, group).iter();
+    let offered: Vec<IpAddr> = offered.copied().filter(|ip| !strangers.contains_key(ip)).collect();
     let pins = request.pinned.iter().copied();
     let explicit: Vec<IpAddr> = pins
         .filter(|ip| ledger.pool_of(*ip).is_none() && !current.contains(ip) && !offered.contains(ip))
         .collect();
     let has = |family: Family| {
         let kept = if request.re_evaluate { &[] } else { current };
-        let mut known = kept.iter().chain(offered).chain(&request.pinned);
+        let mut known = kept.iter().chain(&offered).chain(&request.pinned);
         known.any(|ip| Family::of(*ip) == family)
     };
     let families = if request.families.is_empty() {
@@ -197,5 +204,6 @@ pub fn query(ledger: &Ledger, request: &Request, group: &str, current: &[IpAddr]
             Want::Families(missing)
         },
         may_degrade: request.may_degrade,
+        avoid: strangers.keys().copied().collect(),
     }
 }

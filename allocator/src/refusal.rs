@@ -213,7 +213,7 @@ impl Refusal {
             Self::Provider { problem, .. } => match problem {
                 Problem::Exhausted(_) => "PoolExhausted",
                 Problem::Lacks(_) => "NoPoolOfFamily",
-                Problem::Unreachable { .. } | Problem::Slow => "ProviderUnavailable",
+                Problem::Unreachable { .. } | Problem::Untrusted { .. } | Problem::Slow => "ProviderUnavailable",
                 Problem::Refused(_) => "ProviderRefused",
                 _ => "ProviderMistaken",
             },

@@ -225,7 +225,7 @@ impl World {
     // ---- the process under test, driven as its controller does ------------------------------------
 
     fn judge(&mut self) {
-        let verdicts = judge(&self.groups, "purelb", false).into_iter();
+        let verdicts = judge(&self.groups, "purelb", None).into_iter();
         let valid = verdicts.filter_map(|(key, verdict)| match verdict {
             Verdict::Valid(group) => Some((key.1, group)),
             _ => None,

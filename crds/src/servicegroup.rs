@@ -348,6 +348,11 @@ pub enum GroupError {
     /// A Netbox without a token.
     #[error("NETBOX_USER_TOKEN not set, can't connect to Netbox: put it into the Secret netbox-client, key user-token")]
     NoNetboxToken,
+    /// A Netbox whose authority cannot be read.
+    #[error(
+        "the certificates for Netbox cannot be read: put those of its authority, in PEM, into the Secret netbox-client, key ca.crt"
+    )]
+    NetboxAuthority,
     /// A Netbox that cannot be found.
     #[error("Netbox URL invalid: \"{0}\" must start with http:// or https:// and end with /")]
     NetboxUrl(String),

@@ -1,18 +1,26 @@
 //! As much of Netbox's REST API as a client of its IP addresses uses: lists with filters and pages, changes,
-//! tokens, and errors as Netbox words them.
+//! tokens, and errors as Netbox words them; over TLS with an authority of its own.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustls::ServerConfig;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+
+use crate::pki::Authority;
 
 /// The path of the addresses.
 const PATH: &str = "/api/ipam/ip-addresses/";
@@ -44,22 +52,56 @@ impl Entry {
     }
 }
 
+#[derive(Clone)]
+struct Tls {
+    acceptor: TlsAcceptor,
+    authority: String,
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tls")
+    }
+}
+
 /// A running Netbox.
 #[derive(Clone, Debug)]
 pub struct Netbox {
     address: SocketAddr,
     token: String,
+    tls: Option<Tls>,
     entries: Arc<Mutex<Vec<Entry>>>,
 }
 
 impl Netbox {
-    /// Serves `listener`, which may be of any network namespace.
+    /// Serves `listener`, which may be of any network namespace, by plain HTTP.
     pub fn start(listener: std::net::TcpListener, token: &str, entries: Vec<Entry>) -> Result<Self> {
+        Self::serve(listener, token, entries, None)
+    }
+
+    /// The same over TLS, with a new authority and a certificate for the listener's address.
+    pub fn start_tls(listener: std::net::TcpListener, token: &str, entries: Vec<Entry>) -> Result<Self> {
+        let authority = Authority::new()?;
+        let identity = authority.server("netbox", &[&listener.local_addr()?.ip().to_string()])?;
+        let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes())?];
+        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes())?;
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let config = config.with_safe_default_protocol_versions()?;
+        let config = config.with_no_client_auth().with_single_cert(chain, key)?;
+        let tls = Tls {
+            acceptor: Arc::new(config).into(),
+            authority: authority.certificate(),
+        };
+        Self::serve(listener, token, entries, Some(tls))
+    }
+
+    fn serve(listener: std::net::TcpListener, token: &str, entries: Vec<Entry>, tls: Option<Tls>) -> Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;
         let netbox = Self {
             address: listener.local_addr()?,
             token: token.to_owned(),
+            tls,
             entries: Arc::new(Mutex::new(entries)),
         };
         let serving = netbox.clone();
@@ -67,22 +109,40 @@ impl Netbox {
             while let Ok((stream, _)) = listener.accept().await {
                 let serving = serving.clone();
                 tokio::spawn(async move {
-                    let answer = service_fn(|request| {
-                        let serving = serving.clone();
-                        async move { Ok::<_, Infallible>(serving.answer(request).await) }
-                    });
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), answer)
-                        .await;
+                    match serving.tls.clone() {
+                        None => serving.talk(stream).await,
+                        Some(tls) => {
+                            if let Ok(stream) = tls.acceptor.accept(stream).await {
+                                serving.talk(stream).await;
+                            }
+                        }
+                    }
                 });
             }
         });
         Ok(netbox)
     }
 
+    async fn talk(&self, stream: impl AsyncRead + AsyncWrite + Unpin) {
+        let answer = service_fn(|request| {
+            let serving = self.clone();
+            async move { Ok::<_, Infallible>(serving.answer(request).await) }
+        });
+        let _ = hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), answer)
+            .await;
+    }
+
     /// Its base URL, as a ServiceGroup has it.
     pub fn url(&self) -> String {
-        format!("http://{}/", self.address)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}/", self.address)
+    }
+
+    /// The certificate of its authority, in PEM.
+    pub fn authority(&self) -> Result<&str> {
+        let tls = self.tls.as_ref().context("it does not speak TLS")?;
+        Ok(&tls.authority)
     }
 
     /// All its addresses, by id from 1.

@@ -136,8 +136,8 @@ impl Controller {
             let mut others = providers.values();
             let shared = others.find(|(source, _)| ipam::is_same(source, &group.source));
             let provider = shared.map(|(_, provider)| provider.clone());
-            let (token, calls) = (&self.settings.netbox_token, &self.metrics.calls);
-            let provider = provider.or_else(|| Provider::new(&group.source, token, calls).map(Arc::new));
+            let (access, calls) = (&self.settings.netbox, &self.metrics.calls);
+            let provider = provider.or_else(|| Provider::new(&group.source, access, calls).map(Arc::new));
             if let Some(provider) = provider {
                 let entry = (group.source.clone(), provider);
                 self.external.providers.insert(name.clone(), entry);

@@ -39,8 +39,11 @@ impl Controller {
 
     /// Judges all groups and tells what is news. Returns whether anything changed.
     pub(super) fn judge_groups(&mut self) -> bool {
-        let has_token = self.settings.netbox_token.is_set();
-        let verdicts = judge(self.groups.objects(), &self.settings.namespace, has_token);
+        let verdicts = judge(
+            self.groups.objects(),
+            &self.settings.namespace,
+            self.settings.netbox.fault(),
+        );
         if verdicts == self.verdicts {
             return false;
         }

@@ -2,28 +2,22 @@
 //!
 //! A node that finds one says so in an annotation of the Service (`crds::conflict`) and does not announce it. Here the
 //! host becomes a holder of the address like a Service, one that shares with nobody and was there first: so the Service
-//! gets another address in one PATCH, and nobody else gets this one. After a while the host is forgotten, since it may
-//! have gone; if it has not, a node finds it again.
+//! gets another address in one PATCH, and nobody else gets this one. A provider of addresses is asked for another, too
+//! (see `crate::ipam`). After a while the host is forgotten, since it may have gone; if it has not, a node finds it again.
 
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crds::annotations;
 use crds::conflict;
 use crds::event::Notice;
-use crds::{ServiceKey, annotations};
 use k8s_openapi::api::core::v1::Service;
 
 use super::{Controller, Input};
-use crate::ledger::Claim;
 use crate::request::Request;
 
 /// How long an address is kept from Services after a host was found to have it.
 const KEPT: Duration = Duration::from_mins(10);
-
-/// The name of a host's holdings in the ledger: no Service has colons in its name.
-fn host(mac: &str) -> ServiceKey {
-    ServiceKey::new("host", mac)
-}
 
 impl Controller {
     /// Writes into the ledger which addresses of a Service hosts outside the cluster have. Addresses that the Service
@@ -32,27 +26,24 @@ impl Controller {
         let held = self.ledger.addresses_of(&request.service).to_vec();
         for (ip, found) in conflict::read(service) {
             let is_free_to_go = held.contains(&ip) && self.ledger.holders_of(ip) == 1;
-            if !is_free_to_go || request.pinned.contains(&ip) || self.ledger.pool_of(ip).is_none() {
+            // An address whose group is gone stays: there is nobody to give another.
+            let origin = self.ledger.origin(ip).and_then(|group| self.ledger.group(group));
+            if !is_free_to_go || request.pinned.contains(&ip) || origin.is_none() {
                 continue;
             }
             tracing::warn!(service = %request.service, %ip, mac = found.mac, node = found.node, "held by another host");
-            let host = host(&found.mac);
-            let mut addresses = self.ledger.addresses_of(&host).to_vec();
-            addresses.push(ip);
-            self.ledger.hold(&host, &addresses, &Claim::default());
+            self.ledger.hold_for_stranger(&found.mac, ip);
             let sender = self.sender.clone();
             self.spawn(async move {
                 tokio::time::sleep(KEPT).await;
-                let _ = sender.send(Input::Forget(host, ip));
+                let _ = sender.send(Input::Forget(ip));
             });
         }
     }
 
     /// Makes an address available again that a host had.
-    pub(super) fn forget_stranger(&mut self, host: &ServiceKey, ip: IpAddr) {
-        let mut addresses = self.ledger.addresses_of(host).to_vec();
-        addresses.retain(|known| *known != ip);
-        if self.ledger.hold(host, &addresses, &Claim::default()) {
+    pub(super) fn forget_stranger(&mut self, ip: IpAddr) {
+        if self.ledger.forget_stranger(ip) {
             self.usage_changed();
             self.reconcile_waiting();
         }

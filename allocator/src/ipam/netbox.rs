@@ -9,9 +9,11 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crds::servicegroup::GroupError;
 use crds::{Family, ServiceKey};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
@@ -21,6 +23,8 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use rustls::crypto::ring;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use rustls::{ClientConfig, RootCertStore};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -38,25 +42,44 @@ const DESCRIPTION: usize = 200;
 /// The longest answer that is read, in bytes.
 const LONGEST: usize = 4 << 20;
 
-/// What Netbox wants to see; never shown.
+/// What Netbox wants to see, which is never shown, and what it is known by.
 #[derive(Clone, Default)]
-pub struct Token(String);
+pub struct Access {
+    token: String,
+    authorities: Vec<CertificateDer<'static>>,
+    fault: Option<GroupError>,
+}
 
-impl Token {
-    /// A token; empty where there is none.
-    pub fn new(text: &str) -> Self {
-        Self(text.trim().to_owned())
+impl Access {
+    /// With a token and, in PEM, the certificates of authorities beside those that this machine trusts; either may be
+    /// empty.
+    pub fn new(token: &str, authorities: &str) -> Self {
+        let token = token.trim().to_owned();
+        let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(authorities.as_bytes()).collect();
+        let good = read.ok().filter(|read| {
+            let is_certificate = |der: &CertificateDer<'static>| RootCertStore::empty().add(der.clone()).is_ok();
+            read.is_empty() == authorities.trim().is_empty() && read.iter().all(is_certificate)
+        });
+        Self {
+            fault: match &good {
+                _ if token.is_empty() => Some(GroupError::NoNetboxToken),
+                None => Some(GroupError::NetboxAuthority),
+                Some(_) => None,
+            },
+            token,
+            authorities: good.unwrap_or_default(),
+        }
     }
 
-    /// Whether there is one.
-    pub const fn is_set(&self) -> bool {
-        !self.0.is_empty()
+    /// Why Netbox cannot be asked, where it cannot.
+    pub const fn fault(&self) -> Option<&GroupError> {
+        self.fault.as_ref()
     }
 }
 
-impl fmt::Debug for Token {
+impl fmt::Debug for Access {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token")
+        f.write_str("Access")
     }
 }
 
@@ -65,7 +88,7 @@ impl fmt::Debug for Token {
 pub struct Client {
     url: String,
     tenant: String,
-    token: Token,
+    token: String,
     /// Absent where there is no TLS.
     http: Option<hyper_util::client::legacy::Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
 }
@@ -111,12 +134,12 @@ impl Entry {
 
 impl Client {
     /// A client for a tenant of the Netbox at `url`, which ends with a slash.
-    pub fn new(url: &str, tenant: &str, token: &Token) -> Self {
+    pub fn new(url: &str, tenant: &str, access: &Access) -> Self {
         Self {
             url: url.to_owned(),
             tenant: tenant.to_owned(),
-            token: token.clone(),
-            http: tls().map(|tls| {
+            token: access.token.clone(),
+            http: tls(&access.authorities).map(|tls| {
                 let connector = HttpsConnectorBuilder::new().with_tls_config(tls);
                 hyper_util::client::legacy::Client::builder(TokioExecutor::new())
                     .build(connector.https_or_http().enable_http1().build())
@@ -130,16 +153,20 @@ impl Client {
     /// What Netbox answered instead. What was taken before that carries the mark.
     pub async fn allocate(&self, query: &Query) -> Result<Vec<String>, Problem> {
         let mark = mark(&query.service);
+        let is_wanted = |entry: &Entry| {
+            let is_explicit = matches!(query.want, Want::Explicit(_));
+            is_explicit || entry.ip().is_none_or(|ip| !query.avoid.contains(&ip))
+        };
         let own = self.marked(&mark).await?;
         let mut taken = Vec::new();
         let mut exhausted = None;
         for wanted in wanted(&query.want) {
-            let found = own.iter().find(|entry| wanted.is(entry));
+            let found = own.iter().find(|entry| wanted.is(entry) && is_wanted(entry));
             let ip = match found {
                 Some(entry) => entry.ip(),
                 None => match self.join(query, &wanted, &mark).await? {
                     Some(ip) => Some(ip),
-                    None => self.take(&wanted, &mark).await?,
+                    None => self.take(|entry| wanted.is(entry) && is_wanted(entry), &mark).await?,
                 },
             };
             match ip {
@@ -185,8 +212,8 @@ impl Client {
     }
 
     /// Takes the first free address.
-    async fn take(&self, wanted: &Wanted, mark: &str) -> Result<Option<IpAddr>, Problem> {
-        let is_free = |entry: &Entry| entry.is(RESERVED) && wanted.is(entry);
+    async fn take(&self, is_wanted: impl Fn(&Entry) -> bool, mark: &str) -> Result<Option<IpAddr>, Problem> {
+        let is_free = |entry: &Entry| entry.is(RESERVED) && is_wanted(entry);
         let found = self.find(RESERVED, None, is_free, 1).await?;
         let Some(entry) = found.first() else { return Ok(None) };
         self.change(entry, ACTIVE, &with(&entry.description, mark)?).await?;
@@ -259,7 +286,7 @@ impl Client {
         let Some(http) = &self.http else {
             return Err(unreachable("no TLS here".into()));
         };
-        let mut token = HeaderValue::try_from(format!("Token {}", self.token.0))
+        let mut token = HeaderValue::try_from(format!("Token {}", self.token))
             .map_err(|_| Problem::Refused("NETBOX_USER_TOKEN has characters that no token has".into()))?;
         token.set_sensitive(true);
         let request = Request::builder()
@@ -270,7 +297,14 @@ impl Client {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.unwrap_or_default())))
             .map_err(unreadable)?;
-        let answer = http.request(request).await.map_err(|error| unreachable(root(&error)))?;
+        let answer = http.request(request).await;
+        let answer = answer.map_err(|error| match untrusted(&error) {
+            Some(cause) => Problem::Untrusted {
+                at: self.url.clone(),
+                cause,
+            },
+            None => unreachable(root(&error)),
+        })?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), LONGEST).collect().await;
         let body = body.map_err(|error| unreadable(root(error.as_ref())))?.to_bytes();
@@ -305,10 +339,11 @@ impl Client {
     }
 }
 
-/// Trust in the authorities this machine trusts (`SSL_CERT_FILE` names others); without any, in none.
-fn tls() -> Option<ClientConfig> {
+/// Trust in these authorities and those this machine trusts; a container's image may have none.
+fn tls(authorities: &[CertificateDer<'static>]) -> Option<ClientConfig> {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots.add_parsable_certificates(authorities.iter().cloned());
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
     let config = config.with_safe_default_protocol_versions().ok()?;
     Some(config.with_root_certificates(roots).with_no_client_auth())
@@ -381,6 +416,20 @@ fn unreadable(error: impl fmt::Display) -> Problem {
     Problem::Unreadable(cut(&error.to_string()))
 }
 
+/// What is wrong with the certificate of whoever answered, where that was it.
+fn untrusted(error: &(dyn Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(rustls::Error::InvalidCertificate(_)) = error.downcast_ref() {
+            return Some(cut(&error.to_string()));
+        }
+        // The source of an I/O error is that of what is in it.
+        let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        next = inner.map(|inner| inner as &dyn Error).or_else(|| error.source());
+    }
+    None
+}
+
 /// What was at the bottom of an error.
 fn root(error: &(dyn Error + 'static)) -> String {
     let mut error = error;
@@ -407,6 +456,25 @@ mod tests {
             assert_eq!(without(&without(&two, &a), &b), description);
         }
         assert!(with(&"x".repeat(190), &a).is_err());
+    }
+
+    #[test]
+    fn what_is_needed_to_ask_netbox_is_there_or_what_is_missing_is_said() {
+        let authority = rcgen::generate_simple_self_signed(["netbox".to_owned()])
+            .unwrap()
+            .cert
+            .pem();
+        let garbage = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+        for (name, token, authorities, fault) in [
+            ("a token", "t", "", None),
+            ("and an authority", "t", &*authority, None),
+            ("two", "t", &authority.repeat(2), None),
+            ("no token", " ", &authority, Some(GroupError::NoNetboxToken)),
+            ("no PEM", "t", "MIIB", Some(GroupError::NetboxAuthority)),
+            ("no certificate", "t", garbage, Some(GroupError::NetboxAuthority)),
+        ] {
+            assert_eq!(Access::new(token, authorities).fault, fault, "{name}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod killed;
 mod lies;
 mod netbox;
 mod provider;
+mod strangers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

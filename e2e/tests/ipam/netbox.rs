@@ -25,6 +25,62 @@ async fn taken(netbox: &Netbox, expected: &[(&str, &str)]) -> Result<()> {
 }
 
 #[test]
+fn netbox_with_an_authority_of_its_own_is_trusted_when_that_is_given() -> Result<()> {
+    Lab::run(options(), async |lab| {
+        let sides = Sides::new(&lab);
+        lab.install().await?;
+        let listen = || lab.in_network("m", || std::net::TcpListener::bind("10.31.188.1:0"));
+        let all = vec![
+            Entry::reserved("10.230.0.1/24", "k8s", ""),
+            Entry::reserved("10.230.0.2/24", "k8s", ""),
+        ];
+        let netbox = Netbox::start_tls(listen()??, "0123456789abcdef", all)?;
+        let another = Netbox::start_tls(listen()??, "", Vec::new())?;
+        let url = netbox.url();
+        lab.apply(&format!(
+            "{{apiVersion: purelb.io/v1, kind: ServiceGroup, metadata: {{name: netbox, namespace: purelb}}, \
+             spec: {{netbox: {{url: '{url}', tenant: k8s, aggregation: /32}}}}}}"
+        ))
+        .await?;
+        let start = async |name, authority| {
+            let environment = [("NETBOX_USER_TOKEN", "0123456789abcdef"), ("NETBOX_CA", authority)];
+            lab.start_replica(name, &environment).await
+        };
+        let allocator = start("none", "").await?;
+        sides.create("a", &group("netbox"), json!({})).await?;
+        let sentence =
+            format!("pool \"netbox\": its provider \"Netbox\" has a certificate at {url} that is not trusted");
+        sides.waits("a", "ProviderUnavailable", &sentence).await?;
+        sides
+            .waits("a", "ProviderUnavailable", "into the Secret netbox-client, key ca.crt")
+            .await?;
+        allocator.stop().await?;
+
+        // Nothing is said again for the same cause; another Service is told by itself.
+        let allocator = start("another", another.authority()?).await?;
+        sides.create("b", &group("netbox"), json!({})).await?;
+        sides.waits("b", "ProviderUnavailable", &sentence).await?;
+        sides.waits("a", "ProviderUnavailable", &sentence).await?;
+        allocator.stop().await?;
+
+        let allocator = start("garbage", "no certificate").await?;
+        wait_until("the group is refused", SOON, async || {
+            let shown = lab
+                .kubectl(["describe", "servicegroup", "netbox", "-n", "purelb"])
+                .await?;
+            ensure!(shown.contains("the certificates for Netbox cannot be read"), "{shown}");
+            Ok(())
+        })
+        .await?;
+        allocator.stop().await?;
+
+        start("allocator", netbox.authority()?).await?;
+        sides.has("a", &["10.230.0.1"]).await?;
+        sides.has("b", &["10.230.0.2"]).await
+    })
+}
+
+#[test]
 fn netbox_addresses_are_taken_and_reserved_again() -> Result<()> {
     const TOKEN: [(&str, &str); 1] = [("NETBOX_USER_TOKEN", "0123456789abcdef")];
     Lab::run(options(), async |lab| {
