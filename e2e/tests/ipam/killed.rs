@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use crds::service::ingress;
+use crds::service::{ingress, is_load_balancer};
 use e2e::{Cutter, Lab, Side, wait_until};
 use serde_json::{Value, json};
 
@@ -23,6 +23,26 @@ async fn detour(lab: &Lab) -> Result<(Cutter, String)> {
     Ok((cutter, path.to_owned()))
 }
 
+async fn served(sides: &Sides<'_>, name: &str) -> Result<()> {
+    wait_until("it is served", SOON, async || {
+        ensure!(!ingress(&sides.api.get(name).await?).is_empty(), "not yet");
+        Ok(())
+    })
+    .await
+}
+
+async fn comes_and_goes(sides: &Sides<'_>, name: &str) -> Result<()> {
+    served(sides, name).await?;
+    sides.delete(name).await?;
+    sides.gone(name).await
+}
+
+/// Whether a Service still asks for an address.
+async fn is_wanted(sides: &Sides<'_>, name: &str) -> Result<bool> {
+    let service = sides.api.get_opt(name).await?;
+    Ok(service.is_some_and(|service| is_load_balancer(&service) && service.metadata.deletion_timestamp.is_none()))
+}
+
 #[test]
 fn killed_at_every_request_it_loses_no_reservation() -> Result<()> {
     Lab::run(options(), async |lab| {
@@ -31,26 +51,28 @@ fn killed_at_every_request_it_loses_no_reservation() -> Result<()> {
         lab.apply(GROUPS).await?;
         let _provider = sides.provider()?;
         let (cutter, kubeconfig) = detour(&lab).await?;
-        let start = async || lab.start_replica("allocator", &[("KUBECONFIG", &kubeconfig)]).await;
+        // At rest, so that what is cut is what it does for the Service and not how it starts.
+        let start = async || {
+            let allocator = lab.start_replica("allocator", &[("KUBECONFIG", &kubeconfig)]).await?;
+            wait_until("it leads and has read everything", SOON, async || {
+                allocator.check()?;
+                let answer = lab.get("allocator", "http://127.0.0.1:7472/readyz").await?;
+                ensure!(answer.status == 200, "{}", answer.body);
+                Ok(())
+            })
+            .await?;
+            anyhow::Ok(allocator)
+        };
         let mut allocator = start().await?;
         let mut cuts = 0;
-        // Comes, changes its mind, comes, goes: with a cut at each request in turn, of the whole as of its parts.
+        // Comes, is served, goes: with a cut at each request in turn, of the whole as of its parts.
         for at in 1..=14 {
             for side in [Side::Before, Side::After] {
                 let name = format!("s{at}-{side:?}").to_lowercase();
                 cutter.arm(Some((at, side)));
                 sides.create(&name, &group("ext"), json!({})).await?;
-                let served = async {
-                    wait_until("it is served", SOON, async || {
-                        ensure!(!ingress(&sides.api.get(&name).await?).is_empty(), "not yet");
-                        Ok(())
-                    })
-                    .await?;
-                    sides.delete(&name).await?;
-                    sides.gone(&name).await
-                };
                 let is_cut = tokio::select! {
-                    result = served => { result?; false }
+                    result = comes_and_goes(&sides, &name) => { result?; false }
                     () = cutter.cut() => true,
                 };
                 if is_cut {
@@ -65,11 +87,16 @@ fn killed_at_every_request_it_loses_no_reservation() -> Result<()> {
                     cutter.arm(None);
                     allocator = start().await?;
                 }
-                sides.agree("ext").await.with_context(|| format!("after {name}"))?;
+                let what = format!("after {name}, cut: {is_cut}");
+                if is_wanted(&sides, &name).await? {
+                    served(&sides, &name).await.with_context(|| what.clone())?;
+                }
+                sides.agree("ext").await.with_context(|| what.clone())?;
                 if sides.api.get_opt(&name).await?.is_some() {
                     sides.delete(&name).await?;
-                    sides.gone(&name).await?;
                 }
+                sides.gone(&name).await.with_context(|| what.clone())?;
+                sides.agree("ext").await.context(what)?;
             }
         }
         println!("killed {cuts} times");

@@ -3,6 +3,7 @@
 
 mod killed;
 mod lies;
+mod manners;
 mod netbox;
 mod provider;
 mod strangers;
