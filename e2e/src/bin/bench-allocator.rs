@@ -1,6 +1,7 @@
 //! How fast the allocator is, beside how fast the API server alone takes the same requests from a plain client.
 //!
-//! Everything runs on one machine, in one lab, one after the other: the ratio means more than the rates.
+//! Everything runs on one machine, in one lab, one after the other, and both write to the same Services: the plain client
+//! first, which then takes off again what it wrote. So the ratio means more than the rates.
 //! `make bench` builds both optimised and runs it; `make bench SERVICES=10000` with as many Services.
 
 use std::collections::BTreeMap;
@@ -15,10 +16,10 @@ use e2e::{Lab, Options, Process, ProxyMode, audit, wait_until};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{Api, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 const POOL: &str = "10.200.0.0-10.203.255.255";
@@ -28,10 +29,6 @@ kind: ServiceGroup
 metadata: {name: default, namespace: purelb}
 spec:
   remote: {v4pool: {pool: 10.200.0.0-10.203.255.255, subnet: 10.200.0.0/14}}
----
-apiVersion: v1
-kind: Namespace
-metadata: {name: plain}
 ---
 apiVersion: v1
 kind: Namespace
@@ -71,16 +68,17 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
     let n = flags.services;
     lab.install().await?;
     lab.apply(OBJECTS).await?;
-    create_all(lab, "plain", n, Some("example.com/nobody")).await?;
+    let begun = Instant::now();
+    create_all(lab, n).await?;
+    println!("{n} Services created in {:.0} s", begun.elapsed().as_secs_f64());
     let plain = lab.service_account_client("purelb", "allocator").await?;
-    let patches = plain_patches(&plain, false).await?;
-    let both = plain_patches(&plain, true).await?;
+    let patches = plain_patches(&plain, Plain::Patch).await?;
+    let both = plain_patches(&plain, Plain::PatchAndEvent).await?;
     println!("a plain client, {CONCURRENCY} requests at once:");
     println!("  PATCH services/status          {:8.0} /s", rate(n, patches));
     println!("  the same and an event each     {:8.0} /s", rate(n, both));
-    remove_all(lab, "plain").await?;
+    plain_patches(&plain, Plain::Clear).await?;
 
-    create_all(lab, "bench", n, None).await?;
     let before = requests(lab).await?;
     let mut arrivals = arrivals(lab);
     let started = Instant::now();
@@ -128,7 +126,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
     for i in 0..flags.singles {
         let name = format!("single-{i}");
         let begun = Instant::now();
-        create(lab.client(), "bench", &name, None).await?;
+        create(lab.client(), &name).await?;
         loop {
             let (arrived, when) = arrivals.recv().await.context("the watch ended")?;
             if arrived == name {
@@ -168,7 +166,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
         "  ready after                    {:8.0} ms",
         restarted.elapsed().as_secs_f64() * 1e3
     );
-    create(lab.client(), "bench", "afterwards", None).await?;
+    create(lab.client(), "afterwards").await?;
     while arrivals.recv().await.context("the watch ended")?.0 != "afterwards" {}
     println!(
         "  an address after               {:8.0} ms",
@@ -188,83 +186,55 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-async fn create(client: Client, namespace: &str, name: &str, class: Option<&str>) -> Result<()> {
+/// Creates a Service. It has no selector: the controllers that write endpoints would be busy with it for longer than both
+/// clients.
+async fn create(client: Client, name: &str) -> Result<()> {
     let object = json!({
         "metadata": {"name": name},
-        "spec": {
-            "type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "loadBalancerClass": class,
-            "ports": [{"port": 80}], "selector": {"app": "nobody"},
-        },
+        "spec": {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]},
     });
-    let api: Api<Service> = Api::namespaced(client, namespace);
+    let api: Api<Service> = Api::namespaced(client, "bench");
     api.create(&PostParams::default(), &serde_json::from_value(object)?)
         .await?;
     Ok(())
 }
 
-async fn create_all(lab: &Lab, namespace: &str, n: usize, class: Option<&str>) -> Result<()> {
+async fn create_all(lab: &Lab, n: usize) -> Result<()> {
     stream::iter(0..n)
-        .map(|i| async move { create(lab.client(), namespace, &format!("s{i}"), class).await })
+        .map(|i| async move { create(lab.client(), &format!("s{i}")).await })
         .buffer_unordered(CONCURRENCY)
         .try_collect::<()>()
         .await
 }
 
-/// Removes all Services of a namespace.
-async fn remove_all(lab: &Lab, namespace: &str) -> Result<()> {
-    let api: Api<Service> = Api::namespaced(lab.client(), namespace);
-    let names = api.list_metadata(&ListParams::default()).await?.items;
-    let (api, params) = (&api, &DeleteParams::default());
-    stream::iter(names.iter().map(ResourceExt::name_any))
-        .map(|name| async move { api.delete(&name, params).await.map(|_| ()) })
-        .buffer_unordered(CONCURRENCY)
-        .try_collect::<()>()
-        .await?;
-    Ok(())
+/// What the plain client does to each Service.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Plain {
+    /// Writes what the allocator writes.
+    Patch,
+    /// The same, and an event.
+    PatchAndEvent,
+    /// Makes it what it was.
+    Clear,
 }
 
-/// Writes to every Service of the namespace `plain` what the allocator writes to its own, and returns how long that took.
-async fn plain_patches(client: &Client, with_events: bool) -> Result<Duration> {
-    let api: Api<Service> = Api::namespaced(client.clone(), "plain");
-    let services = Api::<Service>::all(client.clone())
-        .list(&ListParams::default())
-        .await?
-        .items;
-    let services: Vec<Service> = services
-        .into_iter()
-        .filter(|s| s.namespace().as_deref() == Some("plain"))
-        .collect();
+/// Does this to all Services, and returns how long it took.
+async fn plain_patches(client: &Client, what: Plain) -> Result<Duration> {
+    let api: Api<Service> = Api::namespaced(client.clone(), "bench");
+    let services = api.list(&ListParams::default()).await?.items;
     let started = Instant::now();
     let (api, client) = (&api, &client);
     stream::iter(services.iter().enumerate())
         .map(|(i, service)| async move {
             let ip = format!("10.200.{}.{}", i / 256 % 256, i % 256);
-            // Something new each time: a patch that changes nothing is not written.
-            let from = if with_events { "default" } else { "other" };
-            let patch = json!({
-                "metadata": {
-                    "resourceVersion": service.resource_version(),
-                    "annotations": {
-                        annotations::ALLOCATED_BY: annotations::BRAND, annotations::ALLOCATED_FROM: from,
-                        annotations::POOL_TYPE: "remote",
-                    },
-                },
-                "status": {
-                    "loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]},
-                    "conditions": [{
-                        "type": "purelb.io/Allocated", "status": "True", "reason": "Assigned",
-                        "message": format!("from pool {from}"), "lastTransitionTime": "2026-01-01T00:00:00Z",
-                    }],
-                },
-            });
             let name = service.name_any();
-            api.patch_status(&name, &PatchParams::default(), &Patch::Merge(patch))
-                .await?;
-            if with_events {
+            let patch = Patch::Merge(plain_patch(service, &ip, what));
+            api.patch_status(&name, &PatchParams::default(), &patch).await?;
+            if what == Plain::PatchAndEvent {
                 let message = format!("Assigned {{Ingress:[{{IP:{ip} Hostname: Ports:[]}}]}} from pool default");
                 let regarding: ObjectReference = service.object_ref(&());
                 let event = Notice::normal("AddressAssigned", message).event(regarding, ALLOCATOR, "plain");
-                let events: Api<Event> = Api::namespaced((*client).clone(), "plain");
+                let events: Api<Event> = Api::namespaced((*client).clone(), "bench");
                 events.create(&PostParams::default(), &event).await?;
             }
             anyhow::Ok(())
@@ -273,6 +243,35 @@ async fn plain_patches(client: &Client, with_events: bool) -> Result<Duration> {
         .try_collect::<()>()
         .await?;
     Ok(started.elapsed())
+}
+
+fn plain_patch(service: &Service, ip: &str, what: Plain) -> Value {
+    // Something new each time: a patch that changes nothing is not written.
+    let from = if what == Plain::Patch { "other" } else { "default" };
+    let (annotations, status) = if what == Plain::Clear {
+        (
+            Value::Null,
+            json!({"loadBalancer": {"ingress": null}, "conditions": null}),
+        )
+    } else {
+        (
+            json!({
+                annotations::ALLOCATED_BY: annotations::BRAND, annotations::ALLOCATED_FROM: from,
+                annotations::POOL_TYPE: "remote",
+            }),
+            json!({
+                "loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]},
+                "conditions": [{
+                    "type": "purelb.io/Allocated", "status": "True", "reason": "Assigned",
+                    "message": format!("from pool {from}"), "lastTransitionTime": "2026-01-01T00:00:00Z",
+                }],
+            }),
+        )
+    };
+    json!({
+        "metadata": {"resourceVersion": service.resource_version(), "annotations": annotations},
+        "status": status,
+    })
 }
 
 /// When a watch of the namespace `bench` first shows a Service's address.
@@ -292,8 +291,21 @@ fn arrivals(lab: &Lab) -> mpsc::UnboundedReceiver<(String, Instant)> {
     receiver
 }
 
-/// Waits until the group's status shows that all have theirs, and events had time to be written.
+/// Waits until the group's status shows that all have theirs, and each was told.
 async fn settle(lab: &Lab, n: usize) -> Result<()> {
+    wait_until("the events are written", Duration::from_mins(1), async || {
+        let told = |what: &str| what.starts_with("POST events/");
+        let posted: f64 = requests(lab)
+            .await?
+            .iter()
+            .filter(|(what, _)| told(what))
+            .map(|(_, n)| n)
+            .sum();
+        // The plain client's, and as many again.
+        ensure!(posted >= rate(2 * n, Duration::from_secs(1)), "{posted} events");
+        Ok(())
+    })
+    .await?;
     wait_until("the group's status is written", Duration::from_secs(30), async || {
         let path = "jsonpath={.status.allocatedIPv4}";
         let counted = lab
