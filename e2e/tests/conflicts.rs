@@ -128,7 +128,7 @@ fn an_address_that_another_node_has_is_no_conflict() -> Result<()> {
             lab.exec(&node.ns, ["ip", "address", "add", "10.31.200.1/32", "dev", "lo"])
                 .await?;
         }
-        lab.start_product().await?;
+        let product = lab.start_product().await?;
         lab.apply(&format!("{GROUP}{}", service("web", ""))).await?;
         wait_until("it is announced once", SOON, async || {
             ensure!(lab.holders("10.31.200.1", Some("eth0")).await?.len() == 1, "it is not");
@@ -157,6 +157,39 @@ fn an_address_that_another_node_has_is_no_conflict() -> Result<()> {
         })
         .await?;
         println!("taken over after {:?}", began.elapsed());
+
+        // A stranger takes it while it is announced, and the agent, started anew, looks: it is told of, and the address stays.
+        lab.uncut(&holder).await?;
+        wait_until("its owner has it again", SOON, async || {
+            let holders = lab.holders("10.31.200.1", Some("eth0")).await?;
+            ensure!(holders == [holder.as_str()], "{holders:?}");
+            Ok(())
+        })
+        .await?;
+        product.agents.get(&holder).context("no agent there")?.kill().await?;
+        lab.exec("client", ["ip", "address", "add", "10.31.200.1/16", "dev", "eth0"])
+            .await?;
+        let shown = lab.exec("client", ["ip", "-brief", "link", "show", "eth0"]).await?;
+        let mac = shown.split_whitespace().nth(2).context("no Ethernet address")?;
+        lab.start_agent(&holder).await?;
+        wait_until("an event names the stranger", SOON, async || {
+            let events = lab
+                .kubectl([
+                    "get",
+                    "events",
+                    "-o",
+                    "jsonpath={.items[?(@.reason==\"AddressConflict\")].message}",
+                ])
+                .await?;
+            let is_told = events.contains(&format!("is announced by node {}", lab.node(&holder)?.name));
+            ensure!(is_told && events.contains(mac), "{events}");
+            Ok(())
+        })
+        .await?;
+        let holders = lab.holders("10.31.200.1", Some("eth0")).await?;
+        ensure!(holders == [holder], "{holders:?}");
+        let types = get(&lab, "web", "{.status.conditions[*].type}").await?;
+        ensure!(!types.contains("AddressConflict"), "{types}");
         Ok(())
     })
 }

@@ -12,8 +12,15 @@ use std::time::Duration;
 use crate::neighbor::frame::Mac;
 use crate::plan::Place;
 
-/// Wait before an address that a stranger has is asked about again.
+/// Wait before an address that a stranger has is asked about again; also the least time between two defences of one that
+/// is announced (`DEFEND_INTERVAL` of RFC 5227).
 const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// Wait before an address that was taken over or adopted, about which nobody here has asked, is asked about. A take-over
+/// is done by then.
+const FIRST_CHECK: Duration = Duration::from_secs(5);
+/// Wait between two questions about an address that is announced.
+const CHECK: Duration = Duration::from_mins(10);
 
 /// Time between two questions: what comes up in between is asked about together, so that a thousand new Services are a
 /// few questions and not a thousand.
@@ -52,7 +59,7 @@ impl Findings {
     }
 
     /// Which addresses have to be asked about now, and when to look again. `here`: those that this node would announce;
-    /// `unclear`: those of them that wait for an answer.
+    /// `unclear`: those of them that wait for an answer, the others are announced already.
     pub fn due(
         &mut self,
         now: Duration,
@@ -65,12 +72,19 @@ impl Findings {
             .map_or(Duration::ZERO, |asked| (asked + TOGETHER).saturating_sub(now));
         let mut due = Vec::new();
         let mut look_again: Option<Duration> = None;
-        for key in unclear {
-            let known = self.known.entry(*key).or_default();
-            let left = match known.finding {
-                Some(_) => (known.at + ASK_AGAIN).saturating_sub(now).max(pause),
-                None => pause,
+        for key in here {
+            let is_announced = !unclear.contains(key);
+            let known = self.known.entry(*key).or_insert(Known {
+                at: now,
+                ..Known::default()
+            });
+            let wait = match known.finding {
+                Some(Finding::Free) if is_announced => CHECK,
+                None if is_announced => FIRST_CHECK,
+                Some(_) => ASK_AGAIN,
+                None => Duration::ZERO,
             };
+            let left = (known.at + wait).saturating_sub(now).max(pause);
             if known.is_asking {
                 continue;
             }
@@ -85,6 +99,12 @@ impl Findings {
             self.asked = Some(now);
         }
         (due, look_again)
+    }
+
+    /// Whether a stranger has one of these.
+    pub fn is_any_taken(&self, places: &[Place]) -> bool {
+        let mut found = places.iter().filter_map(|(link, ip)| self.of(*link, *ip));
+        found.any(|finding| matches!(finding, Finding::Taken(_)))
     }
 
     /// Takes in an answer: of the addresses that were asked about, those that strangers have.
@@ -134,6 +154,31 @@ mod tests {
         assert_eq!(findings.of(2, ip), Some(Finding::Taken(MAC)), "until it is answered");
         findings.answered(60 * SECOND, &due, &BTreeMap::new());
         assert_eq!(findings.of(2, ip), Some(Finding::Free));
+    }
+
+    #[test]
+    fn what_is_announced_is_asked_about_now_and_then_and_often_while_a_stranger_has_it_too() {
+        let mut findings = Findings::default();
+        let (one, none) = (keys(&[1]), keys(&[]));
+        let ip = IpAddr::from([10, 0, 0, 1]);
+        let mut now = SECOND;
+        assert_eq!(findings.due(now, &one, &none), (vec![], Some(FIRST_CHECK)));
+        for (wait, is_taken) in [
+            (FIRST_CHECK, false),
+            (CHECK, true),
+            (ASK_AGAIN, true),
+            (ASK_AGAIN, false),
+            (CHECK, false),
+        ] {
+            let (due, look_again) = findings.due(now, &one, &none);
+            assert_eq!((due.len(), look_again), (0, Some(wait)));
+            now += wait;
+            let (due, _) = findings.due(now, &one, &none);
+            assert_eq!(due.len(), 1, "after {wait:?}");
+            let taken = is_taken.then_some((ip, MAC));
+            findings.answered(now, &due, &taken.into_iter().collect());
+            assert_eq!(findings.is_any_taken(&due), is_taken);
+        }
     }
 
     #[test]

@@ -458,7 +458,7 @@ impl<'a> Agent<'a> {
             config: &config,
             findings: &self.findings,
         });
-        self.ask(&plan, &snapshot, &candidates);
+        self.ask(&plan, &snapshot, &config, &candidates);
         if self.watches != plan.watches {
             self.watches.clone_from(&plan.watches);
             self.links.watcher.watch(plan.watches.clone());

@@ -85,7 +85,7 @@ pub async fn ask(announcer: &Announcer, question: &Question) -> io::Result<BTree
         let mut nodes = question.nodes.iter();
         let node = nodes.find(|node| listener.heard.contains(&(**node, *host)));
         if let Some(node) = node {
-            tracing::info!(vip = %ip, %node, mac = shown(*host), "a node has it already");
+            tracing::debug!(vip = %ip, %node, mac = shown(*host), "a node has it already");
         }
         node.is_none()
     });

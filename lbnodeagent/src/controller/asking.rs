@@ -16,8 +16,18 @@ use crate::plan::{Candidate, Place, Plan};
 use crate::probe::{self, Question};
 
 impl Agent<'_> {
-    /// Starts to ask about addresses that were never announced. The answer comes as an [`Input::Asked`].
-    pub(super) fn ask(&mut self, plan: &Plan, snapshot: &Snapshot, candidates: &BTreeMap<String, Candidate>) {
+    /// Starts to ask about addresses that were never announced, and now and then about those that are. The answer comes as
+    /// an [`Input::Asked`].
+    pub(super) fn ask(
+        &mut self,
+        plan: &Plan,
+        snapshot: &Snapshot,
+        config: &NodeConfig,
+        candidates: &BTreeMap<String, Candidate>,
+    ) {
+        if !config.detects_conflicts {
+            return;
+        }
         let (here, unclear) = plan.asked_about();
         let (due, look_again) = self.findings.due(self.started.elapsed(), &here, &unclear);
         if let Some(wait) = look_again {
@@ -49,6 +59,10 @@ impl Agent<'_> {
             BTreeMap::new()
         });
         self.findings.answered(self.started.elapsed(), asked, &taken);
+        if self.findings.is_any_taken(asked) {
+            // Of these, what is announced here is defended.
+            self.links.again.notify_one();
+        }
     }
 
     /// Claims what `PureLB`, which marks nothing, left on this node when it was killed: VIPs that their Services say are

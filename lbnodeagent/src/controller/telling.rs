@@ -17,11 +17,12 @@ use tokio::time::Instant;
 use super::{Agent, Input, RETRY};
 use crate::annotation as announcing;
 use crate::config::NodeConfig;
+use crate::conflict::Finding;
 use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
-use crate::plan::{Plan, Verdict};
+use crate::plan::{Placed, Plan, Verdict};
 
 /// How often an entry is written again that another node keeps overwriting.
 const CONTESTED: Duration = Duration::from_secs(10);
@@ -91,6 +92,9 @@ impl Agent<'_> {
             if let Some(error) = failed.get(ip) {
                 self.tell_failure(key, *ip, &placed.interface, error);
                 continue;
+            }
+            if is_local {
+                self.tell_shared(key, *ip, placed);
             }
             let is_added = added.contains(&(placed.address.link, *ip));
             if let Some(target) = held.get(ip).filter(|_| is_added && is_local)
@@ -163,6 +167,23 @@ impl Agent<'_> {
                 service.as_ref(),
                 Notice::warning("AddressConflict", message),
             );
+        }
+    }
+
+    /// Tells once of a stranger that has an address announced here, and again if it comes back.
+    fn tell_shared(&mut self, key: &ServiceKey, ip: IpAddr, placed: &Placed) {
+        let about = format!("{key} {ip}");
+        let Some(Finding::Taken(mac)) = self.findings.of(placed.address.link, ip) else {
+            self.told.remove(&(about, "AddressConflict".to_owned()));
+            return;
+        };
+        if let Some(service) = self.cluster.service(key).cloned() {
+            let (node, interface, mac) = (&self.settings.node, &placed.interface, frame::shown(mac));
+            let message = format!(
+                "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of \
+                 the traffic goes there. Take the address off that host, or give the Service another"
+            );
+            self.tell_once(about, service.as_ref(), Notice::warning("AddressConflict", message));
         }
     }
 
