@@ -17,10 +17,13 @@ ROUNDS ?= 20
 # How long the soak lasts.
 MINUTES ?= 30
 
+# The oldest and the newest Kubernetes that are supported; `make e2e` runs on the one between.
+VERSIONS := 1.31 1.36
+
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,7 +60,7 @@ lab: kubernetes ## A shell in a cluster with the product installed
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/demo --shell
 
-test: lint deny unit chart e2e docs ## All tests
+test: lint deny unit chart e2e versions docs ## All tests
 
 lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
@@ -75,6 +78,12 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBER
 	rm -rf target/e2e-rights
 	cargo test --quiet --locked --no-fail-fast --package e2e -- --test-threads $(THREADS)
 	target/debug/e2e-rights
+
+versions: setup ## The API's tests and the walkthrough on the oldest and the newest Kubernetes supported
+	for version in $(VERSIONS); do KUBERNETES=$$version e2e/kubernetes/build >/dev/null; done
+	cargo build --quiet --locked --workspace --bins
+	for version in $(VERSIONS); do echo "Kubernetes $$version"; KUBERNETES=$$version \
+	  cargo test --quiet --locked --package e2e --test resources --test book --test walkthrough -- --test-threads $(THREADS); done
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
 	cargo build --quiet --locked --release --package allocator --package e2e --bin allocator --bin bench-allocator --bin e2e-backend

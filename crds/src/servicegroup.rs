@@ -155,8 +155,9 @@ pub struct Pools {
         "self.pool.contains('/') ? isCIDR(self.pool) : (self.pool.split('-').size() <= 2 && self.pool.split('-').all(a, isIP(a.trim())))",
         "pool must be a range such as 192.168.1.10-192.168.1.99, or a CIDR"
     ),
+    // Not containsCIDR: older patches of Kubernetes 1.31 and 1.32 find only those inside that begin where the subnet does.
     validation = (
-        "!isCIDR(self.subnet) || (self.pool.contains('/') ? (!isCIDR(self.pool) || cidr(self.subnet).containsCIDR(self.pool)) : self.pool.split('-').all(a, !isIP(a.trim()) || cidr(self.subnet).containsIP(a.trim())))",
+        "!isCIDR(self.subnet) || (self.pool.contains('/') ? (!isCIDR(self.pool) || (cidr(self.subnet).containsIP(cidr(self.pool).ip()) && cidr(self.pool).prefixLength() >= cidr(self.subnet).prefixLength())) : self.pool.split('-').all(a, !isIP(a.trim()) || cidr(self.subnet).containsIP(a.trim())))",
         "pool must lie inside subnet"
     ),
     validation = (

@@ -1,4 +1,5 @@
-//! The pages of the docs: links lead somewhere, every page is in the book, and every event is listed.
+//! The pages of the docs: links lead somewhere, every page is in the book, every event is listed, and the versions supported are
+//! those tested.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeSet;
@@ -135,4 +136,42 @@ fn every_event_is_in_the_list() {
             "docs/events.md does not list {kind} {reason}"
         );
     }
+}
+
+/// A file of the repository.
+fn text_of(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+#[test]
+fn the_kubernetes_supported_is_the_one_tested() {
+    let mut minors: Vec<u32> = std::fs::read_dir(root().join("e2e/kubernetes"))
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.strip_prefix("v1.")?.parse().ok())
+        .collect();
+    minors.sort_unstable();
+    let [oldest, usual, newest] = minors[..] else {
+        panic!("the oldest, the usual and the newest are tested, not {minors:?}");
+    };
+    for (path, text) in [
+        (
+            "charts/purelb/Chart.yaml",
+            format!("kubeVersion: \">=1.{oldest}.0-0\"\n"),
+        ),
+        ("charts/purelb/README.md", format!("Kubernetes 1.{oldest} or later")),
+        ("README.md", format!("Kubernetes 1.{oldest} or later")),
+        ("docs/quick-start.md", format!("Kubernetes 1.{oldest} or later")),
+        (
+            "docs/install.md",
+            format!("Kubernetes 1.{oldest} or later: tested on 1.{oldest}, 1.{usual} and 1.{newest}."),
+        ),
+        // And they are run: the one between by `make e2e`, the others by `make versions`, both by `make test`.
+        ("Makefile", format!("\nVERSIONS := 1.{oldest} 1.{newest}\n")),
+        ("e2e/kubernetes/build", format!("${{KUBERNETES:-1.{usual}}}")),
+    ] {
+        assert!(text_of(path).contains(&text), "{path} does not say {text:?}");
+    }
+    let all = text_of("Makefile");
+    let test = all.lines().find(|line| line.starts_with("test:")).unwrap();
+    assert!(test.contains(" e2e ") && test.contains(" versions "), "{test}");
 }

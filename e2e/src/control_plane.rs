@@ -213,9 +213,9 @@ fn start_controller_manager(lab: &Lab, node: &Node) -> Result<()> {
     // Without kubelets the controllers that watch over nodes would find them all dead; with them they are the ones who take off
     // the taint not-ready, which keeps every Pod away.
     let controllers = if lab.options().kubelets {
-        "*,-node-ipam-controller"
+        "*,-node-ipam-controller,-service-lb-controller"
     } else {
-        "*,-node-lifecycle-controller,-taint-eviction-controller,-node-ipam-controller"
+        "*,-node-lifecycle-controller,-taint-eviction-controller,-node-ipam-controller,-service-lb-controller"
     };
     let program = Program::new([
         lab.kubernetes("kube-controller-manager"),

@@ -87,6 +87,12 @@ const ROWS: &[Row] = &[
         Some("pool must lie inside subnet"),
     ),
     (
+        "a CIDR wider than the subnet",
+        "v2",
+        "{local: {v4pool: {pool: 10.0.0.0/16, subnet: 10.0.0.0/24}}}",
+        Some("pool must lie inside subnet"),
+    ),
+    (
         "families mixed",
         "v2",
         "{local: {v4pool: {pool: '10.0.0.1-fd00::1', subnet: 10.0.0.0/24}}}",
@@ -256,8 +262,10 @@ async fn one_object_reads_as_both_versions(lab: &Lab) -> Result<()> {
 
 /// Columns, short names, the category, and an explanation of any field.
 async fn kubectl_says_it_all(lab: &Lab) -> Result<()> {
-    lab.apply("{apiVersion: purelb.io/v2, kind: LBNodeAgent, metadata: {name: default, namespace: purelb}, spec: {local: {}}}")
-        .await?;
+    lab.apply(
+        "apiVersion: purelb.io/v2\nkind: LBNodeAgent\nmetadata: {name: default, namespace: purelb}\nspec: {local: {}}\n",
+    )
+    .await?;
     let all = lab.kubectl(["get", "purelb", "-n", "purelb", "-o", "name"]).await?;
     for name in ["lbnodeagent.purelb.io/default", "servicegroup.purelb.io/g101"] {
         ensure!(
