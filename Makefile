@@ -23,7 +23,7 @@ VERSIONS := 1.31 1.36
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup images images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup images images-routing images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ setup: ## Install the system packages that are missing (apt, as root)
 
 images: setup ## Build the images of the two programs, without Docker: OCI archives in target/images
 	images/build
+
+images-routing: setup ## Build the images of BIRD and FRR from Debian's packages: OCI archives in target/images
+	images/routing
 
 images-test: kubernetes ## Build them twice for one digest, and install them on real kubelets (two optimised builds)
 	images/test --install

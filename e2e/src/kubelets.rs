@@ -160,6 +160,16 @@ disabled_plugins = [
     lab.start_vital(&node.ns, &format!("containerd-{}", node.ns), &program)
 }
 
+impl Lab {
+    /// Imports the image of an archive into the container runtime of every node.
+    pub async fn import_image(&self, archive: &Path) -> Result<()> {
+        for node in self.nodes() {
+            import(self, node, archive).await?;
+        }
+        Ok(())
+    }
+}
+
 async fn import(lab: &Lab, node: &Node, image: &Path) -> Result<()> {
     let address = format!("{}/containerd.sock", directory(node));
     let image = image.to_string_lossy();

@@ -93,6 +93,16 @@ pub(crate) fn images() -> Result<Vec<PathBuf>> {
         .collect()
 }
 
+/// The archives of the images of BIRD and FRR, built by `images/routing` unless they are there already.
+pub fn routing_images() -> Result<[PathBuf; 2]> {
+    let directory = target()?.join("images");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("images/routing");
+    let status = Command::new(&script).env("IMAGES", &directory).status();
+    let status = status.with_context(|| format!("running {}", script.display()))?;
+    ensure!(status.success(), "{} failed ({status})", script.display());
+    Ok(["bird.tar", "frr.tar"].map(|archive| directory.join(archive)))
+}
+
 /// Packs the images of the programs as they are now.
 fn pack() -> Result<PathBuf> {
     let directory = target()?.join("e2e-images");

@@ -38,7 +38,7 @@ pub use audit::audit;
 pub use cutter::{Cutter, Side};
 pub use guest::Guest;
 pub use http::Answer;
-pub use kubernetes::{binaries, own_binaries};
+pub use kubernetes::{binaries, own_binaries, routing_images};
 pub use lab::{Lab, Options, ProxyMode};
 pub use net::racks::{RACKS, Rack};
 pub use net::{Node, Wiring};

@@ -104,7 +104,7 @@ for address in $(echo "$NODE_IPS" | tr , ' '); do
   esac
 done
 # A number of 32 bits that no other router has, written as an address: without IPv4 one made of the node's name.
-number=$(printf %s "$NODE_NAME" | cksum | cut -d ' ' -f 1)
+number=$((0x$(printf %s "$NODE_NAME" | sha256sum | cut -c 1-8)))
 made="$((number >> 24 & 127 | 1)).$((number >> 16 & 255)).$((number >> 8 & 255)).$((number & 255))"
 export ROUTER_ID="${NODE_IPV4:-$made}"
 {{- end }}
