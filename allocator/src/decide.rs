@@ -238,9 +238,8 @@ fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAd
     let namespaces = ledger.namespaces();
     namespaces.permit(&request.service.namespace, group, Some(ip))?;
     if let Some(key) = &request.claim.sharing_key
-        && let Some(bound) = ledger.bound(key, Family::of(ip))
+        && let Some(bound) = ledger.bound_by_others(key, Family::of(ip), &request.service)
         && bound != ip
-        && !is_alone_on(ledger, request, bound)
     {
         return Err(Refusal::BoundElsewhere {
             key: key.clone(),
@@ -252,15 +251,9 @@ fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAd
     Ok(ip)
 }
 
-/// Whether the Service itself is all that binds its sharing key to `bound`, so that it may move.
-fn is_alone_on(ledger: &Ledger, request: &Request, bound: IpAddr) -> bool {
-    ledger.addresses_of(&request.service).contains(&bound) && ledger.holders_of(bound) == 1
-}
-
 fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Result<Vec<IpAddr>, Refusal> {
     if let Some(key) = &request.claim.sharing_key
-        && let Some(bound) = ledger.bound(key, family)
-        && !is_alone_on(ledger, request, bound)
+        && let Some(bound) = ledger.bound_by_others(key, family, &request.service)
     {
         if let Some((group, _)) = ledger.pool_of(bound) {
             let namespaces = ledger.namespaces();
@@ -586,6 +579,30 @@ pub(crate) mod tests {
             ips(&["10.3.0.1"]),
             "until it asks again"
         );
+    }
+
+    #[test]
+    fn who_joins_a_sharing_key_moves_to_where_it_is_once_asked_to() {
+        let mut ledger = ledger();
+        let mut one = request("one", "default", &[Family::V4]);
+        assert_eq!(run(&mut ledger, &one).unwrap(), ips(&["10.0.0.1"]));
+        let two = Request {
+            claim: claim("k", 81),
+            ..request("two", "default", &[Family::V4])
+        };
+        assert_eq!(run(&mut ledger, &two).unwrap(), ips(&["10.0.0.2"]));
+        one.claim = claim("k", 80);
+        assert_eq!(
+            run(&mut ledger, &one).unwrap(),
+            ips(&["10.0.0.1"]),
+            "addresses do not move"
+        );
+        one.group = Some("v4".into());
+        one.re_evaluate = true;
+        assert_eq!(run(&mut ledger, &one).unwrap(), ips(&["10.0.0.2"]));
+        // The last one on it may go where it likes.
+        assert!(ledger.release(&service("two")));
+        assert_ne!(run(&mut ledger, &one).unwrap(), ips(&["10.0.0.2"]));
     }
 
     #[test]

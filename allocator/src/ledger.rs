@@ -235,6 +235,18 @@ impl Ledger {
         self.bound.get(&(sharing_key.to_owned(), family))?.first().copied()
     }
 
+    /// The same, where `service` is to go: of the addresses with its key the first that others hold. One that it holds alone
+    /// binds it to nothing; it may have got the key while others had it elsewhere.
+    pub fn bound_by_others(&self, sharing_key: &str, family: Family, service: &ServiceKey) -> Option<IpAddr> {
+        let bound = self.bound.get(&(sharing_key.to_owned(), family))?;
+        let is_others = |ip: &IpAddr| {
+            self.holders
+                .get(ip)
+                .is_some_and(|all| all.keys().any(|holder| holder != service))
+        };
+        bound.iter().copied().find(is_others)
+    }
+
     /// Addresses a Service holds, in the order it was given them.
     pub fn addresses_of(&self, service: &ServiceKey) -> &[IpAddr] {
         self.by_service.get(service).map_or(&[], Vec::as_slice)
@@ -324,7 +336,8 @@ impl Ledger {
     }
 
     /// Makes `service` hold exactly `addresses`, in this order, and gives back what it held besides.
-    /// Returns whether an address became free or its ports changed, so that a waiting Service may fit.
+    /// Returns whether a waiting Service may fit now: an address became free, its ports changed, or a sharing key came to
+    /// an address, where others with that key may join.
     pub fn hold(&mut self, service: &ServiceKey, addresses: &[IpAddr], claim: &Claim) -> bool {
         let before = self.by_service.remove(service).unwrap_or_default();
         let mut made_room = false;
@@ -343,7 +356,7 @@ impl Ledger {
                 self.unbind(ip, &old);
             }
             if let Some(key) = claim.sharing_key.clone() {
-                self.bound.entry((key, Family::of(ip))).or_default().insert(ip);
+                made_room |= self.bound.entry((key, Family::of(ip))).or_default().insert(ip);
             }
             for space in self.books.values_mut().flat_map(|book| &mut book.spaces) {
                 space.take(ip);
@@ -490,8 +503,15 @@ pub(crate) mod tests {
             "g",
             "local: {v4pool: {pool: 10.0.0.1, subnet: 10.0.0.0/24}}",
         )]));
-        ledger.hold(&service("a"), &[ip("10.0.0.1")], &claim("k", 80));
-        ledger.hold(&service("b"), &[ip("10.0.0.1")], &claim("k", 81));
+        let (a, b) = (service("a"), service("b"));
+        assert!(
+            ledger.hold(&a, &[ip("10.0.0.1")], &claim("k", 80)),
+            "others may join it"
+        );
+        assert!(
+            !ledger.hold(&b, &[ip("10.0.0.1")], &claim("k", 81)),
+            "as they might before"
+        );
         assert!(ledger.release(&service("a")));
         assert_eq!(ledger.lowest_free("g", Family::V4), None);
         assert_eq!(ledger.bound("k", Family::V4), Some(ip("10.0.0.1")));
