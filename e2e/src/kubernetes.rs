@@ -96,7 +96,7 @@ pub(crate) fn images() -> Result<Vec<PathBuf>> {
 /// The archives of the images of BIRD and FRR, built by `images/routing` unless they are there already. Tests go on where
 /// Debian has replaced a package since its version was pinned.
 pub fn routing_images() -> Result<[PathBuf; 2]> {
-    let directory = target()?.join("e2e-images");
+    let directory = target()?.join("e2e-images/routing");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("images/routing");
     let mut build = Command::new(&script);
     let status = build.env("IMAGES", &directory).env("UNPINNED", "1").status();
