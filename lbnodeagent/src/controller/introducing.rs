@@ -22,12 +22,11 @@ impl Agent<'_> {
             if living.len() < 2 {
                 return Some(true);
             }
-            let is_starting = true;
-            self.tell_members(Meta {
-                is_starting,
+            let starting = Meta {
+                is_starting: true,
                 ..meta.clone()
-            })
-            .await;
+            };
+            self.tell_members(starting).await;
             self.wake_in(INTRODUCTION);
             return None;
         };

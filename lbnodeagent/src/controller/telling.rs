@@ -149,41 +149,35 @@ impl Agent<'_> {
     fn tell_failure(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, error: &str) {
         let node = &self.settings.node;
         let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
-        if let Some(service) = self.cluster.service(key).cloned() {
-            self.tell_once(
-                format!("{key} {ip}"),
-                service.as_ref(),
-                Notice::warning("AnnouncementFailed", message),
-            );
-        }
+        self.tell_of_address(key, ip, Notice::warning("AnnouncementFailed", message));
     }
 
     fn tell_conflict(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, mac: Mac) {
-        let conflict = self.conflict(mac);
-        if let Some(service) = self.cluster.service(key).cloned() {
-            let message = format!("{} (interface {interface})", conflict.sentence(ip));
-            self.tell_once(
-                format!("{key} {ip}"),
-                service.as_ref(),
-                Notice::warning("AddressConflict", message),
-            );
-        }
+        let message = format!("{} (interface {interface})", self.conflict(mac).sentence(ip));
+        self.tell_of_address(key, ip, Notice::warning("AddressConflict", message));
     }
 
     /// Tells once of a stranger that has an address announced here, and again if it comes back.
     fn tell_shared(&mut self, key: &ServiceKey, ip: IpAddr, placed: &Placed) {
-        let about = format!("{key} {ip}");
         let Some(Finding::Taken(mac)) = self.findings.of(placed.address.link, ip) else {
-            self.told.remove(&(about, "AddressConflict".to_owned()));
+            // Of thousands of addresses hardly one was ever told of.
+            if !self.told.is_empty() {
+                self.told.remove(&(about(key, ip), "AddressConflict".to_owned()));
+            }
             return;
         };
+        let (node, interface, mac) = (&self.settings.node, &placed.interface, frame::shown(mac));
+        let message = format!(
+            "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of \
+             the traffic goes there. Take the address off that host, or give the Service another"
+        );
+        self.tell_of_address(key, ip, Notice::warning("AddressConflict", message));
+    }
+
+    /// Tells the author of a Service once what is wrong with an address of it.
+    fn tell_of_address(&mut self, key: &ServiceKey, ip: IpAddr, notice: Notice) {
         if let Some(service) = self.cluster.service(key).cloned() {
-            let (node, interface, mac) = (&self.settings.node, &placed.interface, frame::shown(mac));
-            let message = format!(
-                "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of \
-                 the traffic goes there. Take the address off that host, or give the Service another"
-            );
-            self.tell_once(about, service.as_ref(), Notice::warning("AddressConflict", message));
+            self.tell_once(about(key, ip), service.as_ref(), notice);
         }
     }
 
@@ -294,6 +288,11 @@ impl Agent<'_> {
         let known = announced.groups.iter().find_map(|name| self.cluster.groups().get(name));
         known.map_or(announced.pool_type.is_none(), |group| group.announce == Announce::Auto)
     }
+}
+
+/// What a notice of an address of a Service is remembered as.
+fn about(key: &ServiceKey, ip: IpAddr) -> String {
+    format!("{key} {ip}")
 }
 
 /// The local VIPs to be announced again and again.
