@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Lab, Options, Product, stays, wait_until};
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -246,21 +247,9 @@ fn what_purelb_left_behind_is_taken_over_and_what_is_foreign_stays() -> Result<(
                 vec!["purelb.io/allocated-from=routed".to_owned()],
             ),
         ] {
-            let ingress: Vec<String> = addresses.iter().map(|ip| format!("{{\"ip\":\"{ip}\"}}")).collect();
-            let status = format!(
-                "{{\"status\":{{\"loadBalancer\":{{\"ingress\":[{}]}}}}}}",
-                ingress.join(",")
-            );
-            lab.kubectl([
-                "patch",
-                "service",
-                name,
-                "--subresource=status",
-                "--type=merge",
-                "-p",
-                &status,
-            ])
-            .await?;
+            let ingress: Vec<_> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+            let status = json!({"loadBalancer": {"ingress": ingress}});
+            lab.patch_status("service", "default", name, status).await?;
             let mut arguments = vec!["annotate", "service", name, "purelb.io/allocated-by=PureLB"];
             arguments.extend(annotations.iter().map(String::as_str));
             lab.kubectl(arguments).await?;

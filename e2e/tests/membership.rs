@@ -87,17 +87,8 @@ fn a_node_that_comes_back_with_another_address_stands_by_as_before() -> Result<(
             .await?;
         lab.exec("w12", ["ip", "route", "replace", "default", "via", "10.31.254.251"])
             .await?;
-        let addresses = json!({"status": {"addresses": [{"type": "InternalIP", "address": "10.31.188.112"}]}});
-        lab.kubectl([
-            "patch",
-            "node",
-            W12,
-            "--subresource=status",
-            "--type=merge",
-            "-p",
-            &addresses.to_string(),
-        ])
-        .await?;
+        let status = json!({"addresses": [{"type": "InternalIP", "address": "10.31.188.112"}]});
+        lab.patch_status("node", "", W12, status).await?;
         let agent = lab.start_agent_with("w12", &[("PURELB_HOST", "10.31.188.112")]).await?;
         let ready = async || {
             ensure!(agent.log().contains("ready members="), "not ready");
@@ -114,17 +105,8 @@ fn nodes_with_ipv6_addresses_only_fail_over_alike() -> Result<()> {
         let scene = Scene::start(&lab).await?;
         for node in lab.nodes() {
             scene.agent(&node.ns)?.stop().await?;
-            let addresses = json!({"status": {"addresses": [{"type": "InternalIP", "address": node.ipv6}]}});
-            lab.kubectl([
-                "patch",
-                "node",
-                &node.name,
-                "--subresource=status",
-                "--type=merge",
-                "-p",
-                &addresses.to_string(),
-            ])
-            .await?;
+            let status = json!({"addresses": [{"type": "InternalIP", "address": node.ipv6}]});
+            lab.patch_status("node", "", &node.name, status).await?;
         }
         let mut agents = Vec::new();
         for node in lab.nodes() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Lab, Options, ROOT, wait_until};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Far more than anything here takes: the machine may be busy.
 const SOON: Duration = Duration::from_mins(1);
@@ -167,19 +167,8 @@ fn a_cluster_of_metallb_is_taken_over_as_the_docs_say() -> Result<()> {
             ("insists", "10.31.188.70"),
         ];
         for (service, ip) in kept {
-            let status =
-                format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{{"ip": "{ip}", "ipMode": "VIP"}}]}}}}}}"#);
-            let arguments = [
-                "patch",
-                "service",
-                service,
-                "-n",
-                "web",
-                "--subresource=status",
-                "--type=merge",
-                "-p",
-            ];
-            lab.kubectl(arguments.into_iter().chain([status.as_str()])).await?;
+            let status = json!({"loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]}});
+            lab.patch_status("service", "web", service, status).await?;
         }
         lab.apply(BACKENDS).await?;
         lab.ready_pods("web", "app=web", 2).await?;
@@ -247,18 +236,8 @@ async fn leave_behind(lab: &Lab, release: &str, options: &[&str]) -> Result<Valu
     })
     .await?;
     for (service, ip) in [("local", LOCAL), ("routed", ROUTED), ("others", OTHERS)] {
-        let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{{"ip": "{ip}"}}]}}}}}}"#);
-        let arguments = [
-            "patch",
-            "service",
-            service,
-            "-n",
-            "web",
-            "--subresource=status",
-            "--type=merge",
-            "-p",
-        ];
-        lab.kubectl(arguments.into_iter().chain([status.as_str()])).await?;
+        let status = json!({"loadBalancer": {"ingress": [{"ip": ip}]}});
+        lab.patch_status("service", "web", service, status).await?;
     }
     let local = format!("{LOCAL}/16");
     let add = ["ip", "addr", "add", &local, "dev", "eth0"];
