@@ -131,7 +131,8 @@ pub async fn run(
     let mut announcing = std::pin::pin!(greeting::keep_announcing(
         agent.links.announcer.clone(),
         agent.held.subscribe(),
-        again.clone()
+        again.clone(),
+        greeting::Times::SHIPPED
     ));
     let (unadvertised, mut not_advertised) = watch::channel(BTreeMap::new());
     if let Some(daemon) = agent.settings.routing_daemon.clone() {

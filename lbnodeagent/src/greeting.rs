@@ -18,31 +18,45 @@ use crate::neighbor::{Announcer, Target};
 /// The local VIPs this node holds and announces.
 pub type Held = BTreeMap<IpAddr, Target>;
 
-/// Shorter than the five minutes after which switches usually forget (IEEE 802.1Q section 8.8.3).
-const REFRESH: Duration = Duration::from_mins(2);
-/// A refresh of all VIPs takes this long, so that it is no burst.
-const REFRESH_TIME: Duration = Duration::from_secs(20);
-/// The rounds when they must be won back, and the wait after each. It also keeps the next request for them waiting.
-const WIN_BACK: [Duration; 3] = [
-    Duration::from_millis(250),
-    Duration::from_millis(750),
-    Duration::from_secs(1),
-];
+/// When it is told again.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// From one refresh to the next.
+    pub refresh: Duration,
+    /// A refresh of all VIPs takes this long, so that it is no burst.
+    pub spread: Duration,
+    /// The rounds when they must be won back, and the wait after each. It also keeps the next request for them waiting.
+    pub win_back: [Duration; 3],
+}
+
+impl Times {
+    /// As shipped. A VIP is heard of again in less than the five minutes after which switches usually forget (IEEE 802.1Q
+    /// section 8.8.3).
+    pub const SHIPPED: Self = Self {
+        refresh: Duration::from_mins(2),
+        spread: Duration::from_secs(20),
+        win_back: [
+            Duration::from_millis(250),
+            Duration::from_millis(750),
+            Duration::from_secs(1),
+        ],
+    };
+}
 
 /// Announces what is held again and again, until dropped. `again` asks for it to be done at once.
-pub async fn keep_announcing(announcer: Arc<Announcer>, held: watch::Receiver<Held>, again: Arc<Notify>) {
+pub async fn keep_announcing(announcer: Arc<Announcer>, held: watch::Receiver<Held>, again: Arc<Notify>, times: Times) {
     loop {
         tokio::select! {
-            () = sleep(REFRESH) => {
+            () = sleep(times.refresh) => {
                 let targets: Vec<Target> = held.borrow().values().copied().collect();
-                let pause = REFRESH_TIME / u32::try_from(targets.len()).unwrap_or(u32::MAX).max(1);
+                let pause = times.spread / u32::try_from(targets.len()).unwrap_or(u32::MAX).max(1);
                 for target in targets {
                     announce(&announcer, &held, target).await;
                     sleep(pause).await;
                 }
             }
             () = again.notified() => {
-                for wait in WIN_BACK {
+                for wait in times.win_back {
                     let targets: Vec<Target> = held.borrow().values().copied().collect();
                     for target in targets {
                         announce(&announcer, &held, target).await;
