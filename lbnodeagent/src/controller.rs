@@ -31,7 +31,7 @@ use crate::conflict::Findings;
 use crate::greeting::{self, Held};
 use crate::isolation::{self, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
-use crate::members::{self, Keys, Living, Members, Meta, Peers};
+use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
 use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
@@ -384,23 +384,23 @@ impl<'a> Agent<'a> {
 
     /// Whether the others have been heard, or there are none: before that, this node would believe every VIP to be its own.
     /// One that the others do not let in, as with another key, would do so for good, and take what they announce: it waits
-    /// until they do.
+    /// until they do. So it does for one that listens and does not answer, having no time: that one may hold all it ever held.
     fn has_settled(&mut self, living: &Living) -> bool {
         if self.is_settled {
             return true;
         }
         let age = self.started.elapsed();
-        let is_refused = self.links.members.is_refused();
-        self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || (age >= SETTLING && !is_refused);
+        let refusal = self.links.members.refusal();
+        self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || (age >= SETTLING && refusal.is_none());
         if self.is_settled {
             tracing::info!(members = living.len(), "ready");
             self.links.ready.set(Ok(()));
             self.links.metrics.client.config_loaded.set(1);
         } else {
-            self.links.ready.set(Err(if is_refused {
-                "another agent does not let this one in: is the gossip key in ML_GROUP theirs?"
-            } else {
-                "waiting for the other agents"
+            self.links.ready.set(Err(match refusal {
+                Some(Refusal::Key) => "another agent does not let this one in: is the gossip key in ML_GROUP theirs?",
+                Some(Refusal::Silence) => "another agent listens on TCP port 7934 and does not answer: waiting for it",
+                None => "waiting for the other agents",
             }));
             self.wake_in(SETTLING.saturating_sub(age).max(RETRY));
         }

@@ -10,12 +10,14 @@ mod meta;
 mod traffic;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use memberlist::Options;
 use memberlist::delegate::{CompositeDelegate, EventDelegate, NodeDelegate, VoidDelegate};
+use memberlist::error::Error;
 use memberlist::net::NetTransportOptions;
 use memberlist::net::error::NetTransportError;
 use memberlist::net::stream_layer::tcp::Tcp;
@@ -91,19 +93,39 @@ pub enum MembersError {
     /// The address is one that no other node could reach.
     #[error("gossip needs this node's own address, not {0}")]
     Unspecified(SocketAddr),
-    /// A peer could not be joined: not there, or it has another key.
+    /// A peer could not be joined.
     #[error("cannot join {peer}: {cause}")]
     Join {
         /// The peer's address.
         peer: SocketAddr,
-        /// Whether its host answered that nobody listens there.
-        is_closed: bool,
+        /// How far it got.
+        obstacle: Obstacle,
         /// Memberlist's words.
         cause: String,
     },
     /// This node has left.
     #[error("gossip has ended")]
     Left,
+}
+
+/// What kept a peer from being joined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// Its host answered that nobody listens there.
+    Closed,
+    /// It answered, and one of the two could not read the other: they have no key in common.
+    Unreadable,
+    /// It did not answer, or not in time, or hung up: it may be gone, about to stop, or starved of CPU time.
+    Unanswered,
+}
+
+/// Why a node that is there does not let this one in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Refusal {
+    /// It accepts connections and does not answer.
+    Silence,
+    /// It has another key.
+    Key,
 }
 
 /// This node's part in the gossip. Dropping it without [`Members::leave`] looks to the others like a crash.
@@ -113,7 +135,7 @@ pub struct Members {
     living: watch::Receiver<Living>,
     publisher: JoinHandle<()>,
     has_left: watch::Sender<bool>,
-    refused: watch::Sender<bool>,
+    refusal: watch::Sender<Option<Refusal>>,
     bind: SocketAddr,
     name: String,
 }
@@ -176,7 +198,7 @@ impl Members {
             living: living.clone(),
             publisher,
             has_left: watch::Sender::new(false),
-            refused: watch::Sender::new(false),
+            refusal: watch::Sender::new(None),
             bind,
             name: node_name,
         };
@@ -188,9 +210,9 @@ impl Members {
         self.living.borrow().clone()
     }
 
-    /// Whether the last round of [`Members::keep_joined`] met an agent that did not let this node in.
-    pub fn is_refused(&self) -> bool {
-        *self.refused.borrow()
+    /// Why an agent that the last round of [`Members::keep_joined`] met did not let this node in, if it met one.
+    pub fn refusal(&self) -> Option<Refusal> {
+        *self.refusal.borrow()
     }
 
     /// Name of this node.
@@ -210,14 +232,21 @@ impl Members {
 
     async fn join_one(&self, peer: SocketAddr) -> Result<(), MembersError> {
         let joined = self.list.join(MaybeResolvedAddress::resolved(peer)).await;
-        joined.map(|_| ()).map_err(|error| match error {
-            memberlist::error::Error::NotRunning => MembersError::Left,
-            other => MembersError::Join {
-                peer,
-                is_closed: matches!(&other, memberlist::error::Error::Transport(NetTransportError::Io(error))
-                    if error.kind() == std::io::ErrorKind::ConnectionRefused),
-                cause: other.to_string(),
-            },
+        joined.map(|_| ()).map_err(|error| {
+            let obstacle = match &error {
+                Error::NotRunning => return MembersError::Left,
+                Error::Transport(NetTransportError::Io(error)) if error.kind() == ErrorKind::ConnectionRefused => {
+                    Obstacle::Closed
+                }
+                // Whoever cannot read a stream says so, in an answer that is encrypted too.
+                Error::Transport(NetTransportError::Io(error)) if error.kind() == ErrorKind::InvalidData => {
+                    Obstacle::Unreadable
+                }
+                Error::Remote(_) => Obstacle::Unreadable,
+                _ => Obstacle::Unanswered,
+            };
+            let cause = error.to_string();
+            MembersError::Join { peer, obstacle, cause }
         })
     }
 
@@ -230,7 +259,7 @@ impl Members {
         }
         // Memberlist counts its time from when it has its locks.
         match timeout(UPDATE_TIMEOUT * 2, self.list.update_node(UPDATE_TIMEOUT)).await {
-            Ok(Err(memberlist::error::Error::NotRunning)) => Err(MembersError::Left),
+            Ok(Err(Error::NotRunning)) => Err(MembersError::Left),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "metadata not sent yet");
                 Ok(left_out)

@@ -12,9 +12,9 @@ use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use common::in_namespace;
-use lbnodeagent::members::{Config, Keys, Living, Members, MembersError, Meta, PORT};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{TcpStream, UdpSocket};
+use lbnodeagent::members::{Config, Keys, Living, Members, MembersError, Meta, Obstacle, PORT, Refusal};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -301,24 +301,46 @@ fn a_member_with_another_key_does_not_join_and_disturbs_nobody() {
             .unwrap();
         let error = stranger.join(&[address(2)]).await.remove(0).unwrap_err();
         println!("{error}");
-        assert!(matches!(error, MembersError::Join { .. }));
+        assert!(matches!(
+            error,
+            MembersError::Join {
+                obstacle: Obstacle::Unreadable,
+                ..
+            }
+        ));
         assert_eq!(stranger_living.borrow().len(), 1);
         assert_eq!(first.borrow_and_update().len(), 1);
-        // It is told apart from one that is not there.
-        for (peer, is_refused) in [(5, false), (2, true), (5, false)] {
+        // It is told apart from one that is not there, and from those that are and do not answer: having no time to, or about to
+        // stop.
+        let _starved = TcpListener::bind(address(6)).await.unwrap();
+        let stopping = TcpListener::bind(address(7)).await.unwrap();
+        tokio::spawn(async move {
+            loop {
+                let _ = stopping.accept().await.unwrap().0.read(&mut [0]).await;
+            }
+        });
+        let silence = Some(Refusal::Silence);
+        for (peer, refusal) in [
+            (5, None),
+            (2, Some(Refusal::Key)),
+            (5, None),
+            (6, silence),
+            (5, None),
+            (7, silence),
+        ] {
             let (_sender, peers) = watch::channel(BTreeMap::from([(name(peer), vec![address(peer).ip()])]));
             let _ = timeout(Duration::from_secs(4), async {
                 tokio::select! {
                     () = stranger.keep_joined(peers) => {}
                     () = async {
-                        while stranger.is_refused() != is_refused {
+                        while stranger.refusal() != refusal {
                             tokio::time::sleep(Duration::from_millis(10)).await;
                         }
                     } => {}
                 }
             })
             .await;
-            assert_eq!(stranger.is_refused(), is_refused, "by node{peer}");
+            assert_eq!(stranger.refusal(), refusal, "by node{peer}");
         }
         let (friend, _) = start(4).await;
         friend.join(&[address(2)]).await.remove(0).unwrap();

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Members, MembersError};
+use super::{Members, MembersError, Obstacle, Refusal};
 
 /// Addresses of the peers by node name.
 pub type Peers = BTreeMap<String, Vec<IpAddr>>;
@@ -30,37 +30,39 @@ impl Members {
     /// then every five. A peer that is a member already costs nothing. Ends when this node has left; goes on with the
     /// peers last known when the sender is gone.
     ///
-    /// A peer that cannot be joined is logged once, not each time. One that answers and lets this node not in, as an agent
-    /// with another key does, is told apart: see [`Members::is_refused`].
+    /// Why a peer cannot be joined is logged once, not each time. One that is there and lets this node not in, as an agent with
+    /// another key does, is told apart: see [`Members::refusal`].
     pub async fn keep_joined(&self, mut peers: watch::Receiver<Peers>) {
         let mut eager_until = Instant::now() + EAGER_TIME;
-        let mut failing = BTreeSet::new();
+        let mut told = BTreeSet::new();
         let mut turn = 0;
         let mut has_left = self.has_left.subscribe();
         loop {
             let missing = self.missing(&peers.borrow_and_update());
-            failing.retain(|name| missing.iter().any(|(peer, _)| peer == name));
+            told.retain(|(name, _)| missing.iter().any(|(peer, _)| peer == name));
             let round = missing.iter().cycle().skip(turn).take(missing.len().min(AT_A_TIME));
             turn = turn.wrapping_add(AT_A_TIME) % missing.len().max(1);
             let attempts = round.map(async |(name, addresses)| (name, self.join_any(addresses).await));
-            let mut is_refused = false;
-            for (name, (result, answers)) in join_all(attempts).await {
-                is_refused |= answers;
+            let mut met = None;
+            for (name, (result, refusal)) in join_all(attempts).await {
+                met = met.max(refusal);
                 match result {
-                    Ok(()) => _ = failing.remove(name),
+                    Ok(()) => told.retain(|(peer, _)| peer != name),
                     Err(MembersError::Left) => return,
-                    Err(error) if failing.insert(name.clone()) => {
-                        if answers {
+                    Err(error) if told.insert((name.clone(), refusal)) => match refusal {
+                        Some(Refusal::Key) => {
                             tracing::warn!(node = name, %error, "peer answers and does not let this node in: is its key another?");
-                        } else {
-                            tracing::warn!(node = name, %error, "peer cannot be joined, trying on");
                         }
-                    }
+                        Some(Refusal::Silence) => {
+                            tracing::warn!(node = name, %error, "peer listens and does not answer, trying on");
+                        }
+                        None => tracing::warn!(node = name, %error, "peer cannot be joined, trying on"),
+                    },
                     Err(_) => {}
                 }
             }
-            self.refused
-                .send_if_modified(|known| std::mem::replace(known, is_refused) != is_refused);
+            self.refusal
+                .send_if_modified(|known| std::mem::replace(known, met) != met);
             let is_eager = Instant::now() < eager_until;
             tokio::select! {
                 () = sleep(if is_eager { EAGER_INTERVAL } else { CALM_INTERVAL }) => {}
@@ -86,23 +88,34 @@ impl Members {
             .collect()
     }
 
-    /// Joins a peer through the first of its addresses that answers. Also says whether there is an agent that does not let
-    /// this node in.
-    async fn join_any(&self, addresses: &[SocketAddr]) -> (Result<(), MembersError>, bool) {
-        let mut last = (Ok(()), false);
+    /// Joins a peer through the first of its addresses that answers. Also says why an agent that is there does not let this
+    /// node in.
+    async fn join_any(&self, addresses: &[SocketAddr]) -> (Result<(), MembersError>, Option<Refusal>) {
+        let mut last = (Ok(()), None);
         for address in addresses {
-            match self.join_one(*address).await {
+            let error = match self.join_one(*address).await {
+                Err(error @ MembersError::Join { .. }) => error,
+                other => return (other, None),
+            };
+            let refusal = match error {
+                MembersError::Join {
+                    obstacle: Obstacle::Unreadable,
+                    ..
+                } => Some(Refusal::Key),
+                MembersError::Join {
+                    obstacle: Obstacle::Unanswered,
+                    ..
+                } => listens(*address).await.then_some(Refusal::Silence),
                 // An agent that starts right now may listen a moment later: that is no answer to what was asked before.
-                Err(error @ MembersError::Join { is_closed: true, .. }) => last = (Err(error), false),
-                Err(error @ MembersError::Join { .. }) => last = (Err(error), answers(*address).await),
-                other => return (other, false),
-            }
+                _ => None,
+            };
+            last = (Err(error), refusal);
         }
         last
     }
 }
 
 /// Whether somebody listens where an agent gossips.
-async fn answers(address: SocketAddr) -> bool {
+async fn listens(address: SocketAddr) -> bool {
     matches!(timeout(ANSWER_TIME, TcpStream::connect(address)).await, Ok(Ok(_)))
 }
