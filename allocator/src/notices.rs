@@ -99,6 +99,34 @@ pub fn leaving() -> Notice {
     Notice::normal("AddressReleased", "Service is being deleted")
 }
 
+/// What it has of a group cannot be given back: the group was rejected, and may yet become good, or it is gone. `finalizer` is
+/// what keeps a deleted Service until then.
+pub fn unreleasable(group: &str, is_rejected: bool, finalizer: &str) -> Notice {
+    let message = if is_rejected {
+        format!(
+            "Addresses of ServiceGroup \"{group}\" cannot be given back, for it was rejected: correct it, or take the \
+             finalizer {finalizer} off this Service and free them at the provider by hand"
+        )
+    } else {
+        format!(
+            "ServiceGroup \"{group}\" is gone, or its addresses come from elsewhere now, so the provider cannot be told that \
+             this Service needs its address no more: free it there by hand"
+        )
+    };
+    Notice::warning("ReleaseFailed", message)
+}
+
+/// A provider did not take back what it gave. `is_deleted`: the Service waits for that.
+pub fn not_released(refusal: &Refusal, is_deleted: bool) -> Notice {
+    let stays = if is_deleted {
+        "; until then this Service stays"
+    } else {
+        ""
+    };
+    let message = format!("Failed to give addresses back, will try again{stays}: {refusal}");
+    Notice::warning("ReleaseFailed", message)
+}
+
 /// `externalTrafficPolicy: Local` becomes `Cluster`.
 pub fn local_overridden() -> Notice {
     Notice::normal(
@@ -263,6 +291,32 @@ mod tests {
                 "Service is Type ClusterIP, not LoadBalancer",
             ),
             (leaving(), Kind::Normal, "AddressReleased", "Service is being deleted"),
+            (
+                unreleasable("g", true, "purelb.io/ipam.g"),
+                Kind::Warning,
+                "ReleaseFailed",
+                "Addresses of ServiceGroup \"g\" cannot be given back, for it was rejected: correct it, or take the finalizer \
+                 purelb.io/ipam.g off this Service and free them at the provider by hand",
+            ),
+            (
+                unreleasable("g", false, "purelb.io/ipam.g"),
+                Kind::Warning,
+                "ReleaseFailed",
+                "ServiceGroup \"g\" is gone, or its addresses come from elsewhere now, so the provider cannot be told that this \
+                 Service needs its address no more: free it there by hand",
+            ),
+            (
+                not_released(&full, true),
+                Kind::Warning,
+                "ReleaseFailed",
+                "Failed to give addresses back, will try again; until then this Service stays: no free address in ",
+            ),
+            (
+                not_released(&full, false),
+                Kind::Warning,
+                "ReleaseFailed",
+                "Failed to give addresses back, will try again: no free address in ",
+            ),
             (
                 local_overridden(),
                 Kind::Normal,

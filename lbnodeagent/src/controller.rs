@@ -35,6 +35,7 @@ use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
 use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
+use crate::notices;
 use crate::picture::{Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Place, Plan};
 use crate::presence::Presence;
@@ -578,28 +579,20 @@ impl<'a> Agent<'a> {
             None => Selector::Invalid,
         };
         self.links.metrics.selected(selector);
-        let mut notices: Vec<(LBNodeAgent, Notice)> = Vec::new();
+        let mut told: Vec<(LBNodeAgent, Notice)> = Vec::new();
+        let node = &self.settings.node;
         for (agent, error) in bad.drain(..) {
-            let notice = match &error {
-                ConfigError::Ignored(_) => {
-                    Notice::warning("ConfigIgnored", format!("{error} on node {}", self.settings.node))
-                }
-                _ => Notice::warning("InvalidNodeSelector", error.to_string()),
-            };
-            notices.push((agent.clone(), notice));
+            told.push((agent.clone(), notices::misconfigured(node, &error)));
         }
         let config = match read {
             Some((_, Ok(config))) => Some(config),
             Some((agent, Err(error))) => {
-                let node = &self.settings.node;
-                let message =
-                    format!("invalid configuration: node {node} is announcing nothing until this is fixed: {error}");
-                notices.push((agent.clone(), Notice::warning("ConfigError", message)));
+                told.push((agent.clone(), notices::misconfigured(node, &error)));
                 None
             }
             None => None,
         };
-        for (agent, notice) in notices {
+        for (agent, notice) in told {
             self.tell_once(config::title(&agent), &agent, notice);
         }
         config

@@ -55,13 +55,12 @@ pub enum KernelError {
     #[error("the kernel did not answer: {0}")]
     Timeout(String),
     /// The kernel said no.
-    #[error("the kernel refuses to {what}")]
+    #[error("the kernel refuses to {what}: {reason}")]
     Refused {
         /// What was asked, as in "add 10.0.0.5/24 on link 2".
         what: String,
-        /// Its reason.
-        #[source]
-        source: io::Error,
+        /// Its reason; told with the error, which users read in one sentence.
+        reason: io::Error,
     },
     /// An answer that does not fit the question.
     #[error("unexpected answer from the kernel: {0}")]
@@ -74,7 +73,7 @@ impl KernelError {
             rtnetlink::Error::RequestFailed => Self::Closed,
             rtnetlink::Error::NetlinkError(message) => Self::Refused {
                 what: what.to_string(),
-                source: message.to_io(),
+                reason: message.to_io(),
             },
             other => Self::Unexpected(other.to_string()),
         }
@@ -83,7 +82,7 @@ impl KernelError {
     /// The kernel's errno where it gave one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
-            Self::Refused { source, .. } => source.raw_os_error().map(Errno::from_raw),
+            Self::Refused { reason, .. } => reason.raw_os_error().map(Errno::from_raw),
             _ => None,
         }
     }

@@ -13,6 +13,7 @@ pub mod kernel;
 pub mod members;
 pub mod metrics;
 pub mod neighbor;
+pub mod notices;
 pub mod picture;
 pub mod plan;
 pub mod presence;

@@ -292,7 +292,7 @@ fn a_failed_change_says_what_and_why_and_does_not_hold_up_the_others() {
         let error = applied[0].result.as_ref().unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the kernel refuses to add 10.31.0.64/16 on link 4711"
+            "the kernel refuses to add 10.31.0.64/16 on link 4711: No such device (os error 19)"
         );
         assert_eq!(error.errno(), Some(nix::errno::Errno::ENODEV));
         assert!(matches!(applied[1].result, Ok(Some(Added::New))));

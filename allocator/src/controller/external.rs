@@ -27,6 +27,7 @@ use crate::decide::Grant;
 use crate::groups::Verdict;
 use crate::ipam::{self, Answer, Problem, Provider, Return, Stats};
 use crate::ledger::Ledger;
+use crate::notices;
 use crate::offers;
 use crate::refusal::Refusal;
 use crate::request::{self, Request};
@@ -360,22 +361,12 @@ impl Controller {
             self.verdicts.get(&place),
             Some(Verdict::Invalid(_) | Verdict::Overlaps(_))
         );
-        let message = if is_rejected {
-            format!(
-                "Addresses of ServiceGroup \"{group}\" cannot be given back, for it was rejected: correct it, or take the \
-                 finalizer {RESERVED}{group} off this Service and free them at the provider by hand"
-            )
-        } else {
-            self.ledger.offers_mut().account_mut(key, group).is_clear = true;
-            format!(
-                "ServiceGroup \"{group}\" is gone, so its provider cannot be told that this Service needs no address any \
-                 more: free it there by hand"
-            )
-        };
         if let Some(service) = self.service(key).cloned() {
-            self.tell_once(key, &service, Notice::warning("ReleaseFailed", message));
+            let notice = notices::unreleasable(group, is_rejected, &format!("{RESERVED}{group}"));
+            self.tell_once(key, &service, notice);
         }
         if !is_rejected {
+            self.ledger.offers_mut().account_mut(key, group).is_clear = true;
             self.send(Message::Again(key.clone(), group.to_owned(), Act::Release));
         }
     }
@@ -397,14 +388,8 @@ impl Controller {
             }
             Err(problem) => {
                 if let Some(service) = self.service(key).cloned() {
-                    let name = self.refusal(group, problem.clone());
-                    let stays = if is_deleted(&service) {
-                        "; until then this Service stays"
-                    } else {
-                        ""
-                    };
-                    let message = format!("Failed to give addresses back, will try again{stays}: {name}");
-                    self.tell_once(key, &service, Notice::warning("ReleaseFailed", message));
+                    let refusal = self.refusal(group, problem.clone());
+                    self.tell_once(key, &service, notices::not_released(&refusal, is_deleted(&service)));
                 }
                 self.pause(key, group, Act::Release, Some(&problem));
             }

@@ -22,6 +22,7 @@ use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
+use crate::notices;
 use crate::plan::{Placed, Plan, Verdict};
 
 /// How often an entry is written again that another node keeps overwriting.
@@ -128,28 +129,24 @@ impl Agent<'_> {
         let Some(service) = self.cluster.service(key) else {
             return;
         };
-        if is_local {
-            let message = format!("Node {node} announcing {ip} on interface {interface}");
-            self.reporter
-                .tell(service.as_ref(), &Notice::normal("AnnouncingLocal", message));
-            let before = announcing::entries(service, Family::of(ip));
-            if let Some((other, _)) = before.get(&ip).filter(|(other, _)| other != node) {
+        let told = if is_local {
+            let entries = announcing::entries(service, Family::of(ip));
+            let before = entries.get(&ip).map(|(other, _)| other).filter(|other| *other != node);
+            if let Some(other) = before {
                 self.links.metrics.stolen(other, node);
-                let message = format!("Node {node} took announcement of {ip} from node {other}");
-                self.reporter
-                    .tell(service.as_ref(), &Notice::normal("AnnounceSlotSteal", message));
             }
+            notices::local(node, ip, interface, before.map(String::as_str))
         } else {
-            let message = format!("Announcing {ip} from node {node} interface {interface}");
-            self.reporter
-                .tell(service.as_ref(), &Notice::normal("AnnouncingNonLocal", message));
+            vec![notices::routed(node, ip, interface)]
+        };
+        for notice in &told {
+            self.reporter.tell(service.as_ref(), notice);
         }
     }
 
     fn tell_failure(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, error: &str) {
-        let node = &self.settings.node;
-        let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
-        self.tell_of_address(key, ip, Notice::warning("AnnouncementFailed", message));
+        let notice = notices::failed(&self.settings.node, ip, interface, error);
+        self.tell_of_address(key, ip, notice);
     }
 
     fn tell_conflict(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, mac: Mac) {
@@ -166,12 +163,8 @@ impl Agent<'_> {
             }
             return;
         };
-        let (node, interface, mac) = (&self.settings.node, &placed.interface, frame::shown(mac));
-        let message = format!(
-            "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of \
-             the traffic goes there. Take the address off that host, or give the Service another"
-        );
-        self.tell_of_address(key, ip, Notice::warning("AddressConflict", message));
+        let notice = notices::shared(&self.settings.node, ip, &placed.interface, &frame::shown(mac));
+        self.tell_of_address(key, ip, notice);
     }
 
     /// Tells the author of a Service once what is wrong with an address of it.

@@ -1,0 +1,127 @@
+//! What users are told of announcements and of LBNodeAgents, in the words PureLB's users know where there are any.
+
+use std::net::IpAddr;
+
+use crds::event::Notice;
+
+use crate::config::ConfigError;
+
+/// A local address is announced here. `before` is the node that its annotation names, where that is another one.
+pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<&str>) -> Vec<Notice> {
+    let message = format!("Node {node} announcing {ip} on interface {interface}");
+    let mut notices = vec![Notice::normal("AnnouncingLocal", message)];
+    if let Some(other) = before {
+        let message = format!("Node {node} took announcement of {ip} from node {other}");
+        notices.push(Notice::normal("AnnounceSlotSteal", message));
+    }
+    notices
+}
+
+/// A routed address is on this node's interface for them.
+pub fn routed(node: &str, ip: IpAddr, interface: &str) -> Notice {
+    let message = format!("Announcing {ip} from node {node} interface {interface}");
+    Notice::normal("AnnouncingNonLocal", message)
+}
+
+/// The kernel did not take an address.
+pub fn failed(node: &str, ip: IpAddr, interface: &str, error: &str) -> Notice {
+    let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
+    Notice::warning("AnnouncementFailed", message)
+}
+
+/// A host outside the cluster has an address that is announced here. `mac` is its Ethernet address.
+pub fn shared(node: &str, ip: IpAddr, interface: &str, mac: &str) -> Notice {
+    let message = format!(
+        "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of the \
+         traffic goes there. Take the address off that host, or give the Service another"
+    );
+    Notice::warning("AddressConflict", message)
+}
+
+/// What is wrong with an LBNodeAgent, as this node sees it.
+pub fn misconfigured(node: &str, error: &ConfigError) -> Notice {
+    match error {
+        ConfigError::Ignored(_) => Notice::warning("ConfigIgnored", format!("{error} on node {node}")),
+        ConfigError::Selector(_) => Notice::warning("InvalidNodeSelector", error.to_string()),
+        ConfigError::Pattern { .. } => Notice::warning(
+            "ConfigError",
+            format!("invalid configuration: node {node} is announcing nothing until this is fixed: {error}"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::NodeConfig;
+    use crds::event::Kind;
+
+    #[test]
+    fn users_are_told_in_the_words_they_know() {
+        let ip = "10.0.0.1".parse().unwrap();
+        let pattern = serde_json::from_str(r#"{"localInterface": "eth("}"#).unwrap();
+        let unreadable = NodeConfig::read(&pattern).unwrap_err();
+        let stolen = local("w11", ip, "bond0", Some("m"));
+        assert_eq!(local("w11", ip, "bond0", None), stolen[..1]);
+        for (notice, kind, reason, message) in [
+            (
+                stolen[0].clone(),
+                Kind::Normal,
+                "AnnouncingLocal",
+                "Node w11 announcing 10.0.0.1 on interface bond0",
+            ),
+            (
+                stolen[1].clone(),
+                Kind::Normal,
+                "AnnounceSlotSteal",
+                "Node w11 took announcement of 10.0.0.1 from node m",
+            ),
+            (
+                routed("w11", ip, "kube-lb0"),
+                Kind::Normal,
+                "AnnouncingNonLocal",
+                "Announcing 10.0.0.1 from node w11 interface kube-lb0",
+            ),
+            (
+                failed(
+                    "w11",
+                    ip,
+                    "bond0",
+                    "the kernel refuses to add 10.0.0.1/24 on link 2: why",
+                ),
+                Kind::Warning,
+                "AnnouncementFailed",
+                "Node w11 could not announce 10.0.0.1 on interface bond0: the kernel refuses to add 10.0.0.1/24 on link 2: why",
+            ),
+            (
+                shared("w11", ip, "bond0", "02:00:00:00:00:01"),
+                Kind::Warning,
+                "AddressConflict",
+                "10.0.0.1 is announced by node w11, and the host 02:00:00:00:00:01 answers for it too (interface bond0): part \
+                 of the traffic goes there. Take the address off that host, or give the Service another",
+            ),
+            (
+                misconfigured("w11", &ConfigError::Ignored("purelb/a".into())),
+                Kind::Warning,
+                "ConfigIgnored",
+                "LBNodeAgent purelb/a takes precedence on node w11",
+            ),
+            (
+                misconfigured("w11", &ConfigError::Selector("no operator Near".into())),
+                Kind::Warning,
+                "InvalidNodeSelector",
+                "nodeSelector could not be evaluated (no operator Near); this LBNodeAgent applies to no node",
+            ),
+            (
+                misconfigured("w11", &unreadable),
+                Kind::Warning,
+                "ConfigError",
+                "invalid configuration: node w11 is announcing nothing until this is fixed: localInterface \"eth(\" is \
+                 neither default nor a regular expression (error: unclosed group)",
+            ),
+        ] {
+            assert_eq!((notice.kind, notice.reason), (kind, reason), "{message}");
+            assert_eq!(notice.message, message);
+        }
+    }
+}
