@@ -111,10 +111,10 @@ docs: ## Build the book in target/book (and mdBook itself, once: some minutes); 
 # What a virtual node needs beside PACKAGES.
 VM_PACKAGES := busybox-static kmod qemu-system-x86
 
-vm: kubernetes ## A node that is a virtual machine: the real dummy driver, kube-proxy with IPVS (QEMU, some minutes)
+vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS, a bond and a VLAN (QEMU, some minutes)
 	@$(MAKE) --no-print-directory setup PACKAGES="$(VM_PACKAGES)"
 	cargo build --quiet --locked --workspace --bins
-	cargo test --quiet --locked --package e2e --test vm -- --ignored --nocapture
+	cargo test --quiet --locked --package e2e --test vm -- --ignored --nocapture --test-threads 1
 
 crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds

@@ -1,10 +1,11 @@
 //! A node that is a virtual machine, on the lab's switch beside the others, for what needs another kernel than this machine's.
 //!
-//! QEMU emulates it without KVM, and it boots in some seconds. Its kernel is Debian's, with the dummy driver and IPVS; its file
-//! system is in memory. See `vm/build`.
+//! QEMU emulates it without KVM, and it boots in some seconds. Its kernel is Debian's, with the dummy driver, IPVS, bonds and
+//! VLANs; its file system is in memory. See `vm/build`.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -29,17 +30,76 @@ pub const IPV4: Ipv4Addr = Ipv4Addr::new(10, 31, 188, 12);
 pub const IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x31, 0, 0, 0, 0x188, 0x12);
 /// The MAC address of its `eth0`.
 pub const MAC: &str = "02:00:0a:1f:bc:0c";
+/// The MAC address of its `eth1`, where it has a bond.
+pub const SECOND_MAC: &str = "02:00:0a:1f:bd:0c";
+/// The tag of `bond0.7`.
+const VLAN: u8 = 7;
+/// Where QEMU takes commands.
+const MONITOR: &str = "/run/lab/guest.monitor";
+
+/// What the guest's addresses and its default route are on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uplink {
+    /// `eth0`.
+    Nic,
+    /// `bond0`, an active-backup bond of `eth0` and `eth1`. On it is the VLAN interface `bond0.7`, 10.32.0.12/16 and
+    /// `fd00:10:32::12/64`; in that VLAN there is one other host, the guest's namespace `far`, on a third port of the switch.
+    Bond,
+}
+
+impl Uplink {
+    /// Its network cards, in their order: each with its port on the switch and its MAC address.
+    const fn nics(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Nic => &[("guest", MAC)],
+            Self::Bond => &[("guest", MAC), ("guest2", SECOND_MAC), ("guest3", "02:00:0a:1f:be:0c")],
+        }
+    }
+
+    /// The commands that bring up links and addresses.
+    fn script(self) -> String {
+        let (link, make) = match self {
+            Self::Nic => ("eth0", String::new()),
+            Self::Bond => (
+                "bond0",
+                // With this policy the bond's MAC address is its active port's: neighbours have to be told of a change.
+                "modprobe 8021q\nmodprobe bonding max_bonds=0\n\
+                 ip link add bond0 type bond mode active-backup miimon 100 fail_over_mac active\n\
+                 ip link set eth0 master bond0\nip link set eth1 master bond0\n"
+                    .to_owned(),
+            ),
+        };
+        let mut script = format!(
+            "{make}ip link set {link} up\n\
+             until [ \"$(cat /sys/class/net/{link}/carrier)\" = 1 ]; do sleep 0.1; done\n\
+             ip addr add {IPV4}/16 brd + dev {link}\nip addr add {IPV6}/64 dev {link} nodad\n"
+        );
+        if self == Self::Bond {
+            script += "ip netns add far\nip link set eth2 netns far\nip -n far link set eth2 up\n";
+            let ends = [("", "bond0", 12), ("-n far", "eth2", 200)].map(|(at, on, number)| {
+                format!(
+                    "ip {at} link add link {on} name {on}.{VLAN} type vlan id {VLAN}\nip {at} link set {on}.{VLAN} up\n\
+                     ip {at} addr add 10.32.0.{number}/16 brd + dev {on}.{VLAN}\n\
+                     ip {at} addr add fd00:10:32::{number}/64 dev {on}.{VLAN} nodad\n"
+                )
+            });
+            script += &ends.concat();
+        }
+        script
+    }
+}
 
 /// A running guest with kube-proxy in IPVS mode, the node agent and BIRD. It ends with the lab.
 #[expect(missing_debug_implementations, reason = "a lab has none")]
 pub struct Guest {
     lab: Lab,
     process: Process,
+    uplink: Uplink,
 }
 
 impl Lab {
     /// Registers the guest's Node, boots it and returns when its shell answers.
-    pub async fn start_guest(&self) -> Result<Guest> {
+    pub async fn start_guest(&self, uplink: Uplink) -> Result<Guest> {
         self.register_guest().await?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/build");
         let output = Command::new(&script)
@@ -49,45 +109,52 @@ impl Lab {
         ensure!(output.status.success(), "vm/build failed");
         let directory = String::from_utf8(output.stdout)?.trim().to_owned();
         let initrd = self.outside("/run/lab/guest.initrd");
-        self.pack_guest(&directory, &initrd).await?;
-        ip(
-            self.anchor(),
-            ROOT,
-            ["tuntap add dev guest mode tap", "link set dev guest master lan up"],
-        )?;
-        let kernel = format!("{directory}/vmlinuz");
-        let nic = format!("virtio-net-pci,netdev=lan,mac={MAC}");
-        let process = self.start_process(
-            ROOT,
-            "guest",
-            [
-                "qemu-system-x86_64",
-                "-accel",
-                "tcg,thread=multi",
-                "-cpu",
-                "max",
-                "-smp",
-                "2",
-                "-m",
-                "1536",
-                "-nographic",
-                "-no-reboot",
-                "-kernel",
-                &kernel,
-                "-initrd",
-                "/run/lab/guest.initrd",
-                "-append",
-                "console=ttyS0 quiet panic=-1",
-                "-netdev",
-                "tap,id=lan,ifname=guest,script=no,downscript=no",
-                "-device",
-                &nic,
-            ],
-            &[],
-        )?;
+        self.pack_guest(&directory, &initrd, uplink).await?;
+        let (kernel, monitor) = (
+            format!("{directory}/vmlinuz"),
+            format!("unix:{MONITOR},server=on,wait=off"),
+        );
+        let mut argv: Vec<String> = [
+            "qemu-system-x86_64",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "max",
+            "-smp",
+            "2",
+            "-m",
+            "1536",
+            "-nographic",
+            "-no-reboot",
+            "-kernel",
+            &kernel,
+            "-initrd",
+            "/run/lab/guest.initrd",
+            "-append",
+            "console=ttyS0 quiet panic=-1",
+            "-qmp",
+            &monitor,
+        ]
+        .map(ToOwned::to_owned)
+        .to_vec();
+        for (port, mac) in uplink.nics() {
+            let plug_in = [
+                format!("tuntap add dev {port} mode tap"),
+                format!("link set dev {port} master lan up"),
+            ];
+            ip(self.anchor(), ROOT, plug_in)?;
+            argv.extend([
+                "-netdev".to_owned(),
+                format!("tap,id={port},ifname={port},script=no,downscript=no"),
+                "-device".to_owned(),
+                format!("virtio-net-pci,netdev={port},mac={mac}"),
+            ]);
+        }
+        let process = self.start_process(ROOT, "guest", argv, &[])?;
         let guest = Guest {
             lab: self.clone(),
             process,
+            uplink,
         };
         wait_until("the guest's shell answers", Duration::from_mins(2), async || {
             guest.run("true").await
@@ -112,7 +179,7 @@ impl Lab {
     }
 
     /// The guest's file system: what is the same every time, and the programs and credentials of this lab behind it.
-    async fn pack_guest(&self, directory: &str, initrd: &Path) -> Result<()> {
+    async fn pack_guest(&self, directory: &str, initrd: &Path, uplink: Uplink) -> Result<()> {
         let own = self.outside("/run/lab/guest/opt");
         std::fs::create_dir_all(&own)?;
         let strip = Command::new("strip")
@@ -136,7 +203,7 @@ impl Lab {
         std::fs::write(own.join("bird.conf"), bird.text())?;
         std::fs::write(
             own.join("start"),
-            start_script(self.nodes(), &self.members_keys().await?),
+            start_script(uplink, self.nodes(), &self.members_keys().await?),
         )?;
         // Archives may follow one another, each at a multiple of four bytes (the kernel's initramfs buffer format).
         let pack = format!(
@@ -163,6 +230,37 @@ impl Guest {
         ensure!(status == "0", "`{line}` in the guest ended with {status}:\n{text}");
         Ok(text.to_owned())
     }
+
+    /// Pulls the cables of these of its network cards, counted from 0, and plugs the others in: its kernel sees the carrier go, or
+    /// come.
+    pub async fn pull(&self, pulled: &[usize]) -> Result<()> {
+        let commands = self.uplink.nics().iter().enumerate().map(|(index, (port, _))| {
+            let is_up = !pulled.contains(&index);
+            json!({"execute": "set_link", "arguments": {"name": port, "up": is_up}})
+        });
+        let (commands, socket): (Vec<_>, _) = (commands.collect(), self.lab.outside(MONITOR));
+        tokio::task::spawn_blocking(move || tell_monitor(&socket, &commands)).await?
+    }
+}
+
+/// Gives QEMU commands (its machine protocol, one line of JSON each).
+fn tell_monitor(socket: &Path, commands: &[serde_json::Value]) -> Result<()> {
+    let mut monitor = UnixStream::connect(socket).context("QEMU's monitor")?;
+    monitor.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let mut lines = BufReader::new(monitor.try_clone()?).lines();
+    for command in [&json!({"execute": "qmp_capabilities"})].into_iter().chain(commands) {
+        monitor.write_all(format!("{command}\n").as_bytes())?;
+        // It greets, and tells of events, too.
+        let answer = loop {
+            let line = lines.next().context("QEMU's monitor has closed")??;
+            let line: serde_json::Value = serde_json::from_str(&line)?;
+            if line.get("return").or(line.get("error")).is_some() {
+                break line;
+            }
+        };
+        ensure!(answer.get("error").is_none(), "{command}: {answer}");
+    }
+    Ok(())
 }
 
 fn ask(script: &str) -> Result<String> {
@@ -190,13 +288,13 @@ fn proxy_config() -> serde_json::Value {
 }
 
 /// What the guest does once it has booted: addresses, routes to Pods, and the programs.
-fn start_script(nodes: &[Node], keys: &[(&str, String)]) -> String {
+fn start_script(uplink: Uplink, nodes: &[Node], keys: &[(&str, String)]) -> String {
     let mut script = format!(
         "hostname {NAME}\n\
          for setting in ipv4/ip_forward ipv6/conf/all/forwarding; do echo 1 >/proc/sys/net/$setting; done\n\
-         ip link set eth0 up\n\
-         ip addr add {IPV4}/16 brd + dev eth0\nip addr add {IPV6}/64 dev eth0 nodad\n\
-         ip route add default via {ROUTER_IPV4}\nip -6 route add default via {ROUTER_IPV6}\n"
+         {}\
+         ip route add default via {ROUTER_IPV4}\nip -6 route add default via {ROUTER_IPV6}\n",
+        uplink.script()
     );
     for node in nodes {
         let [ipv4, ipv6] = node.pod_networks();

@@ -1,11 +1,15 @@
-//! With the real dummy driver, and kube-proxy in IPVS mode: a node of the lab is a virtual machine with a kernel that has both.
+//! With the real dummy driver, bonds and VLANs, and kube-proxy in IPVS mode: a node of the lab is a virtual machine with a kernel
+//! that has all of them.
 //!
-//! The numbers (T8 …) are those of `docs/walkthrough.md`. `make vm` runs it; it needs QEMU, and half a minute on a quiet machine.
+//! The numbers (T8 …) are those of `docs/walkthrough.md`. `make vm` runs it; it needs QEMU, and a minute on a quiet machine.
+
+mod bond;
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Config, Daemon, Guest, Lab, Options, Speaker, guest, wait_until};
+use e2e::guest::{self, Guest, Uplink};
+use e2e::{Config, Daemon, Lab, Options, Speaker, wait_until};
 
 /// An emulated machine on a busy one takes its time.
 const SOON: Duration = Duration::from_mins(2);
@@ -42,6 +46,19 @@ spec:
     v6pool: {pool: 'fd00:200:0:1::1-fd00:200:0:1::9', subnet: 'fd00:200:0:1::/64', aggregation: default}
 ---
 ";
+/// What every Service here leads to.
+const PODS: &str = "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: web}
+spec:
+  replicas: 2
+  selector: {matchLabels: {app: web}}
+  template:
+    metadata: {labels: {app: web}}
+    spec: {containers: [{name: web, image: web-server}]}
+---
+";
 /// By the election the guest announces both.
 const PAIR_OF_GUEST: [&str; 2] = ["10.31.200.3", "fd00:10:31::c8:2"];
 /// w11 announces both.
@@ -69,11 +86,9 @@ async fn apply_services(lab: &Lab) -> Result<()> {
     for group in ["layer2-ippool.yaml", "bgp-ippool.yaml"] {
         lab.kubectl(["apply", "-f", &format!("{walkthrough}/{group}")]).await?;
     }
-    let pods = "{apiVersion: apps/v1, kind: Deployment, metadata: {name: web}, spec: {replicas: 2, selector: {matchLabels: {app: \
-                web}}, template: {metadata: {labels: {app: web}}, spec: {containers: [{name: web, image: web-server}]}}}}\n---\n";
     lab.apply(
         &[
-            pods.to_owned(),
+            PODS.to_owned(),
             service("guests", "layer2-ippool", &[OF_GUEST]),
             service("others", "layer2-ippool", &[OF_OTHER]),
             service("routed1", "bgp-ippool", &[ROUTED[0]]),
@@ -85,14 +100,17 @@ async fn apply_services(lab: &Lab) -> Result<()> {
     lab.ready_pods("default", "app=web", 2).await.map(drop)
 }
 
+fn url(vip: &str) -> String {
+    if vip.contains(':') {
+        format!("http://[{vip}]/")
+    } else {
+        format!("http://{vip}/")
+    }
+}
+
 async fn answers(lab: &Lab, ns: &str, vip: &str) -> Result<()> {
     wait_until(&format!("{vip} answers {ns}"), SOON, async || {
-        let host = if vip.contains(':') {
-            format!("[{vip}]")
-        } else {
-            vip.to_owned()
-        };
-        let answer = lab.get(ns, &format!("http://{host}/")).await?;
+        let answer = lab.get(ns, &url(vip)).await?;
         ensure!(answer.status == 200, "status {}", answer.status);
         Ok(())
     })
@@ -202,7 +220,7 @@ fn a_node_with_ipvs_and_the_dummy_driver_serves_local_and_routed_vips() -> Resul
     Lab::run(options, async |lab| {
         lab.install().await?;
         lab.start_product().await?;
-        let guest = lab.start_guest().await?;
+        let guest = lab.start_guest(Uplink::Nic).await?;
 
         // T8
         let shown = wait_until("kube-lb0 is up", SOON, async || {
