@@ -1,8 +1,8 @@
 //! Election and standby watch in virtual time: thousands of clusters, each with its own luck.
 //!
 //! Every run is decided by a seed: which nodes are cut off, killed, paused and restarted when, what is lost, late or out
-//! of order. Gossip is a model: it tells of a death after half a second to a second, of a return after some more, and
-//! lies for a while when a partition heals, as the real one does. The state machines are the real ones: `Standby`,
+//! of order. Gossip is a model: it tells of a death, or of an agent that does not run, after half a second to a second, of a
+//! return after some more, and lies for a while when a partition heals, as the real one does. The state machines are the real ones: `Standby`,
 //! `Presence`, `election` by way of `plan`.
 //!
 //! A failing seed is printed; `SIMULATION_SEED=<it>` runs it alone, with everything that happens (`--nocapture`).
@@ -84,6 +84,7 @@ enum Event {
     Kill(usize),
     Restart(usize),
     Pause(usize, Duration),
+    Resume(usize),
     Crash(usize),
 }
 
@@ -105,6 +106,8 @@ struct Node {
     generation: u64,
     holds: BTreeSet<IpAddr>,
     lingering: BTreeMap<IpAddr, Duration>,
+    /// The VIPs that it has written to announce, lately.
+    claimed: BTreeSet<IpAddr>,
     wake_at: Option<Duration>,
 }
 
@@ -161,6 +164,7 @@ impl World {
                 generation: 1,
                 holds: BTreeSet::new(),
                 lingering: BTreeMap::new(),
+                claimed: BTreeSet::new(),
                 wake_at: None,
             });
         }
@@ -391,13 +395,22 @@ impl World {
                 let until = self.now + time;
                 let this = &mut self.nodes[node];
                 this.paused_until = this.paused_until.max(until);
+                // Its part of the gossip is paused too.
+                self.gossip_changes(node);
+                self.after(time, Event::Resume(node));
             }
+            Event::Resume(node) => self.gossip_changes(node),
             _ => {}
         }
     }
 
     fn can_gossip(&self, one: usize, other: usize) -> bool {
-        one == other || (self.are_connected(one, other) && self.nodes[one].is_agent_up && self.nodes[other].is_agent_up)
+        let runs = |node: usize| self.nodes[node].is_agent_up && !self.is_paused(node);
+        one == other || (self.are_connected(one, other) && runs(one) && runs(other))
+    }
+
+    fn is_paused(&self, node: usize) -> bool {
+        self.nodes[node].paused_until > self.now
     }
 
     /// Something happened to a node: everybody else hears of it in time, and it of everybody else.
@@ -417,8 +430,15 @@ impl World {
         }
     }
 
-    fn gossip(&mut self, at: usize, about: usize, _epoch: u64) {
+    fn gossip(&mut self, at: usize, about: usize, epoch: u64) {
         if !self.nodes[at].is_agent_up {
+            return;
+        }
+        if self.is_paused(at) {
+            // It begins to miss others when it runs again.
+            let wait = self.nodes[at].paused_until.saturating_sub(self.now);
+            let wait = wait + self.lot.between(500 * MS, 950 * MS);
+            self.after(wait, Event::Gossip { at, about, epoch });
             return;
         }
         let is_alive = self.can_gossip(at, about);
@@ -542,10 +562,9 @@ impl World {
                     self.wrong += 1;
                     self.say(|| format!("node{node} takes {vip} from node{owner}, which is there"));
                 }
-                self.announcers.insert(vip, self.nodes[node].name.clone());
-                for other in 0..self.nodes.len() {
-                    self.after(30 * MS, Event::Look(other));
-                }
+                self.claim(node, vip);
+            } else if self.announcers[&vip] != self.nodes[node].name && !self.nodes[node].claimed.contains(&vip) {
+                self.claim(node, vip);
             }
         } else if self.nodes[node].holds.contains(&vip) {
             let until = *self.nodes[node].lingering.entry(vip).or_insert(now + LINGER);
@@ -556,6 +575,18 @@ impl World {
             } else {
                 self.after(until.saturating_sub(now), Event::Look(node));
             }
+        }
+    }
+
+    /// Writes into the annotation that this node announces a VIP, and again when another has overwritten it meanwhile; but not
+    /// what it wrote in the last ten seconds, which is how long a run takes: what was so at its begin is old.
+    fn claim(&mut self, node: usize, vip: IpAddr) {
+        if !self.now.is_zero() {
+            self.nodes[node].claimed.insert(vip);
+        }
+        self.announcers.insert(vip, self.nodes[node].name.clone());
+        for other in 0..self.nodes.len() {
+            self.after(30 * MS, Event::Look(other));
         }
     }
 
@@ -589,7 +620,12 @@ impl World {
         for vip in self.vips() {
             let mut nodes = self.nodes.iter();
             let is_served = nodes.any(|node| node.is_up && !node.is_cut && node.holds.contains(&vip));
-            let is_possible = self.nodes.iter().any(|node| node.is_agent_up && !node.is_cut);
+            // An agent that does not run, for want of CPU time or frozen, takes nothing over.
+            let can_take = |node: usize| {
+                let it = &self.nodes[node];
+                it.is_agent_up && !it.is_cut && !self.is_paused(node)
+            };
+            let is_possible = (0..self.nodes.len()).any(can_take);
             if is_served || !is_possible {
                 self.unowned_since.remove(&vip);
             } else {
@@ -688,22 +724,24 @@ fn whatever_fails_every_vip_has_one_owner_in_the_end_and_is_not_long_without_one
     };
     let outages = simulate(200, options, |world| {
         world.check_the_end();
+        // Who fails alone is replaced by its standby in a tenth of a second. The longest outages, a second, are of several that
+        // fail or freeze at about the same time: whoever is next in the election waits until gossip has given up those before it.
         assert!(
-            world.longest_outage < 3 * Duration::from_secs(1),
+            world.longest_outage < 2 * Duration::from_secs(1),
             "seed {}: nobody for {:?}",
             world.seed,
             world.longest_outage
         );
-        world.longest_outage
+        (world.longest_outage, world.seed)
     });
-    let mut outages: Vec<Duration> = outages.into_iter().filter(|outage| !outage.is_zero()).collect();
+    let mut outages: Vec<(Duration, u64)> = outages.into_iter().filter(|(outage, _)| !outage.is_zero()).collect();
     outages.sort();
     println!(
-        "{} outages: median {:?}, 99 % {:?}, worst {:?}",
+        "{} outages: median {:?}, 99 % {:?}, worst, with their seeds, {:?}",
         outages.len(),
-        outages[outages.len() / 2],
-        outages[outages.len() * 99 / 100],
-        outages.last()
+        outages[outages.len() / 2].0,
+        outages[outages.len() * 99 / 100].0,
+        &outages[outages.len().saturating_sub(5)..]
     );
 }
 
