@@ -7,16 +7,22 @@
 //! of one. Prints minimum, median and maximum of the client's longest silence in milliseconds, how many datagrams were
 //! lost in all, and how many new TCP connections were while addresses moved on purpose.
 //!
-//!     bench-failover [rounds] [what…]     20 rounds of: cut keepalived-0.1 keepalived-1 stop upgrade kill exclude many
+//! And how long a node's agent needs from its start until the last of 2,000 addresses is on the interface.
+//!
+//!     bench-failover [rounds] [what…]     20 rounds of: cut keepalived-0.1 keepalived-1 stop upgrade kill exclude many full
 
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, Probe, Process, Protocol, Report, Scene, scene::VIP, wait_until};
+use e2e::{Lab, Options, Probe, Process, Protocol, ProxyMode, Report, Scene, scene::VIP, wait_until};
 use futures::future::try_join_all;
+use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Api, PostParams};
 use lbnodeagent::election;
+use serde_json::json;
 
 const SOON: Duration = Duration::from_mins(1);
 /// How long the client looks on before and after.
@@ -32,6 +38,17 @@ const LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 /// Addresses on the dying node, for `many`, and how often each is asked.
 const MANY: usize = 200;
 const MANY_TICK: Duration = Duration::from_millis(20);
+/// Addresses of a node whose agent starts, for `full`.
+const FULL: usize = 2000;
+/// Their group, of which every node has about as many.
+const GROUP: &str = "
+apiVersion: purelb.io/v1
+kind: ServiceGroup
+metadata: {name: many, namespace: purelb}
+spec:
+  local:
+    v4pool: {subnet: 10.31.192.0/19, pool: 10.31.192.0/19, aggregation: /32}
+";
 
 /// One round of something.
 struct Round {
@@ -115,6 +132,12 @@ fn main() -> Result<()> {
     let rounds: usize = arguments.next().map_or(Ok(20), |text| text.parse()).context("rounds")?;
     let wanted: Vec<String> = arguments.collect();
     let is_wanted = |what: &str| wanted.is_empty() || wanted.iter().any(|known| known == what);
+    if is_wanted("full") {
+        full(rounds.min(3))?;
+    }
+    if wanted == ["full"] {
+        return Ok(());
+    }
     let options = Options {
         name: Some("bench-failover".into()),
         ..Options::default()
@@ -303,25 +326,8 @@ impl Bench<'_> {
 
 /// Cuts a node that announces [`MANY`] addresses, and looks until the last of them is back.
 async fn many(lab: &Lab, scene: &Scene<'_>, rounds: usize, table: &mut Table) -> Result<()> {
-    let names: Vec<&str> = lab.nodes().iter().map(|node| node.name.as_str()).collect();
-    let addresses: Vec<Ipv4Addr> = (0..=u16::MAX)
-        .map(|index| {
-            let [high, low] = index.to_be_bytes();
-            Ipv4Addr::new(10, 31, 192 + (high & 0x1f), low)
-        })
-        .filter(|address| election::owner(names.iter().copied(), IpAddr::V4(*address)) == Some(W11))
-        .take(MANY)
-        .collect();
-    let mut objects = String::from(
-        "
-apiVersion: purelb.io/v1
-kind: ServiceGroup
-metadata: {name: many, namespace: purelb}
-spec:
-  local:
-    v4pool: {subnet: 10.31.192.0/19, pool: 10.31.192.0/19, aggregation: /32}
-",
-    );
+    let addresses = won_by_w11(lab, MANY);
+    let mut objects = GROUP.to_owned();
     for (index, address) in addresses.iter().enumerate() {
         write!(
             objects,
@@ -387,6 +393,99 @@ spec:
         all_at("w11", &["m", "w11", "w12"]).await?;
     }
     scene.settled("w11").await
+}
+
+/// Addresses of [`GROUP`] that w11 wins.
+fn won_by_w11(lab: &Lab, count: usize) -> Vec<Ipv4Addr> {
+    let names: Vec<&str> = lab.nodes().iter().map(|node| node.name.as_str()).collect();
+    (0..0x2000_u16)
+        .map(|index| {
+            let [high, low] = index.to_be_bytes();
+            Ipv4Addr::new(10, 31, 192 + high, low)
+        })
+        .filter(|address| election::owner(names.iter().copied(), IpAddr::V4(*address)) == Some(W11))
+        .take(count)
+        .collect()
+}
+
+/// Starts the agent of a node that wins [`FULL`] addresses, which another node has meanwhile, and looks until the last of them
+/// is there. Nothing else is in the lab's way: no kube-proxy, no endpoints.
+fn full(rounds: usize) -> Result<()> {
+    let options = Options {
+        name: Some("bench-failover-full".into()),
+        nodes: 2,
+        proxy: ProxyMode::None,
+        ..Options::default()
+    };
+    let mut took = Lab::run(options, async |lab| {
+        lab.install().await?;
+        let mut agent = lab.start_product().await?.agents.remove("w11").context("no agent")?;
+        lab.apply(GROUP).await?;
+        let api: Api<Service> = Api::default_namespaced(lab.client());
+        let create = async |(index, address): (usize, Ipv4Addr)| {
+            let annotations = json!({"purelb.io/service-group": "many", "purelb.io/addresses": address});
+            let service = json!({
+                "metadata": {"name": format!("full-{index}"), "annotations": annotations},
+                "spec": {"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]},
+            });
+            api.create(&PostParams::default(), &serde_json::from_value(service)?)
+                .await?;
+            anyhow::Ok(())
+        };
+        let addresses = won_by_w11(&lab, FULL).into_iter().enumerate();
+        stream::iter(addresses)
+            .map(create)
+            .buffer_unordered(16)
+            .try_collect::<Vec<()>>()
+            .await?;
+        let all_at = async |owner: &str| {
+            wait_until(&format!("{owner} alone holds {FULL} addresses"), 2 * SOON, async || {
+                for node in ["m", "w11"] {
+                    let shown = lab
+                        .exec(node, ["ip", "-4", "-o", "address", "show", "dev", "eth0"])
+                        .await?;
+                    // Its own is there too.
+                    let held = shown.lines().count() - 1;
+                    ensure!(held == if node == owner { FULL } else { 0 }, "{node} holds {held}");
+                }
+                Ok(Instant::now())
+            })
+            .await
+        };
+        all_at("w11").await?;
+        let mut took = Vec::new();
+        for _ in 0..rounds {
+            agent.stop().await?;
+            all_at("m").await?;
+            // What the move has led to: annotations, events.
+            tokio::time::sleep(10 * AFTER).await;
+            let started = Instant::now();
+            agent = lab.start_agent("w11").await?;
+            let there = wait_until(&format!("w11 has {FULL} addresses"), SOON, async || {
+                let shown = lab
+                    .exec("w11", ["ip", "-4", "-o", "address", "show", "dev", "eth0"])
+                    .await?;
+                ensure!(shown.lines().count() == FULL + 1, "{}", shown.lines().count());
+                Ok(Instant::now())
+            })
+            .await?;
+            eprintln!("agent started: {FULL} addresses after {:?}", there - started);
+            took.push(there - started);
+            all_at("w11").await?;
+        }
+        Ok(took)
+    })?;
+    took.sort_unstable();
+    if let (Some(least), Some(median), Some(most)) = (took.first(), took.get(took.len() / 2), took.last()) {
+        println!(
+            "from an agent's start until the last of {FULL} addresses is there, {} times: {} / {} / {} ms (min, median, max)",
+            took.len(),
+            least.as_millis(),
+            median.as_millis(),
+            most.as_millis()
+        );
+    }
+    Ok(())
 }
 
 struct Clients {
