@@ -13,7 +13,6 @@ mod writes;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
@@ -22,9 +21,9 @@ use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, annotations};
 use daemon::{Change, Mirror, Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
+use kube::Client;
 use kube::api::Api;
 use kube::runtime::watcher;
-use kube::{Client, ResourceExt};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -32,6 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::condition::Saying;
 use crate::controller::external::External;
+use crate::controller::slim::{Packed, Slim};
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
@@ -57,7 +57,7 @@ pub struct Settings {
 }
 
 enum Input {
-    Service(watcher::Event<Service>),
+    Service(watcher::Event<Slim>),
     Group(watcher::Event<ServiceGroup>),
     Written(ServiceKey, kube::Result<Written>),
     StatusWritten(GroupKey, kube::Result<ServiceGroup>),
@@ -73,9 +73,7 @@ enum Input {
 /// When the input streams end.
 pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &Ready) -> anyhow::Result<()> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
-    daemon::watch(Api::all(client.clone()), &sender, |event| {
-        Input::Service(slim::event(event))
-    });
+    daemon::watch(Api::all(client.clone()), &sender, Input::Service);
     daemon::watch(Api::all(client.clone()), &sender, Input::Group);
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
@@ -104,7 +102,7 @@ struct Controller {
     metrics: Metrics,
     ready: Ready,
 
-    services: Mirror<Service>,
+    services: Mirror<Slim, Packed>,
     groups: Mirror<ServiceGroup>,
     verdicts: BTreeMap<GroupKey, Verdict>,
     ledger: Ledger,
@@ -197,7 +195,7 @@ impl Controller {
 
     // ---- Services -------------------------------------------------------------------------------
 
-    fn service_event(&mut self, event: watcher::Event<Service>) {
+    fn service_event(&mut self, event: watcher::Event<Slim>) {
         for change in self.services.apply(event) {
             match change {
                 Change::Set(key, _) => self.service_changed(&ServiceKey::new(key.0, key.1)),
@@ -216,8 +214,12 @@ impl Controller {
         }
     }
 
-    fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+    fn packed(&self, key: &ServiceKey) -> Option<&Packed> {
         self.services.get(&(key.namespace.clone(), key.name.clone()))
+    }
+
+    fn service(&self, key: &ServiceKey) -> Option<Service> {
+        self.packed(key)?.unpack()
     }
 
     /// Keys, the oldest Service first.
@@ -228,8 +230,7 @@ impl Controller {
 
     /// What orders Services by age.
     fn age(&self, key: &ServiceKey) -> (Option<Timestamp>, ServiceKey) {
-        let created = self.service(key).and_then(|service| service.creation_timestamp());
-        (created.map(|time| time.0), key.clone())
+        (self.packed(key).and_then(|service| service.created), key.clone())
     }
 
     fn service_gone(&mut self, key: &ServiceKey) {
@@ -274,7 +275,7 @@ impl Controller {
     /// count as well: they are in use, whoever gave them. Returns the Services that hold one of them too
     /// though they may not share it: something is to be decided about them.
     fn adopt(&mut self, key: &ServiceKey) -> Vec<ServiceKey> {
-        let Some(service) = self.service(key).cloned() else {
+        let Some(service) = self.service(key) else {
             return Vec::new();
         };
         if self.writing.contains_key(key) || !is_load_balancer(&service) {
@@ -301,7 +302,7 @@ impl Controller {
     /// Service's. In all three cases it is told.
     fn contested(&self, key: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
         self.ledger.contested(key, claim, |rival| {
-            let is_foreign = self.service(rival).is_some_and(|service| !is_ours(service));
+            let is_foreign = self.service(rival).is_some_and(|service| !is_ours(&service));
             is_foreign || self.age(rival) < self.age(key)
         })
     }
@@ -354,7 +355,7 @@ impl Controller {
             }
             return;
         }
-        let Some(service) = self.service(key).cloned() else {
+        let Some(service) = self.service(key) else {
             return;
         };
         self.note_reservations(key, &service);
@@ -372,7 +373,7 @@ impl Controller {
         self.settle(key);
     }
 
-    fn serve(&mut self, service: &Arc<Service>, request: &Request) {
+    fn serve(&mut self, service: &Service, request: &Request) {
         let key = &request.service;
         self.heed_strangers(service, request);
         let held = self.ledger.addresses_of(key).to_vec();
@@ -437,7 +438,7 @@ impl Controller {
     }
 
     /// Sees to it that `externalTrafficPolicy: Local` does not leave a local address without Pods behind it.
-    fn direct_traffic(&mut self, service: &Arc<Service>, request: &Request, grant: &Grant) {
+    fn direct_traffic(&mut self, service: &Service, request: &Request, grant: &Grant) {
         let key = &request.service;
         match traffic_policy(request.traffic, grant.announce) {
             Policy::Leave => {
@@ -483,7 +484,7 @@ impl Controller {
 
     /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps,
     /// where it is known.
-    fn refuse(&mut self, key: &ServiceKey, service: &Arc<Service>, refusal: &Refusal, keeps: Option<&[IpAddr]>) {
+    fn refuse(&mut self, key: &ServiceKey, service: &Service, refusal: &Refusal, keeps: Option<&[IpAddr]>) {
         self.waiting.insert(key.clone());
         let saying = Saying::refused(refusal);
         let withdrawn = keeps.filter(|keeps| is_ours(service) && ingress(service) != *keeps);
@@ -507,14 +508,14 @@ impl Controller {
     }
 
     /// Takes everything of ours off a Service. `why` is what its author is told.
-    fn give_back(&mut self, key: &ServiceKey, service: &Arc<Service>, why: &Notice) {
+    fn give_back(&mut self, key: &ServiceKey, service: &Service, why: &Notice) {
         self.waiting.remove(key);
         let held = self.ledger.addresses_of(key).to_vec();
         let made_room = self.ledger.release(key);
         if let Some(patch) = withdrawal(service) {
             if !held.is_empty() || !ingress(service).is_empty() {
                 tracing::info!(service = %key, addresses = ?held, cause = why.message, "released");
-                self.reporter.tell(service.as_ref(), why);
+                self.reporter.tell(service, why);
             }
             self.told.remove(key);
             self.write(key.clone(), Part::Status, patch);

@@ -5,40 +5,17 @@
 //! group was changed or deleted, and that never takes an address away.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::net::IpAddr;
 
 use crds::servicegroup::{Group, Source};
 use crds::{Family, Pool, ServiceKey};
 
+use crate::claim::Holders;
+pub use crate::claim::{Claim, Port, Ports};
 use crate::namespaces::Namespaces;
 use crate::offers::Offers;
 use crate::pool::Space;
 use crate::refusal::Refusal;
-
-/// A port of a Service as clients see it; its target and node ports play no part in sharing.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Port {
-    /// `TCP`, `UDP` or `SCTP`.
-    pub protocol: String,
-    /// The number.
-    pub number: i32,
-}
-
-impl fmt::Display for Port {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.protocol, self.number)
-    }
-}
-
-/// What a Service brings to an address it holds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Claim {
-    /// Services with equal keys may share an address.
-    pub sharing_key: Option<String>,
-    /// The ports it listens on.
-    pub ports: BTreeSet<Port>,
-}
 
 /// The state of a valid group's pools.
 #[derive(Debug)]
@@ -66,7 +43,7 @@ pub struct Ledger {
     namespaces: Namespaces,
     /// What other people's address books have for our Services.
     offers: Offers,
-    holders: BTreeMap<IpAddr, BTreeMap<ServiceKey, Claim>>,
+    holders: BTreeMap<IpAddr, Holders>,
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
     /// The addresses each sharing key is in use on, by family.
     bound: HashMap<(String, Family), BTreeSet<IpAddr>>,
@@ -138,7 +115,7 @@ impl Ledger {
 
     /// The group an address came from: whose provider reserves it for one of its holders, or whose pool has it.
     pub fn origin(&self, ip: IpAddr) -> Option<&str> {
-        let mut holders = self.holders.get(&ip).into_iter().flatten();
+        let mut holders = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
         let reserved = holders.find_map(|(holder, _)| self.offers.group_of(holder, ip));
         reserved.or_else(|| Some(self.pool_of(ip)?.0))
     }
@@ -178,7 +155,7 @@ impl Ledger {
         let pools = self.group(group).map(Group::pools).unwrap_or_default();
         for pool in pools.iter().filter(|pool| pool.range.family() == family) {
             let held = self.holders.range(pool.range.first()..=pool.range.last());
-            for holder in held.flat_map(|(_, holders)| holders.keys()) {
+            for holder in held.flat_map(|(_, holders)| holders.iter().map(|(holder, _)| holder)) {
                 if found.len() == limit {
                     return found;
                 }
@@ -230,19 +207,14 @@ impl Ledger {
             .map(|(pool, space)| (pool, space.lowest_free()))
     }
 
-    /// The address a sharing key is bound to in a family.
-    pub fn bound(&self, sharing_key: &str, family: Family) -> Option<IpAddr> {
-        self.bound.get(&(sharing_key.to_owned(), family))?.first().copied()
-    }
-
-    /// The same, where `service` is to go: of the addresses with its key the first that others hold. One that it holds alone
-    /// binds it to nothing; it may have got the key while others had it elsewhere.
+    /// The address a sharing key is bound to in a family, where `service` is to go: of the addresses with its key the first that
+    /// others hold. One that it holds alone binds it to nothing; it may have got the key while others had it elsewhere.
     pub fn bound_by_others(&self, sharing_key: &str, family: Family, service: &ServiceKey) -> Option<IpAddr> {
         let bound = self.bound.get(&(sharing_key.to_owned(), family))?;
         let is_others = |ip: &IpAddr| {
             self.holders
                 .get(ip)
-                .is_some_and(|all| all.keys().any(|holder| holder != service))
+                .is_some_and(|all| all.iter().any(|(holder, _)| holder != service))
         };
         bound.iter().copied().find(is_others)
     }
@@ -254,7 +226,7 @@ impl Ledger {
 
     /// How many Services hold an address.
     pub fn holders_of(&self, ip: IpAddr) -> usize {
-        self.holders.get(&ip).map_or(0, BTreeMap::len)
+        self.holders.get(&ip).map_or(0, Holders::len)
     }
 
     /// Whether `service` may hold `ip`: it is free, its own, or shared by the rules of sharing.
@@ -266,7 +238,7 @@ impl Ledger {
             .holders
             .get(&ip)
             .into_iter()
-            .flatten()
+            .flat_map(Holders::iter)
             .filter(|(holder, _)| *holder != service)
             .collect();
         if others
@@ -280,7 +252,7 @@ impl Ledger {
             });
         }
         for (holder, held) in others {
-            if let Some(port) = held.ports.intersection(&claim.ports).next() {
+            if let Some(port) = held.ports.common(&claim.ports) {
                 return Err(Refusal::PortInUse {
                     port: port.clone(),
                     ip,
@@ -293,7 +265,7 @@ impl Ledger {
 
     /// The Services that hold `ip` and may not share it with `service`.
     pub fn rivals(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> impl Iterator<Item = &ServiceKey> {
-        let holders = self.holders.get(&ip).into_iter().flatten();
+        let holders = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
         holders
             .filter(move |(holder, held)| {
                 let may_share = claim.sharing_key.is_some()
@@ -346,11 +318,7 @@ impl Ledger {
             self.leave(ip, service);
         }
         for &ip in addresses {
-            let old = self
-                .holders
-                .entry(ip)
-                .or_default()
-                .insert(service.clone(), claim.clone());
+            let old = self.holders.entry(ip).or_default().insert(service, claim.clone());
             if let Some(old) = old.filter(|old| old != claim) {
                 made_room = true;
                 self.unbind(ip, &old);
@@ -418,7 +386,7 @@ impl Ledger {
     fn unbind(&mut self, ip: IpAddr, gone: &Claim) {
         let Some(key) = &gone.sharing_key else { return };
         let others = self.holders.get(&ip);
-        if others.is_some_and(|h| h.values().any(|claim| claim.sharing_key.as_ref() == Some(key))) {
+        if others.is_some_and(|h| h.iter().any(|(_, claim)| claim.sharing_key.as_ref() == Some(key))) {
             return;
         }
         let slot = (key.clone(), Family::of(ip));
@@ -457,11 +425,10 @@ pub(crate) mod tests {
     pub(crate) fn claim(key: &str, port: i32) -> Claim {
         Claim {
             sharing_key: (!key.is_empty()).then(|| key.to_owned()),
-            ports: [Port {
+            ports: Ports::from_iter([Port {
                 protocol: "TCP".into(),
                 number: port,
-            }]
-            .into(),
+            }]),
         }
     }
 
@@ -514,10 +481,13 @@ pub(crate) mod tests {
         );
         assert!(ledger.release(&service("a")));
         assert_eq!(ledger.lowest_free("g", Family::V4), None);
-        assert_eq!(ledger.bound("k", Family::V4), Some(ip("10.0.0.1")));
+        assert_eq!(
+            ledger.bound_by_others("k", Family::V4, &service("another")),
+            Some(ip("10.0.0.1"))
+        );
         ledger.release(&service("b"));
         assert_eq!(ledger.lowest_free("g", Family::V4), Some(ip("10.0.0.1")));
-        assert_eq!(ledger.bound("k", Family::V4), None);
+        assert_eq!(ledger.bound_by_others("k", Family::V4, &service("another")), None);
     }
 
     #[test]
@@ -570,7 +540,7 @@ pub(crate) mod tests {
                 let inside = held.iter().filter(|ip| **ip <= IpAddr::from([10, 0, 0, 5])).count() as u64;
                 let usage = ledger.usage("g", Family::V4);
                 prop_assert_eq!((usage.used, usage.free), (inside, 6 - inside));
-                let bound = ledger.bound("k", Family::V4);
+                let bound = ledger.bound_by_others("k", Family::V4, &service("another"));
                 prop_assert_eq!(bound.is_some(), !held.is_empty());
                 prop_assert!(bound.is_none_or(|ip| held.contains(&ip)));
             }

@@ -5,6 +5,7 @@
 //! the status, the bootstrap and the errands is plain data and functions, without Kubernetes, clock or network.
 
 pub mod bootstrap;
+pub mod claim;
 pub mod condition;
 pub mod controller;
 pub mod decide;

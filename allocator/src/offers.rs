@@ -189,7 +189,7 @@ pub fn query(ledger: &Ledger, request: &Request, group: &str, current: &[IpAddr]
     let key = request.claim.sharing_key.as_deref();
     let shared = [Family::V4, Family::V6]
         .into_iter()
-        .filter_map(|family| ledger.bound(key?, family));
+        .filter_map(|family| ledger.bound_by_others(key?, family, &request.service));
     Query {
         pool: group.to_owned(),
         service: request.service.clone(),

@@ -1,6 +1,5 @@
 //! A Service, read once into what it asks for, or into what is wrong with it.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crds::event::Notice;
@@ -8,7 +7,7 @@ use crds::service::{annotation, is_load_balancer, is_traffic_local};
 use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
-use crate::ledger::{Claim, Port};
+use crate::ledger::{Claim, Port, Ports};
 use crate::refusal::Refusal;
 
 /// The group of Services that name none, in namespaces that no group serves.
@@ -161,7 +160,7 @@ pub fn claim(service: &Service) -> Claim {
     }
 }
 
-fn ports(spec: &ServiceSpec) -> BTreeSet<Port> {
+fn ports(spec: &ServiceSpec) -> Ports {
     spec.ports
         .iter()
         .flatten()

@@ -19,7 +19,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use report::{CONCURRENCY, Reporter};
-pub use watch::{Change, Key, Mirror, watch};
+pub use watch::{Change, Keep, Key, Mirror, version, watch};
 
 /// Flags both processes have.
 #[derive(Args, Clone, Debug)]

@@ -1,6 +1,7 @@
 //! A kind of object, mirrored: watch events in, what changed out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
@@ -50,54 +51,68 @@ async fn forward<K, Input>(
 /// Namespace and name of an object; the namespace is empty for kinds without.
 pub type Key = (String, String);
 
+/// What is kept of an object of kind `K`: the object itself, or what takes less room. Cloning it is cheap.
+pub trait Keep<K>: From<K> + Clone {
+    /// The object's [`version`].
+    fn version(&self) -> u64;
+}
+
+impl<K: Resource> Keep<K> for Arc<K> {
+    fn version(&self) -> u64 {
+        version(self.as_ref())
+    }
+}
+
 /// What a watch event changed.
 #[derive(Debug)]
-pub enum Change<K> {
+pub enum Change<Kept> {
     /// An object is new or different.
-    Set(Key, Arc<K>),
+    Set(Key, Kept),
     /// An object is gone.
-    Gone(Key, Arc<K>),
+    Gone(Key, Kept),
     /// The first listing is complete.
     Ready,
 }
 
 /// All objects of a kind, as far as the watch has told.
 #[derive(Debug)]
-pub struct Mirror<K> {
-    objects: BTreeMap<Key, Arc<K>>,
+pub struct Mirror<K, Kept = Arc<K>> {
+    objects: BTreeMap<Key, Kept>,
     /// Keys seen by a listing under way: what it does not see is gone.
     listed: Option<BTreeSet<Key>>,
     is_ready: bool,
+    kind: PhantomData<fn(K)>,
 }
 
-impl<K> Default for Mirror<K> {
+impl<K, Kept> Default for Mirror<K, Kept> {
     fn default() -> Self {
         Self {
             objects: BTreeMap::new(),
             listed: None,
             is_ready: false,
+            kind: PhantomData,
         }
     }
 }
 
-impl<K: Resource<DynamicType = ()>> Mirror<K> {
+impl<K: Resource<DynamicType = ()>, Kept: Keep<K>> Mirror<K, Kept> {
     /// Whether the first listing is complete.
     pub const fn is_ready(&self) -> bool {
         self.is_ready
     }
 
     /// An object by key.
-    pub fn get(&self, key: &Key) -> Option<&Arc<K>> {
+    pub fn get(&self, key: &Key) -> Option<&Kept> {
         self.objects.get(key)
     }
 
     /// All objects, by key.
-    pub const fn objects(&self) -> &BTreeMap<Key, Arc<K>> {
+    pub const fn objects(&self) -> &BTreeMap<Key, Kept> {
         &self.objects
     }
 
     /// Applies a watch event and returns what it changed.
-    pub fn apply(&mut self, event: watcher::Event<K>) -> Vec<Change<K>> {
+    pub fn apply(&mut self, event: watcher::Event<K>) -> Vec<Change<Kept>> {
         match event {
             watcher::Event::Init => {
                 self.listed = Some(BTreeSet::new());
@@ -117,7 +132,7 @@ impl<K: Resource<DynamicType = ()>> Mirror<K> {
                     .filter(|key| !listed.contains(*key))
                     .cloned()
                     .collect();
-                let mut changes: Vec<Change<K>> = gone.into_iter().filter_map(|key| self.remove(key)).collect();
+                let mut changes: Vec<Change<Kept>> = gone.into_iter().filter_map(|key| self.remove(key)).collect();
                 if !self.is_ready {
                     self.is_ready = true;
                     changes.push(Change::Ready);
@@ -131,20 +146,21 @@ impl<K: Resource<DynamicType = ()>> Mirror<K> {
 
     /// Stores an object, unless a newer version of it is known: a watch may still deliver what was true
     /// before our own write of the same object.
-    pub fn set(&mut self, object: K) -> Option<Change<K>> {
+    pub fn set(&mut self, object: K) -> Option<Change<Kept>> {
         let key = key_of(&object);
-        if let Some(known) = self.objects.get(&key)
-            && known.meta().uid == object.meta().uid
-            && version(known.as_ref()) > version(&object)
+        if self
+            .objects
+            .get(&key)
+            .is_some_and(|known| known.version() > version(&object))
         {
             return None;
         }
-        let object = Arc::new(object);
-        self.objects.insert(key.clone(), object.clone());
-        Some(Change::Set(key, object))
+        let kept = Kept::from(object);
+        self.objects.insert(key.clone(), kept.clone());
+        Some(Change::Set(key, kept))
     }
 
-    fn remove(&mut self, key: Key) -> Option<Change<K>> {
+    fn remove(&mut self, key: Key) -> Option<Change<Kept>> {
         self.objects.remove(&key).map(|object| Change::Gone(key, object))
     }
 }
@@ -153,8 +169,9 @@ fn key_of<K: Resource>(object: &K) -> Key {
     (object.namespace().unwrap_or_default(), object.name_any())
 }
 
-/// The resourceVersion as a number: those of one kind are comparable (KEP-5504); 0 where it is not.
-fn version<K: Resource>(object: &K) -> u64 {
+/// The resourceVersion as a number: those of one kind are comparable (KEP-5504), whether of one object or of several; 0 where
+/// it is none.
+pub fn version<K: Resource>(object: &K) -> u64 {
     object
         .meta()
         .resource_version
@@ -178,7 +195,7 @@ mod tests {
         object
     }
 
-    fn told(changes: Vec<Change<ConfigMap>>) -> Vec<String> {
+    fn told(changes: Vec<Change<Arc<ConfigMap>>>) -> Vec<String> {
         changes
             .into_iter()
             .map(|change| match change {
@@ -191,7 +208,7 @@ mod tests {
 
     #[test]
     fn what_a_second_listing_does_not_see_is_gone() {
-        let mut mirror = Mirror::default();
+        let mut mirror = Mirror::<ConfigMap>::default();
         let mut apply = |event| told(mirror.apply(event));
         apply(Init);
         assert_eq!(apply(InitApply(object("a", 1))), ["set a"]);
@@ -205,7 +222,7 @@ mod tests {
 
     #[test]
     fn an_older_version_does_not_overwrite_a_newer_one() {
-        let mut mirror = Mirror::default();
+        let mut mirror = Mirror::<ConfigMap>::default();
         mirror.set(object("a", 5));
         assert!(mirror.set(object("a", 4)).is_none());
         assert_eq!(told(mirror.apply(Delete(object("a", 6)))), ["gone a"]);

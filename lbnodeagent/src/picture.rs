@@ -152,7 +152,7 @@ impl Cluster {
         }
     }
 
-    fn service_changed(&mut self, change: Change<Service>) {
+    fn service_changed(&mut self, change: Change<Arc<Service>>) {
         match change {
             Change::Set(key, service) => {
                 let key = ServiceKey::new(key.0, key.1);
@@ -169,7 +169,7 @@ impl Cluster {
         }
     }
 
-    fn slice_changed(&mut self, change: Change<EndpointSlice>) {
+    fn slice_changed(&mut self, change: Change<Arc<EndpointSlice>>) {
         let (slice, is_gone) = match change {
             Change::Set(_, slice) => (slice, false),
             Change::Gone(_, slice) => (slice, true),

@@ -248,10 +248,10 @@ impl Controller {
 
     fn answered(&mut self, key: &ServiceKey, group: &str, result: Result<Answer, Problem>) {
         self.external.busy.remove(&(key.clone(), group.to_owned()));
-        let service = self.service(key).cloned();
+        let service = self.service(key);
         let trouble = match result {
             Ok(answer) => {
-                let claim = service.as_deref().map(request::claim).unwrap_or_default();
+                let claim = service.as_ref().map(request::claim).unwrap_or_default();
                 let examine = |ip: &IpAddr| offers::examine(&self.ledger, key, &claim, group, *ip).err();
                 let wrong = answer.addresses.iter().find_map(examine);
                 let account = self.ledger.offers_mut().account_mut(key, group);
@@ -289,13 +289,13 @@ impl Controller {
         if groups.is_empty() {
             return;
         }
-        let service = self.service(key).cloned();
+        let service = self.service(key);
         if service.is_none() {
             self.external.awaited.remove(key);
             self.external.asked_as.remove(key);
         }
         let mut in_use = self.ledger.addresses_of(key).to_vec();
-        in_use.extend(service.iter().flat_map(|service| ingress(service)));
+        in_use.extend(service.iter().flat_map(ingress));
         let mut finalizers: Vec<String> = service
             .iter()
             .filter_map(|service| service.metadata.finalizers.clone())
@@ -317,7 +317,7 @@ impl Controller {
             if is_used || is_awaited {
                 if let Some(ip) = surplus {
                     self.release(key, &group, Return::One(ip.to_string()));
-                } else if is_used && !has_finalizer && !service.as_deref().is_none_or(is_deleted) {
+                } else if is_used && !has_finalizer && !service.as_ref().is_none_or(is_deleted) {
                     finalizers.push(finalizer);
                 }
             } else if !account.is_clear {
@@ -361,7 +361,7 @@ impl Controller {
             self.verdicts.get(&place),
             Some(Verdict::Invalid(_) | Verdict::Overlaps(_))
         );
-        if let Some(service) = self.service(key).cloned() {
+        if let Some(service) = self.service(key) {
             let notice = notices::unreleasable(group, is_rejected, &format!("{RESERVED}{group}"));
             self.tell_once(key, &service, notice);
         }
@@ -387,7 +387,7 @@ impl Controller {
                 self.worked(key, group, Act::Release);
             }
             Err(problem) => {
-                if let Some(service) = self.service(key).cloned() {
+                if let Some(service) = self.service(key) {
                     let refusal = self.refusal(group, problem.clone());
                     self.tell_once(key, &service, notices::not_released(&refusal, is_deleted(&service)));
                 }
@@ -459,7 +459,7 @@ impl Controller {
     }
 
     fn look_again(&mut self, key: &ServiceKey) {
-        if self.service(key).is_some() {
+        if self.packed(key).is_some() {
             self.reconcile(key);
         } else {
             self.settle(key);

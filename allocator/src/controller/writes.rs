@@ -10,7 +10,8 @@ use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::Value;
 
-use super::{Controller, Input, slim};
+use super::slim::Slim;
+use super::{Controller, Input};
 
 /// First wait before a failed write is tried again; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -35,15 +36,15 @@ pub(super) enum Part {
 /// What came back from a write.
 pub(super) enum Written {
     /// The Service as it was written.
-    Done(Box<Service>),
+    Done(Box<Slim>),
     /// Someone else had changed it: the Service as it is now.
-    Outrun(Box<Service>),
+    Outrun(Box<Slim>),
 }
 
 impl Controller {
     pub(super) fn write(&mut self, key: ServiceKey, part: Part, patch: Value) {
         self.writing.insert(key.clone(), false);
-        let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
+        let api: Api<Slim> = Api::namespaced(self.client.clone(), &key.namespace);
         let sender = self.sender.clone();
         self.spawn(async move {
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
@@ -52,11 +53,11 @@ impl Controller {
                 Part::Spec => api.patch(&key.name, &params, &patch).await,
             };
             let result = match patched {
-                Ok(service) => Ok(Written::Done(Box::new(slim::service(service)))),
+                Ok(service) => Ok(Written::Done(Box::new(service))),
                 // Decide again on what the object is now.
                 Err(kube::Error::Api(status)) if status.is_conflict() => {
                     let fresh = api.get(&key.name).await;
-                    fresh.map(|fresh| Written::Outrun(Box::new(slim::service(fresh))))
+                    fresh.map(|fresh| Written::Outrun(Box::new(fresh)))
                 }
                 Err(error) => Err(error),
             };
@@ -75,7 +76,7 @@ impl Controller {
             Ok(written) => {
                 self.failures.remove(&key);
                 // Gone meanwhile: the watch has told.
-                let Some(known) = self.service(&key).cloned() else {
+                let Some(known) = self.service(&key) else {
                     return self.settle(&key);
                 };
                 let (service, again) = match written {
@@ -83,10 +84,10 @@ impl Controller {
                     Written::Outrun(service) => (service, true),
                 };
                 // Another of the same name has come meanwhile.
-                if known.metadata.uid != service.metadata.uid {
+                if known.metadata.uid != service.0.metadata.uid {
                     return self.service_changed(&key);
                 }
-                self.assigned(&key, &service);
+                self.assigned(&key, &service.0);
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
                     self.service_changed(&key);
