@@ -178,3 +178,43 @@ fn netbox_addresses_are_taken_and_reserved_again() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn an_address_that_a_foreign_host_has_is_reserved_again_and_another_is_taken() -> Result<()> {
+    Lab::run(options(), async |lab| {
+        let sides = Sides::new(&lab);
+        lab.install().await?;
+        let listener = lab.in_network("m", || std::net::TcpListener::bind("10.31.188.1:0"))??;
+        let all = vec![
+            Entry::reserved("10.230.0.1/24", "k8s", ""),
+            Entry::reserved("10.230.0.2/24", "k8s", ""),
+        ];
+        let netbox = Netbox::start(listener, "t", all.clone())?;
+        lab.apply(&format!(
+            "{{apiVersion: purelb.io/v1, kind: ServiceGroup, metadata: {{name: netbox, namespace: purelb}}, \
+             spec: {{netbox: {{url: '{}', tenant: k8s, aggregation: /32}}}}}}",
+            netbox.url()
+        ))
+        .await?;
+        lab.start_replica("allocator", &[("NETBOX_USER_TOKEN", "t")]).await?;
+        sides.create("a", &group("netbox"), json!({})).await?;
+        sides.has("a", &["10.230.0.1"]).await?;
+        // What a node writes that finds the host.
+        let found = json!({annotations::ADDRESS_CONFLICT: "10.230.0.1,02:00:00:00:00:99,w11"});
+        sides.patch("a", json!({"metadata": {"annotations": found}})).await?;
+        sides.has("a", &["10.230.0.2"]).await?;
+        let sentence =
+            "The host 02:00:00:00:00:99 has 10.230.0.1 already, as node w11 found: this Service has 10.230.0.2 instead";
+        sides.event("a", sentence).await?;
+        taken(&netbox, &[("10.230.0.2/24", "[default/a]")]).await?;
+        // Nobody else gets it either.
+        sides.create("b", &group("netbox"), json!({})).await?;
+        sides.waits("b", "PoolExhausted", "with status reserved").await?;
+        sides.delete("a").await?;
+        sides.has("b", &["10.230.0.2"]).await?;
+        sides.delete("b").await?;
+        sides.gone("b").await?;
+        ensure!(netbox.entries() == all, "{:?}", netbox.entries());
+        Ok(())
+    })
+}
