@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Bytes;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::{Request, Uri, header};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpSocket, TcpStream};
@@ -63,33 +64,47 @@ fn socket_for(server: SocketAddr) -> std::io::Result<TcpSocket> {
 
 /// Sends one request over a fresh connection and reads the answer.
 pub(crate) async fn request(stream: TcpStream, uri: &Uri, started: Instant) -> Result<Answer> {
-    stream.set_nodelay(true)?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    let authority = uri.authority().context("a URL without an authority")?;
-    let request = Request::get(path)
-        .header(header::HOST, authority.as_str())
-        .header(header::CONNECTION, "close")
-        .body(Empty::<Bytes>::new())?;
-    // It ends with the sender, or with an error that the sender also meets.
-    tokio::spawn(connection);
-    let response = sender.send_request(request).await?;
-    let status = response.status().as_u16();
-    let headers = response.headers().clone();
-    let body = response.into_body().collect().await?.to_bytes();
-    let text = |name: &str| {
-        headers
-            .get(name)
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default()
-            .to_owned()
-    };
-    Ok(Answer {
-        status,
-        body: String::from_utf8_lossy(&body).into_owned(),
-        client: text("x-client").parse().ok(),
-        pod: text("x-pod"),
-        node: text("x-node"),
-        took: started.elapsed(),
-    })
+    Connection::begin(stream).await?.request(uri, "close", started).await
+}
+
+/// A connection for one request after another.
+pub(crate) struct Connection(SendRequest<Empty<Bytes>>);
+
+impl Connection {
+    pub(crate) async fn begin(stream: TcpStream) -> Result<Self> {
+        stream.set_nodelay(true)?;
+        let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        // It ends with the sender, or with an error that the sender also meets.
+        tokio::spawn(connection);
+        Ok(Self(sender))
+    }
+
+    /// `connection` is what the server is asked to do with it afterwards.
+    pub(crate) async fn request(&mut self, uri: &Uri, connection: &str, started: Instant) -> Result<Answer> {
+        let path = uri.path_and_query().map_or("/", |path| path.as_str());
+        let authority = uri.authority().context("a URL without an authority")?;
+        let request = Request::get(path)
+            .header(header::HOST, authority.as_str())
+            .header(header::CONNECTION, connection)
+            .body(Empty::<Bytes>::new())?;
+        let response = self.0.send_request(request).await?;
+        let status = response.status().as_u16();
+        let headers = response.headers().clone();
+        let body = response.into_body().collect().await?.to_bytes();
+        let text = |name: &str| {
+            headers
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default()
+                .to_owned()
+        };
+        Ok(Answer {
+            status,
+            body: String::from_utf8_lossy(&body).into_owned(),
+            client: text("x-client").parse().ok(),
+            pod: text("x-pod"),
+            node: text("x-node"),
+            took: started.elapsed(),
+        })
+    }
 }

@@ -1,7 +1,7 @@
 //! Measuring for how long a client loses a service: a request every few milliseconds, each from a socket of its own.
 //!
-//! Every request is a new flow, as kernels and proxies remember the way of an old one; but for [`Protocol::Flow`], which
-//! is that old one.
+//! Every request is a new flow, as kernels and proxies remember the way of an old one; but for [`Protocol::Flow`] and
+//! [`Protocol::Sessions`], which are old ones.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
+use futures::future::join_all;
 use hyper::Uri;
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::oneshot;
@@ -36,7 +37,12 @@ pub enum Protocol {
     Udp,
     /// The same, but all from one socket: a single flow.
     Flow,
+    /// HTTP requests over TCP connections that were all opened at the start, each in its turn. One that breaks stays broken.
+    Sessions,
 }
+
+/// The connections of [`Protocol::Sessions`].
+const SESSIONS: usize = 20;
 
 /// A running probe. Dropping it stops it.
 #[derive(Debug)]
@@ -198,7 +204,7 @@ fn run(door: &Door, target: Target, record: &Arc<Mutex<Record>>, stopped: onesho
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     match target.protocol {
         Protocol::Flow => runtime.block_on(flow(target, record, stopped)),
-        Protocol::Http | Protocol::Udp => {
+        Protocol::Http | Protocol::Udp | Protocol::Sessions => {
             runtime.block_on(send(target, record, stopped));
             Ok(())
         }
@@ -272,6 +278,13 @@ pub fn widen(socket: &UdpSocket) {
 }
 
 async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot::Receiver<()>) {
+    let sessions = (0..SESSIONS).filter(|_| target.protocol == Protocol::Sessions);
+    let sessions = join_all(sessions.map(|_| session(target.server))).await;
+    let sessions: Vec<Session> = sessions
+        .into_iter()
+        .map(|opened| Arc::new(opened.ok().into()))
+        .collect();
+    let mut turns = sessions.iter().cycle();
     let mut ticks = steady(target.interval);
     let mut requests = JoinSet::new();
     loop {
@@ -282,8 +295,15 @@ async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot:
                 lock(record).sent += 1;
                 let record = Arc::clone(record);
                 let sent = Instant::now();
+                let session = turns.next().cloned();
                 requests.spawn(async move {
-                    match tokio::time::timeout(PATIENCE, ask(target)).await {
+                    let answer = async {
+                        match session {
+                            Some(session) => ask_again(target, &session).await,
+                            None => ask(target).await,
+                        }
+                    };
+                    match tokio::time::timeout(PATIENCE, answer).await {
                         Ok(Ok(node)) => lock(&record).answers.push((Instant::now(), node)),
                         _ => lock(&record).losses.push(sent),
                     }
@@ -295,10 +315,29 @@ async fn send(target: Target, record: &Arc<Mutex<Record>>, mut stopped: oneshot:
     requests.join_all().await;
 }
 
+/// A connection, as long as it has not broken.
+type Session = Arc<tokio::sync::Mutex<Option<http::Connection>>>;
+
+async fn session(server: SocketAddr) -> Result<http::Connection> {
+    let stream = tokio::time::timeout(PATIENCE, TcpStream::connect(server)).await??;
+    http::Connection::begin(stream).await
+}
+
+/// Sends one request over a connection that is there, and returns the node that answered.
+async fn ask_again(target: Target, session: &Session) -> Result<String> {
+    let mut slot = session.lock().await;
+    // It goes back when the answer is there.
+    let mut connection = slot.take().context("it broke before")?;
+    let uri: Uri = format!("http://{}/", target.server).parse()?;
+    let answer = connection.request(&uri, "keep-alive", Instant::now()).await?;
+    *slot = Some(connection);
+    Ok(answer.node)
+}
+
 /// Sends one request and returns the node that answered.
 async fn ask(target: Target) -> Result<String> {
     match target.protocol {
-        Protocol::Http => {
+        Protocol::Http | Protocol::Sessions => {
             let started = Instant::now();
             let stream = TcpStream::connect(target.server).await?;
             let uri: Uri = format!("http://{}/", target.server).parse()?;

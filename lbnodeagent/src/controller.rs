@@ -6,6 +6,7 @@
 
 mod asking;
 mod counting;
+mod handing;
 mod introducing;
 mod routing;
 mod telling;
@@ -29,6 +30,7 @@ use tokio::time::Instant;
 use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
 use crate::greeting::{self, Held};
+use crate::handover::Handover;
 use crate::isolation::{self, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
 use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
@@ -259,6 +261,8 @@ struct Agent<'a> {
     unadvertised: BTreeMap<IpAddr, Unadvertised>,
     /// What was said about that, by the name of the cause.
     said_unadvertised: BTreeMap<(ServiceKey, IpAddr), &'static str>,
+    /// Former owners of addresses this node has, through which their open connections go on.
+    handover: Handover,
     /// Addresses that another node has won, and until when they stay here.
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// What is known of addresses that were never announced.
@@ -313,6 +317,7 @@ impl<'a> Agent<'a> {
             routed: watch::Sender::new(BTreeSet::new()),
             unadvertised: BTreeMap::new(),
             said_unadvertised: BTreeMap::new(),
+            handover: Handover::default(),
             lingering: BTreeMap::new(),
             findings: Findings::default(),
             annotating: BTreeSet::new(),
@@ -449,7 +454,7 @@ impl<'a> Agent<'a> {
         }
         self.overrule(living);
         let has_let_go = self.has_let_go(now, living);
-        let plan = plan::plan(&Picture {
+        let mut plan = plan::plan(&Picture {
             node: &self.settings.node,
             services: self.cluster.announced(),
             groups: self.cluster.groups(),
@@ -461,6 +466,8 @@ impl<'a> Agent<'a> {
             findings: &self.findings,
         });
         self.ask(&plan, &snapshot, &config, &candidates);
+        self.handover.look(now, living, &self.heard);
+        plan.watches.extend(self.handover.watches());
         if self.watches != plan.watches {
             self.watches.clone_from(&plan.watches);
             self.links.watcher.watch(plan.watches.clone());
@@ -469,6 +476,8 @@ impl<'a> Agent<'a> {
         let takeovers = self.takeovers(&plan, &candidates);
         let mut desired = plan.addresses();
         self.linger(&plan, &snapshot, &mut desired);
+        // Before the addresses are here: not one segment of such a connection must go astray.
+        self.hand_on(&takeovers, &candidates, &desired, living).await;
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
         let applied = self.links.kernel.apply(&difference(&desired, &snapshot)).await;
         if let Some(wait) = refresh_in(&desired, &snapshot) {
@@ -558,6 +567,7 @@ impl<'a> Agent<'a> {
             .metrics
             .announcing(&self.settings.node, &self.announcing, &BTreeMap::new());
         self.announcing.clear();
+        self.let_connections_go().await;
         self.held.send_replace(Held::new());
         self.routed.send_replace(BTreeSet::new());
         self.said_unadvertised.clear();
@@ -682,6 +692,7 @@ impl<'a> Agent<'a> {
         }
         self.held.send_replace(Held::new());
         self.take_off(&local).await;
+        self.let_connections_go().await;
         if has_others && !routed.is_empty() {
             tokio::time::sleep_until(routers_know).await;
         }

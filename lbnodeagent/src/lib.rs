@@ -8,6 +8,7 @@ pub mod conflict;
 pub mod controller;
 pub mod election;
 pub mod greeting;
+pub mod handover;
 pub mod isolation;
 pub mod kernel;
 pub mod members;

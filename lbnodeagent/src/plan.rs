@@ -78,7 +78,7 @@ pub enum Standing {
 
 impl Candidate {
     /// Its own address in the subnet of a VIP, in the narrowest if there are several.
-    fn address_near(&self, vip: IpAddr) -> Option<IpAddr> {
+    pub fn address_near(&self, vip: IpAddr) -> Option<IpAddr> {
         let near = self.addresses.iter().filter(|net| net.contains(&vip));
         near.max_by_key(|net| net.prefix_len()).map(IpNet::addr)
     }

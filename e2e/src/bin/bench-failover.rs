@@ -5,7 +5,7 @@
 //! cable is cut and plugged in again, its agent is killed, stopped and started, all agents are upgraded, the node is
 //! excluded from load balancers. keepalived is Debian's, with an advertisement every second (as it comes) and every tenth
 //! of one. Prints minimum, median and maximum of the client's longest silence in milliseconds, how many datagrams were
-//! lost in all, and how many new TCP connections were while addresses moved on purpose.
+//! lost in all, and how many requests over new TCP connections and over open ones were while addresses moved on purpose.
 //!
 //! And how long a node's agent needs from its start until the last of 2,000 addresses is on the interface.
 //!
@@ -53,8 +53,8 @@ spec:
 /// One round of something.
 struct Round {
     datagrams: Report,
-    /// Of requests over new connections, where an address moved on purpose.
-    connections: Option<Report>,
+    /// Of requests over new connections and over open ones, where an address moved on purpose.
+    connections: Option<[Report; 2]>,
 }
 
 /// What was measured, by what was done.
@@ -64,8 +64,8 @@ struct Table(Vec<(String, Vec<Round>)>);
 impl Table {
     fn add(&mut self, what: &str, round: Round) {
         eprintln!("{what}: {}", round.datagrams);
-        if let Some(connections) = &round.connections {
-            eprintln!("{what}: connections {connections}");
+        for (kind, report) in ["new", "open"].iter().zip(round.connections.iter().flatten()) {
+            eprintln!("{what}: {kind} connections {report}");
         }
         match self.0.iter_mut().find(|(known, _)| known == what) {
             Some((_, rounds)) => rounds.push(round),
@@ -84,8 +84,16 @@ impl Table {
 
     fn print(&self) -> Result<String> {
         let mut out = format!(
-            "{:34} {:>6} {:>6} {:>6} {:>6}  {:>15}  {:>15}  {:>9}\n",
-            "longest silence, ms", "rounds", "min", "median", "max", "datagrams lost", "connections lost", "× ours"
+            "{:34} {:>6} {:>6} {:>6} {:>6}  {:>14}  {:>20}  {:>21}  {:>6}\n",
+            "longest silence, ms",
+            "rounds",
+            "min",
+            "median",
+            "max",
+            "datagrams lost",
+            "new connections lost",
+            "open connections lost",
+            "× ours"
         );
         let median = |what: &str| {
             let silences = self.silences(what);
@@ -96,28 +104,29 @@ impl Table {
             let silences = self.silences(what);
             let (least, most) = (silences.first().context("none")?, silences.last().context("none")?);
             let middle = median(what).context("none")?;
-            let datagrams: usize = rounds.iter().map(|round| round.datagrams.lost).sum();
-            let sent: usize = rounds.iter().map(|round| round.datagrams.sent).sum();
+            let all = |of: fn(&Round) -> Option<&Report>| {
+                let reports = || rounds.iter().filter_map(of);
+                let lost: usize = reports().map(|report| report.lost).sum();
+                let sent: usize = reports().map(|report| report.sent).sum();
+                if sent == 0 {
+                    String::new()
+                } else {
+                    format!("{lost}/{sent}")
+                }
+            };
             write!(
                 out,
-                "{what:34} {:6} {:6} {:6} {:6}  {:>15}",
+                "{what:34} {:6} {:6} {:6} {:6}  {:>14}  {:>20}  {:>21}",
                 rounds.len(),
                 least.as_millis(),
                 middle.as_millis(),
                 most.as_millis(),
-                format!("{datagrams}/{sent}"),
+                all(|round| Some(&round.datagrams)),
+                all(|round| round.connections.as_ref().map(|[new, _]| new)),
+                all(|round| round.connections.as_ref().map(|[_, open]| open)),
             )?;
-            let connections = || rounds.iter().filter_map(|round| round.connections.as_ref());
-            let shown = if connections().next().is_none() {
-                String::new()
-            } else {
-                let lost: usize = connections().map(|report| report.lost).sum();
-                let sent: usize = connections().map(|report| report.sent).sum();
-                format!("{lost}/{sent}")
-            };
-            write!(out, "  {shown:>15}")?;
             if let Some(ours) = ours.filter(|_| what.contains("cut") && what != CUT) {
-                write!(out, "  {:9.1}", middle.as_secs_f64() / ours.as_secs_f64())?;
+                write!(out, "  {:6.1}", middle.as_secs_f64() / ours.as_secs_f64())?;
             }
             out.push('\n');
         }
@@ -243,7 +252,7 @@ impl Bench<'_> {
         self.agents[0] = self.lab.start_agent("w11").await?;
         wait_until("the agent is ready again", SOON, async || {
             let log = self.agents[0].log();
-            let start = log.rfind("starting").context("not started")?;
+            let start = log.rfind("lbnodeagent: starting").context("not started")?;
             ensure!(log[start..].contains("telling the members"), "not yet");
             Ok(())
         })
@@ -490,7 +499,7 @@ fn full(rounds: usize) -> Result<()> {
 
 struct Clients {
     datagrams: Probe,
-    connections: Option<Probe>,
+    connections: Option<[Probe; 2]>,
 }
 
 impl Clients {
@@ -500,9 +509,12 @@ impl Clients {
         let start = |protocol, interval| Probe::start(lab, "client", protocol, IpAddr::V4(vip), 80, interval);
         let clients = Self {
             datagrams: start(Protocol::Flow, TICK)?,
-            connections: has_connections
-                .then(|| start(Protocol::Http, CONNECTION_TICK))
-                .transpose()?,
+            connections: if has_connections {
+                let [new, open] = [Protocol::Http, Protocol::Sessions];
+                Some([start(new, CONNECTION_TICK)?, start(open, CONNECTION_TICK)?])
+            } else {
+                None
+            },
         };
         tokio::time::sleep(BEFORE).await;
         Ok(clients)
@@ -511,7 +523,7 @@ impl Clients {
     async fn stop(self) -> Result<Round> {
         tokio::time::sleep(AFTER).await;
         let connections = match self.connections {
-            Some(probe) => Some(probe.stop().await?),
+            Some([new, open]) => Some([new.stop().await?, open.stop().await?]),
             None => None,
         };
         Ok(Round {

@@ -16,9 +16,9 @@ use crate::standby::{Verdict as Direct, Watched};
 
 /// An address that this node takes over: from whom, by which link, and why.
 pub(super) struct Takeover {
-    ip: IpAddr,
-    from: Watched,
-    cause: Cause,
+    pub(super) ip: IpAddr,
+    pub(super) from: Watched,
+    pub(super) cause: Cause,
 }
 
 impl Agent<'_> {

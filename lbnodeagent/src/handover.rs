@@ -1,0 +1,297 @@
+//! Connections that are open when an address moves on purpose: they go on through the node that had it.
+//!
+//! A TCP connection lives in the connection tracking of the node it was opened through, where kube-proxy chose its endpoint.
+//! When its address moves the new owner does not know it: kube-proxy would take its next segment for something new, give it to
+//! any endpoint, and the client would be told off. So the new owner sends what belongs to connections that are not its own to the
+//! node that had the address before, as it is; and that node, though it has the address no more, goes on to translate and forward
+//! what it knows, and its answers go straight to the client. Where the former owner is dead there is nobody to send to, and
+//! connections break as they must.
+//!
+//! What is remembered, and for how long, is decided here; time is given. [`nft`] tells the kernel.
+
+pub mod nft;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::members::Living;
+use crate::standby::{Verdict, Verdicts, Watched};
+
+/// How long the kernel goes on without being told again.
+pub const TIMEOUT: Duration = Duration::from_mins(5);
+/// How often it is told again.
+const REFRESH: Duration = Duration::from_secs(100);
+/// How long a node whose agent has left may take to have one again.
+const ABSENCE: Duration = Duration::from_mins(1);
+
+/// Who had an address before this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Former {
+    /// The node, and the link by which it is reached.
+    pub node: Watched,
+    /// Its own address there.
+    pub address: IpAddr,
+}
+
+#[derive(Debug)]
+struct Known {
+    former: Former,
+    /// It has said that it leaves, which is no sign of death.
+    is_leaving: bool,
+    /// Since when it is no member.
+    missed: Option<Duration>,
+}
+
+/// The former owners of addresses that this node has, and whose connections still go through them.
+#[derive(Debug, Default)]
+pub struct Handover {
+    known: BTreeMap<IpAddr, Known>,
+    /// What the kernel was told last, and when. At first it may know what a process before this one told it.
+    told: Option<BTreeMap<IpAddr, IpAddr>>,
+    told_at: Duration,
+    /// The kernel cannot do it.
+    is_off: bool,
+}
+
+impl Handover {
+    /// Takes note that an address is handed on by a node that lives.
+    pub fn take(&mut self, vip: IpAddr, former: Former, living: &Living) {
+        let is_leaving = living
+            .get(&former.node.node)
+            .is_none_or(|member| member.meta.is_leaving);
+        if self.is_off {
+            return;
+        }
+        let known = Known {
+            former,
+            is_leaving,
+            missed: None,
+        };
+        self.known.insert(vip, known);
+    }
+
+    /// Forgets former owners that are dead, and those that have had no agent for a minute.
+    pub fn look(&mut self, now: Duration, living: &Living, heard: &Verdicts) {
+        self.known.retain(|_, known| {
+            let node = &known.former.node;
+            match living.get(&node.node) {
+                Some(member) => {
+                    known.is_leaving = member.meta.is_leaving;
+                    known.missed = None;
+                }
+                None => {
+                    known.missed.get_or_insert(now);
+                }
+            }
+            let is_back_in_time = known.missed.is_none_or(|at| now.saturating_sub(at) < ABSENCE);
+            let is_around = known.missed.is_none() || (known.is_leaving && is_back_in_time);
+            is_around && heard.get(node) != Some(&Verdict::Silent)
+        });
+    }
+
+    /// Former owners that gossip knows no more: whether they live, the standby watch sees.
+    pub fn watches(&self) -> impl Iterator<Item = (Watched, IpAddr)> {
+        let missed = self.known.values().filter(|known| known.missed.is_some());
+        missed.map(|known| (known.former.node.clone(), known.former.address))
+    }
+
+    /// What the kernel is to be told, if anything: where to send what belongs to foreign connections of which address. `held` are the
+    /// addresses this node has.
+    pub fn news(&mut self, now: Duration, held: &BTreeSet<IpAddr>) -> Option<BTreeMap<IpAddr, IpAddr>> {
+        self.known.retain(|vip, _| held.contains(vip));
+        let wanted: BTreeMap<IpAddr, IpAddr> = self
+            .known
+            .iter()
+            .map(|(vip, known)| (*vip, known.former.address))
+            .collect();
+        let is_old = now.saturating_sub(self.told_at) >= REFRESH;
+        let is_known = match &self.told {
+            Some(told) => *told == wanted && (wanted.is_empty() || !is_old),
+            None => wanted.is_empty(),
+        };
+        if is_known {
+            return None;
+        }
+        self.told_at = now;
+        Some(self.told.insert(wanted).clone())
+    }
+
+    /// Forgets everything. Returns whether the kernel is to be told so.
+    pub fn clear(&mut self) -> bool {
+        self.known.clear();
+        self.told.replace(BTreeMap::new()).is_none_or(|told| !told.is_empty())
+    }
+
+    /// The kernel cannot do it, and will not be asked again.
+    pub fn give_up(&mut self) {
+        self.clear();
+        self.is_off = true;
+    }
+
+    /// When to look again.
+    pub fn wake_in(&self, now: Duration) -> Option<Duration> {
+        let told = self.told.as_ref().filter(|told| !told.is_empty());
+        let refresh = told.map(|_| (self.told_at + REFRESH).saturating_sub(now));
+        let missed = self.known.values().filter_map(|known| known.missed);
+        let over = missed.map(|at| (at + ABSENCE).saturating_sub(now));
+        refresh.into_iter().chain(over).min()
+    }
+}
+
+/// Whether connections are tracked on this node, as where kube-proxy translates addresses. Where they are not, as with eBPF instead,
+/// nothing here can tell its own from another's, and nothing has to.
+pub fn is_tracking() -> bool {
+    let count = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count");
+    count.is_ok_and(|count| count.trim().parse().is_ok_and(|count: u64| count > 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::members::{Member, Meta};
+
+    const NOW: Duration = Duration::from_secs(100);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn watched(node: &str) -> Watched {
+        Watched {
+            node: node.into(),
+            link: 2,
+        }
+    }
+
+    fn former(node: &str) -> Former {
+        Former {
+            node: watched(node),
+            address: ip("10.0.0.1"),
+        }
+    }
+
+    fn living(nodes: &[(&str, bool)]) -> Living {
+        let member = |(name, is_leaving): &(&str, bool)| {
+            let meta = Meta {
+                is_leaving: *is_leaving,
+                generation: 1,
+                ..Meta::default()
+            };
+            let member = Member {
+                name: (*name).to_owned(),
+                addr: "10.0.0.1:7934".parse().unwrap(),
+                meta,
+            };
+            ((*name).to_owned(), member)
+        };
+        nodes.iter().map(member).collect()
+    }
+
+    fn started(is_leaving: bool) -> (Handover, BTreeSet<IpAddr>) {
+        let mut handover = Handover::default();
+        let vip = ip("10.0.0.9");
+        handover.take(vip, former("a"), &living(&[("a", is_leaving)]));
+        (handover, [vip].into())
+    }
+
+    #[test]
+    fn the_kernel_is_told_once_and_again_before_it_forgets() {
+        let (mut handover, held) = started(false);
+        let told = [(ip("10.0.0.9"), ip("10.0.0.1"))].into();
+        assert_eq!(handover.news(NOW, &held), Some(told));
+        assert_eq!(handover.news(NOW + SECOND, &held), None);
+        assert_eq!(handover.wake_in(NOW + SECOND), REFRESH.checked_sub(SECOND));
+        assert!(handover.news(NOW + REFRESH, &held).is_some());
+        assert!(REFRESH * 2 < TIMEOUT, "one that is late or lost does no harm");
+        // The address goes, and with it what was said of it.
+        assert_eq!(handover.news(NOW + REFRESH, &BTreeSet::new()), Some(BTreeMap::new()));
+        assert_eq!(handover.news(NOW + REFRESH * 9, &BTreeSet::new()), None);
+        assert_eq!(handover.wake_in(NOW + REFRESH * 9), None);
+        assert!(!handover.clear(), "it knows");
+    }
+
+    #[test]
+    fn what_a_process_before_told_stays_until_this_one_has_something_to_say_or_ends() {
+        let mut handover = Handover::default();
+        assert_eq!(handover.news(NOW, &BTreeSet::new()), None);
+        assert!(handover.clear());
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_is_asked_once() {
+        let (mut handover, held) = started(false);
+        assert!(handover.news(NOW, &held).is_some());
+        handover.give_up();
+        handover.take(ip("10.0.0.9"), former("a"), &living(&[("a", false)]));
+        assert_eq!(handover.news(NOW + REFRESH, &held), None);
+        assert!(!handover.clear());
+    }
+
+    #[test]
+    fn a_former_owner_counts_while_it_lives() {
+        for (name, is_leaving, present, verdict, after, expected) in [
+            ("a member", false, true, None, ABSENCE * 99, true),
+            ("a member that is told off", true, true, None, ABSENCE * 99, true),
+            (
+                "one that the watch cannot hear",
+                false,
+                true,
+                Some(Verdict::Silent),
+                SECOND,
+                false,
+            ),
+            ("one that vanished", false, false, None, Duration::ZERO, false),
+            ("one that left", true, false, None, SECOND, true),
+            (
+                "one that left, whose kernel answers",
+                true,
+                false,
+                Some(Verdict::Node),
+                SECOND,
+                true,
+            ),
+            (
+                "one that left, and then died",
+                true,
+                false,
+                Some(Verdict::Silent),
+                SECOND,
+                false,
+            ),
+            (
+                "one that left for good",
+                true,
+                false,
+                Some(Verdict::Node),
+                ABSENCE,
+                false,
+            ),
+        ] {
+            let (mut handover, held) = started(is_leaving);
+            let members = if present {
+                living(&[("a", is_leaving)])
+            } else {
+                Living::new()
+            };
+            let heard = verdict.map(|verdict| (watched("a"), verdict)).into_iter().collect();
+            handover.look(NOW, &members, &Verdicts::new());
+            handover.look(NOW + after, &members, &heard);
+            let news = handover.news(NOW + after, &held);
+            assert_eq!(news.is_some(), expected, "{name}");
+            assert_eq!(handover.watches().next().is_some(), expected && !present, "{name}");
+        }
+    }
+
+    #[test]
+    fn one_that_comes_back_in_time_counts_on() {
+        let (mut handover, held) = started(true);
+        handover.look(NOW, &Living::new(), &Verdicts::new());
+        assert_eq!(handover.wake_in(NOW), Some(ABSENCE));
+        handover.look(NOW + SECOND, &living(&[("a", false)]), &Verdicts::new());
+        handover.look(NOW + ABSENCE * 2, &living(&[("a", false)]), &Verdicts::new());
+        assert!(handover.news(NOW + ABSENCE * 2, &held).is_some());
+        assert_eq!(handover.watches().next(), None);
+    }
+}
