@@ -38,9 +38,14 @@ struct Flags {
 
 /// How long tasks have that are still under way when everything is done: they have nothing to do any more.
 const LAST_TASKS: Duration = Duration::from_millis(500);
+/// Threads, on however large a node: while one of them decides, another answers the standbys that watch this node.
+const THREADS: usize = 2;
 
 fn main() -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Runtime::new()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build()?;
     let result = runtime.block_on(run());
     runtime.shutdown_timeout(LAST_TASKS);
     result
