@@ -228,6 +228,11 @@ impl Controller {
         keys
     }
 
+    fn all_by_age(&self) -> Vec<ServiceKey> {
+        let keys = self.services.objects().keys().cloned();
+        self.by_age(keys.map(|(namespace, name)| ServiceKey::new(namespace, name)).collect())
+    }
+
     /// What orders Services by age.
     fn age(&self, key: &ServiceKey) -> (Option<Timestamp>, ServiceKey) {
         (self.packed(key).and_then(|service| service.created), key.clone())
@@ -254,8 +259,7 @@ impl Controller {
             return;
         }
         self.judge_groups();
-        let keys = self.services.objects().keys();
-        let keys = self.by_age(keys.map(|(namespace, name)| ServiceKey::new(namespace, name)).collect());
+        let keys = self.all_by_age();
         for key in &keys {
             self.adopt(key);
         }
@@ -333,8 +337,7 @@ impl Controller {
     }
 
     fn reconcile_all(&mut self) {
-        let keys = self.services.objects().keys();
-        for key in self.by_age(keys.map(|(namespace, name)| ServiceKey::new(namespace, name)).collect()) {
+        for key in self.all_by_age() {
             self.reconcile(&key);
         }
     }

@@ -9,7 +9,7 @@ use crds::servicegroup::{Group, GroupError, Source};
 use kube::ResourceExt;
 
 /// Namespace and name of a ServiceGroup.
-pub type GroupKey = (String, String);
+pub type GroupKey = daemon::Key;
 
 /// What became of one ServiceGroup.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,7 +85,7 @@ pub fn judge(
                 }) if let Some(fault) = no_netbox => Verdict::Invalid(fault.clone()),
                 Ok(group) => {
                     let taken = valid.iter().find(|(_, other)| overlap(other, &group));
-                    let overlapped = taken.map(|(other, _)| other.1.clone());
+                    let overlapped = taken.map(|(other, _)| other.1.to_string());
                     if overlapped.is_none() {
                         valid.push((key, group.clone()));
                     }

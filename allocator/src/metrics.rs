@@ -216,8 +216,8 @@ impl Metrics {
         for ((namespace, name), verdict, r#type) in verdicts {
             if matches!(verdict, Verdict::OutOfScope { .. }) {
                 let labels = Stray {
-                    namespace: namespace.clone(),
-                    name: name.clone(),
+                    namespace: namespace.to_string(),
+                    name: name.to_string(),
                     r#type,
                 };
                 self.out_of_scope.get_or_create(&labels).set(1);

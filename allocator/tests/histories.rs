@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use allocator::decide::{Grant, decide};
-use allocator::groups::{Verdict, judge};
+use allocator::groups::{GroupKey, Verdict, judge};
 use allocator::ledger::Ledger;
 use allocator::patch::{assignment, load_balancer, withdrawal};
 use allocator::refusal::Refusal;
@@ -125,7 +125,7 @@ fn v6(last: u8) -> IpAddr {
 #[derive(Default)]
 struct World {
     services: BTreeMap<ServiceKey, Service>,
-    groups: BTreeMap<(String, String), Arc<ServiceGroup>>,
+    groups: BTreeMap<GroupKey, Arc<ServiceGroup>>,
     clock: i64,
     loses_writes: bool,
 
@@ -184,7 +184,9 @@ impl World {
         let now = self.now();
         let mut object = match self.services.get(key) {
             Some(known) => serde_json::to_value(known).unwrap(),
-            None => json!({"metadata": {"namespace": key.namespace, "name": key.name, "creationTimestamp": now}}),
+            None => {
+                json!({"metadata": {"namespace": key.namespace.as_str(), "name": key.name.as_str(), "creationTimestamp": now}})
+            }
         };
         object["spec"] = Value::Null;
         merge(
@@ -205,7 +207,7 @@ impl World {
         let now = self.now();
         let pool = |ip: fn(u8) -> IpAddr, (first, more): (u8, u8), subnet: &str| json!({"pool": format!("{}-{}", ip(first), ip(first + more)), "subnet": subnet});
         let ranges: Vec<Value> = pools.v4.iter().map(|range| pool(v4, *range, "10.0.0.0/24")).collect();
-        let key = ("purelb".to_owned(), name.to_owned());
+        let key = ("purelb".into(), name.into());
         let created = match self.groups.get(&key) {
             Some(known) => serde_json::to_value(&known.metadata).unwrap()["creationTimestamp"].clone(),
             None => now.into(),
@@ -227,7 +229,7 @@ impl World {
     fn judge(&mut self) {
         let verdicts = judge(&self.groups, "purelb", None).into_iter();
         let valid = verdicts.filter_map(|(key, verdict)| match verdict {
-            Verdict::Valid(group) => Some((key.1, group)),
+            Verdict::Valid(group) => Some((key.1.to_string(), group)),
             _ => None,
         });
         self.ledger.set_groups(valid.collect());
@@ -358,14 +360,14 @@ impl World {
     /// The addresses of a group in a family, range by range, unless an older group has some of them.
     fn ranges(&self, name: &str, family: Family) -> Option<Vec<Vec<IpAddr>>> {
         let all = |name: &str| -> Option<Vec<Vec<IpAddr>>> {
-            let group = self.groups.get(&("purelb".to_owned(), name.to_owned()))?;
+            let group = self.groups.get(&("purelb".into(), name.into()))?;
             let pools = group.spec.remote.as_ref()?;
             let written = pools.pools.v4pools.iter().flatten().chain(&pools.pools.v6pool);
             Some(written.map(|pool| listed(&pool.pool)).collect())
         };
         let mut by_age: Vec<&str> = GROUPS.into_iter().filter(|name| all(name).is_some()).collect();
         by_age.sort_by_key(|name| {
-            let group = &self.groups[&("purelb".to_owned(), (*name).to_owned())];
+            let group = &self.groups[&("purelb".into(), (*name).into())];
             (group.metadata.creation_timestamp.as_ref().map(|time| time.0), *name)
         });
         let mut taken: BTreeSet<IpAddr> = BTreeSet::new();
@@ -450,7 +452,7 @@ impl World {
             };
             let free: Vec<Option<IpAddr>> = ranges.iter().map(|range| range.iter().find(is_free).copied()).collect();
             let is_own = |ip: &IpAddr| model.contains_key(ip);
-            let mode = &self.groups[&("purelb".to_owned(), home.to_owned())]
+            let mode = &self.groups[&("purelb".into(), home.into())]
                 .spec
                 .remote
                 .as_ref()
@@ -617,7 +619,7 @@ impl World {
             }
             Step::RemoveGroup { name } => {
                 self.groups
-                    .remove(&("purelb".to_owned(), GROUPS[usize::from(*name)].to_owned()));
+                    .remove(&("purelb".into(), GROUPS[usize::from(*name)].into()));
                 self.judge();
                 self.reconcile(&self.by_age(self.services.keys().cloned()))
             }

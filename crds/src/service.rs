@@ -5,21 +5,22 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::Service;
 use kube::ResourceExt;
+use smol_str::SmolStr;
 
 use crate::annotations;
 
-/// Namespace and name of a Service, ordered as `kubectl` lists them.
+/// Namespace and name of a Service, ordered as `kubectl` lists them. Cloning one takes no room but its own, or little.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
     /// The namespace.
-    pub namespace: String,
+    pub namespace: SmolStr,
     /// The name in it.
-    pub name: String,
+    pub name: SmolStr,
 }
 
 impl ServiceKey {
     /// A key from its parts.
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+    pub fn new(namespace: impl Into<SmolStr>, name: impl Into<SmolStr>) -> Self {
         Self {
             namespace: namespace.into(),
             name: name.into(),

@@ -8,6 +8,7 @@ use futures::{Stream, StreamExt};
 use kube::api::Api;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Resource, ResourceExt};
+use smol_str::SmolStr;
 use tokio::sync::mpsc;
 
 /// Watches a kind and sends its events, wrapped, for as long as someone listens. It recovers by itself;
@@ -49,7 +50,7 @@ async fn forward<K, Input>(
 }
 
 /// Namespace and name of an object; the namespace is empty for kinds without.
-pub type Key = (String, String);
+pub type Key = (SmolStr, SmolStr);
 
 /// What is kept of an object of kind `K`: the object itself, or what takes less room. Cloning it is cheap.
 pub trait Keep<K>: From<K> + Clone {
@@ -166,7 +167,8 @@ impl<K: Resource<DynamicType = ()>, Kept: Keep<K>> Mirror<K, Kept> {
 }
 
 fn key_of<K: Resource>(object: &K) -> Key {
-    (object.namespace().unwrap_or_default(), object.name_any())
+    let namespace = object.namespace().unwrap_or_default();
+    (namespace.into(), object.name_any().into())
 }
 
 /// The resourceVersion as a number: those of one kind are comparable (KEP-5504), whether of one object or of several; 0 where

@@ -14,6 +14,7 @@ use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::ResourceExt;
 use kube::runtime::watcher;
+use smol_str::SmolStr;
 
 use crate::annotation as announcing;
 use crate::members::Peers;
@@ -89,14 +90,14 @@ impl Cluster {
 
     /// A node's labels.
     pub fn labels(&self, node: &str) -> BTreeMap<String, String> {
-        let node = self.nodes.get(&(String::new(), node.to_owned()));
+        let node = self.nodes.get(&(SmolStr::default(), node.into()));
         node.map(|node| node.labels().clone()).unwrap_or_default()
     }
 
     /// Whether a node is to carry no load balancer's traffic: its label says so (KEP-1143), or it is about to be deleted
     /// (KEP-3458). A cordon does not: it is about new Pods.
     pub fn is_excluded(&self, node: &str) -> bool {
-        let Some(node) = self.nodes.get(&(String::new(), node.to_owned())) else {
+        let Some(node) = self.nodes.get(&(SmolStr::default(), node.into())) else {
             return false;
         };
         let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
@@ -105,7 +106,7 @@ impl Cluster {
 
     /// A node's InternalIPs.
     pub fn addresses_of(&self, node: &str) -> Vec<IpAddr> {
-        let node = self.nodes.get(&(String::new(), node.to_owned()));
+        let node = self.nodes.get(&(SmolStr::default(), node.into()));
         node.map(|node| internal_ips(node)).unwrap_or_default()
     }
 

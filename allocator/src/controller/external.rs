@@ -356,7 +356,7 @@ impl Controller {
     /// The group is not there, or is not what it was, so that nobody knows where to give back. While it is there
     /// and was rejected it may yet become good.
     fn release_nowhere(&mut self, key: &ServiceKey, group: &str) {
-        let place = (self.settings.namespace.clone(), group.to_owned());
+        let place = (self.settings.namespace.as_str().into(), group.into());
         let is_rejected = matches!(
             self.verdicts.get(&place),
             Some(Verdict::Invalid(_) | Verdict::Overlaps(_))

@@ -65,13 +65,13 @@ impl Controller {
         let valid = verdicts
             .iter()
             .filter_map(|(key, verdict)| match verdict {
-                Verdict::Valid(group) => Some((key.1.clone(), group.clone())),
+                Verdict::Valid(group) => Some((key.1.to_string(), group.clone())),
                 _ => None,
             })
             .collect();
         let rejected = verdicts.iter().filter_map(|(key, verdict)| {
             let (namespace, name) = key;
-            Some((name.clone(), verdict.fault(namespace)?))
+            Some((name.to_string(), verdict.fault(namespace)?))
         });
         self.ledger.set_rejected(rejected.collect());
         self.verdicts = verdicts;
