@@ -5,12 +5,13 @@
 use std::fmt;
 
 use crds::ServiceKey;
+use smol_str::SmolStr;
 
 /// A port of a Service as clients see it; its target and node ports play no part in sharing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Port {
     /// `TCP`, `UDP` or `SCTP`.
-    pub protocol: String,
+    pub protocol: SmolStr,
     /// The number.
     pub number: i32,
 }

@@ -165,7 +165,7 @@ fn ports(spec: &ServiceSpec) -> Ports {
         .iter()
         .flatten()
         .map(|port| Port {
-            protocol: port.protocol.clone().unwrap_or_else(|| "TCP".into()),
+            protocol: port.protocol.as_deref().unwrap_or("TCP").into(),
             number: port.port,
         })
         .collect()

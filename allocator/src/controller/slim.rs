@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crds::service::ingress;
 use daemon::Keep;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus};
@@ -130,11 +131,20 @@ impl Packed {
     }
 }
 
+/// What a Service grows by when it gets its address: annotations, a condition, the address.
+const ROOM: usize = 352;
+/// Lengths are multiples of this, so that one that has grown fits where another was.
+const STEP: usize = 256;
+
 impl From<Slim> for Packed {
     fn from(slim: Slim) -> Self {
+        // It was read from JSON, so that it can be written.
+        let mut json = serde_json::to_vec(&slim.0).unwrap_or_default();
+        // Filled up with blanks, which JSON may end with: else ten thousand holes stay, too small for what comes next.
+        let room = if ingress(&slim.0).is_empty() { ROOM } else { 0 };
+        json.resize((json.len() + room).next_multiple_of(STEP), b' ');
         Self {
-            // It was read from JSON, so that it can be written.
-            json: serde_json::to_vec(&slim.0).unwrap_or_default().into(),
+            json: json.into(),
             version: daemon::version(&slim),
             created: slim.creation_timestamp().map(|time| time.0),
         }
