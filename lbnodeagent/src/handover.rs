@@ -11,7 +11,7 @@
 
 pub mod nft;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -24,6 +24,9 @@ pub const TIMEOUT: Duration = Duration::from_mins(5);
 const REFRESH: Duration = Duration::from_secs(100);
 /// How long a node whose agent has left may take to have one again.
 const ABSENCE: Duration = Duration::from_mins(1);
+/// Who has had an address for less than this has few of its connections: those of the one before count more, as when all agents are
+/// upgraded in a row.
+const BRIEF: Duration = Duration::from_mins(1);
 
 /// Who had an address before this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,9 +46,19 @@ struct Known {
     missed: Option<Duration>,
 }
 
+/// Who owned an address from when on, at which address of its own.
+#[derive(Debug)]
+struct Tenure {
+    node: String,
+    address: Option<IpAddr>,
+    since: Duration,
+}
+
 /// The former owners of addresses that this node has, and whose connections still go through them.
 #[derive(Debug, Default)]
 pub struct Handover {
+    /// The owner of every address, the one before, and the one before that, as far as this node knows.
+    tenures: BTreeMap<IpAddr, VecDeque<Tenure>>,
     known: BTreeMap<IpAddr, Known>,
     /// What the kernel was told last, and when. At first it may know what a process before this one told it.
     told: Option<BTreeMap<IpAddr, IpAddr>>,
@@ -55,14 +68,46 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Takes note that an address is handed on by a node that lives.
-    pub fn take(&mut self, vip: IpAddr, former: Former, living: &Living) {
-        let is_leaving = living
-            .get(&former.node.node)
-            .is_none_or(|member| member.meta.is_leaving);
+    /// Takes note of who owns an address, and of that node's own address near it, where it is known.
+    pub fn owned(&mut self, now: Duration, vip: IpAddr, node: &str, address: Option<IpAddr>) {
+        let tenures = self.tenures.entry(vip).or_default();
+        match tenures.front_mut() {
+            Some(tenure) if tenure.node == node => tenure.address = address.or(tenure.address),
+            _ => {
+                tenures.push_front(Tenure {
+                    node: node.to_owned(),
+                    address,
+                    since: now,
+                });
+                tenures.truncate(3);
+            }
+        }
+    }
+
+    /// Forgets who owned addresses that nobody has any more.
+    pub fn retain(&mut self, is_owned: impl Fn(&IpAddr) -> bool) {
+        self.tenures.retain(|vip, _| is_owned(vip));
+    }
+
+    /// Takes note that an address is handed on by a node that lives. Where that had it for a moment only, what counts are the connections
+    /// of the node before.
+    pub fn take(&mut self, vip: IpAddr, mut former: Former, living: &Living) {
         if self.is_off {
             return;
         }
+        let mut tenures = self.tenures.get(&vip).into_iter().flatten();
+        if let (Some(this), Some(last), Some(before)) = (tenures.next(), tenures.next(), tenures.next())
+            && last.node == former.node.node
+            && this.since.saturating_sub(last.since) < BRIEF
+            && before.node != this.node
+            && let Some(address) = before.address
+        {
+            former.node.node.clone_from(&before.node);
+            former.address = address;
+        }
+        let is_leaving = living
+            .get(&former.node.node)
+            .is_none_or(|member| member.meta.is_leaving);
         let known = Known {
             former,
             is_leaving,
@@ -281,6 +326,34 @@ mod tests {
             let news = handover.news(NOW + after, &held);
             assert_eq!(news.is_some(), expected, "{name}");
             assert_eq!(handover.watches().next().is_some(), expected && !present, "{name}");
+        }
+    }
+
+    #[test]
+    fn of_owners_in_a_row_the_one_that_had_it_for_long_counts() {
+        let (a, b) = (ip("10.0.0.1"), ip("10.0.0.2"));
+        let vip = ip("10.0.0.9");
+        for (name, owners, expected) in [
+            ("the last", &[("b", 0), ("me", 5)][..], b),
+            ("one that had it for a moment", &[("a", 0), ("b", 100), ("me", 105)], a),
+            ("one that had it for long", &[("a", 0), ("b", 100), ("me", 200)], b),
+            ("this one was before", &[("me", 0), ("b", 100), ("me", 105)], b),
+            ("longer ago", &[("x", 0), ("a", 50), ("b", 100), ("me", 105)], a),
+        ] {
+            let mut handover = Handover::default();
+            for (node, since) in owners {
+                let address = [("a", a), ("b", b)].into_iter().find(|(name, _)| name == node);
+                handover.owned(NOW + SECOND * *since, vip, node, address.map(|(_, address)| address));
+                // It says nothing of itself any more.
+                handover.owned(NOW + SECOND * *since, vip, node, None);
+            }
+            let last = Former {
+                node: watched("b"),
+                address: b,
+            };
+            handover.take(vip, last, &living(&[("a", false), ("b", true)]));
+            let news = handover.news(NOW + SECOND * 300, &[vip].into()).unwrap();
+            assert_eq!(news[&vip], expected, "{name}");
         }
     }
 

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use tokio::time::Instant;
 
 use super::Agent;
+use crate::election;
 use crate::kernel::{Added, Applied, Change};
 use crate::members::Living;
 use crate::metrics::Cause;
@@ -45,6 +46,7 @@ impl Agent<'_> {
 
     /// Takes note of who announces what now, and returns what this node takes over.
     pub(super) fn takeovers(&mut self, plan: &Plan, candidates: &BTreeMap<String, Candidate>) -> Vec<Takeover> {
+        let now = self.started.elapsed();
         let mut owners = BTreeMap::new();
         let mut takeovers = Vec::new();
         for ((service, ip), verdict) in &plan.verdicts {
@@ -54,22 +56,32 @@ impl Agent<'_> {
                 Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Unclear(_) | Verdict::Taken(..) => continue,
             };
             let is_counted = owners.insert(*ip, owner.clone()).is_some();
-            // Of the time before this process the Service tells.
+            let address = candidates.get(owner).and_then(|owner| owner.address_near(*ip));
+            self.handover.owned(now, *ip, owner, address);
+            // Of the time before this process the Service tells; if that node is about to leave, it has handed on by now.
             let said = self.cluster.announced().get(service);
-            let before = self.owners.get(ip).or_else(|| said?.announcers.get(ip));
-            let Some(before) = before.filter(|before| *before != owner && !is_counted) else {
+            let before = self.owners.get(ip).map(String::as_str).or_else(|| {
+                let announcer = said?.announcers.get(ip)?.as_str();
+                let is_passing = announcer != owner && candidates.get(announcer).is_none_or(|it| it.is_withdrawn);
+                let others = candidates.iter().filter(|(name, it)| {
+                    is_passing && *name != owner && !it.is_withdrawn && it.address_near(*ip).is_some()
+                });
+                election::owner(others.map(|(name, _)| name.as_str()), *ip).or(Some(announcer))
+            });
+            let Some(before) = before.filter(|before| before != owner && !is_counted) else {
                 continue;
             };
             self.links.metrics.winner_changed(service);
             if let Some(link) = link {
                 let from = Watched {
-                    node: before.clone(),
+                    node: before.to_owned(),
                     link,
                 };
                 let cause = self.cause(&from, candidates.get(before));
                 takeovers.push(Takeover { ip: *ip, from, cause });
             }
         }
+        self.handover.retain(|ip| owners.contains_key(ip));
         self.owners = owners;
         takeovers
     }
