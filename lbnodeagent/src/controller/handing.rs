@@ -22,16 +22,24 @@ impl Agent<'_> {
         living: &Living,
     ) {
         for takeover in takeovers {
-            let is_planned = matches!(takeover.cause, Cause::HandedOver | Cause::Elected);
-            let former = candidates.get(&takeover.from.node).filter(|_| is_planned);
+            let mut node = takeover.from.clone();
+            match takeover.cause {
+                Cause::Silent | Cause::Departed => continue,
+                Cause::HandedOver => {}
+                // Back among the others, this node hears of them one after the other: who has the address, the Service says.
+                Cause::Elected => {
+                    let announcer = takeover.announcer.as_ref().filter(|name| **name != self.settings.node);
+                    let announcer = announcer.filter(|name| living.contains_key(*name));
+                    node.node = announcer.cloned().unwrap_or(node.node);
+                }
+            }
+            let former = candidates.get(&node.node);
             let Some(address) = former.and_then(|former| former.address_near(takeover.ip)) else {
                 continue;
             };
-            let former = Former {
-                node: takeover.from.clone(),
-                address,
-            };
-            self.handover.take(takeover.ip, former, living);
+            let is_stopping = takeover.cause == Cause::HandedOver;
+            let former = Former { node, address };
+            self.handover.take(takeover.ip, former, is_stopping, living);
         }
         let now = self.started.elapsed();
         let held = desired.iter().map(|vip| vip.ip).collect();
