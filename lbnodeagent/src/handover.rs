@@ -24,9 +24,11 @@ pub const TIMEOUT: Duration = Duration::from_mins(5);
 const REFRESH: Duration = Duration::from_secs(100);
 /// How long a node whose agent has left may take to have one again.
 const ABSENCE: Duration = Duration::from_mins(1);
-/// Who has had an address for less than this has few of its connections: those of the one before count more, as when all agents are
-/// upgraded in a row.
-const BRIEF: Duration = Duration::from_mins(1);
+/// An address may move more than once in this time, as when all agents are upgraded in a row. Who had it for most of it has most of its
+/// connections.
+const RECENT: Duration = Duration::from_mins(1);
+/// Owners remembered of each address.
+const OWNERS: usize = 6;
 
 /// Who had an address before this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +59,7 @@ struct Tenure {
 /// The former owners of addresses that this node has, and whose connections still go through them.
 #[derive(Debug, Default)]
 pub struct Handover {
-    /// The owner of every address, the one before, and the one before that, as far as this node knows.
+    /// The owners of every address as far as this node knows, the last one first.
     tenures: BTreeMap<IpAddr, VecDeque<Tenure>>,
     known: BTreeMap<IpAddr, Known>,
     /// What the kernel was told last, and when. At first it may know what a process before this one told it.
@@ -68,20 +70,42 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Takes note of who owns an address, and of that node's own address near it, where it is known.
-    pub fn owned(&mut self, now: Duration, vip: IpAddr, node: &str, address: Option<IpAddr>) {
+    /// Takes note of who owns an address, and of that node's own address near it, where it is known. `said` is who announces it as the Service
+    /// says: where this node has heard of no owner yet, that one has had it all the time.
+    pub fn owned(&mut self, now: Duration, vip: IpAddr, node: &str, address: Option<IpAddr>, said: Option<&str>) {
         let tenures = self.tenures.entry(vip).or_default();
+        let tenure = |node: &str, address, since| Tenure {
+            node: node.to_owned(),
+            address,
+            since,
+        };
+        if tenures.is_empty() {
+            tenures.extend(said.map(|node| tenure(node, None, Duration::ZERO)));
+        }
         match tenures.front_mut() {
             Some(tenure) if tenure.node == node => tenure.address = address.or(tenure.address),
-            _ => {
-                tenures.push_front(Tenure {
-                    node: node.to_owned(),
-                    address,
-                    since: now,
-                });
-                tenures.truncate(3);
-            }
+            _ => tenures.push_front(tenure(node, address, now)),
         }
+        tenures.truncate(OWNERS);
+    }
+
+    /// Who but `this` had an address for most of the last minute, and that node's own address near it, where it is known.
+    pub fn former(&self, now: Duration, vip: IpAddr, this: &str) -> Option<(&str, Option<IpAddr>)> {
+        let mut until = now;
+        let mut owners: Vec<(&str, Option<IpAddr>, Duration)> = Vec::new();
+        for tenure in self.tenures.get(&vip)? {
+            let since = tenure.since.max(now.saturating_sub(RECENT)).min(until);
+            let time = until.saturating_sub(since);
+            match owners.iter_mut().find(|(node, ..)| *node == tenure.node) {
+                Some((_, address, total)) => (*address, *total) = (address.or(tenure.address), *total + time),
+                None => owners.push((&tenure.node, tenure.address, time)),
+            }
+            until = since;
+        }
+        // max_by_key keeps the last of equals, which is to be who had it last.
+        let others = owners.into_iter().rev().filter(|(node, ..)| *node != this);
+        let (node, address, _) = others.max_by_key(|(_, _, time)| *time)?;
+        Some((node, address))
     }
 
     /// Forgets who owned addresses that nobody has any more.
@@ -89,22 +113,10 @@ impl Handover {
         self.tenures.retain(|vip, _| is_owned(vip));
     }
 
-    /// Takes note that a node that lives hands an address on: it stops, or is to have none (`is_stopping`), or this node won it. Where
-    /// one that stops had it for a moment only, and another for longer before, what counts are that one's connections.
-    pub fn take(&mut self, vip: IpAddr, mut former: Former, is_stopping: bool, living: &Living) {
+    /// Takes note of whose connections an address has that a living node hands on.
+    pub fn take(&mut self, vip: IpAddr, former: Former, living: &Living) {
         if self.is_off {
             return;
-        }
-        let mut tenures = self.tenures.get(&vip).into_iter().flatten();
-        if let (Some(this), Some(last), Some(before)) = (tenures.next(), tenures.next(), tenures.next())
-            && is_stopping
-            && last.node == former.node.node
-            && this.since.saturating_sub(last.since) < BRIEF.min(last.since.saturating_sub(before.since))
-            && before.node != this.node
-            && let Some(address) = before.address
-        {
-            former.node.node.clone_from(&before.node);
-            former.address = address;
         }
         let is_leaving = living
             .get(&former.node.node)
@@ -238,7 +250,7 @@ mod tests {
     fn started(is_leaving: bool) -> (Handover, BTreeSet<IpAddr>) {
         let mut handover = Handover::default();
         let vip = ip("10.0.0.9");
-        handover.take(vip, former("a"), is_leaving, &living(&[("a", is_leaving)]));
+        handover.take(vip, former("a"), &living(&[("a", is_leaving)]));
         (handover, [vip].into())
     }
 
@@ -270,7 +282,7 @@ mod tests {
         let (mut handover, held) = started(false);
         assert!(handover.news(NOW, &held).is_some());
         handover.give_up();
-        handover.take(ip("10.0.0.9"), former("a"), false, &living(&[("a", false)]));
+        handover.take(ip("10.0.0.9"), former("a"), &living(&[("a", false)]));
         assert_eq!(handover.news(NOW + REFRESH, &held), None);
         assert!(!handover.clear());
     }
@@ -331,43 +343,65 @@ mod tests {
     }
 
     #[test]
-    fn of_owners_in_a_row_the_one_that_had_it_for_long_counts() {
-        let (a, b) = (ip("10.0.0.1"), ip("10.0.0.2"));
-        let vip = ip("10.0.0.9");
-        for (name, owners, stops, expected) in [
-            ("the last", &[("b", 0), ("me", 5)][..], true, b),
+    fn who_had_it_for_most_of_the_last_minute_has_its_connections() {
+        for (name, said, owners, expected) in [
+            ("nobody", None, &[("me", 0)][..], None),
+            ("this one, before it restarted", Some("me"), &[("me", 0)], None),
+            ("the last", None, &[("a", 0), ("me", 5_000)], Some("a")),
             (
                 "the last had it for a moment",
-                &[("a", 0), ("b", 100), ("me", 105)],
-                true,
-                a,
+                None,
+                &[("a", 0), ("b", 90_000), ("me", 91_000)],
+                Some("a"),
             ),
             (
                 "the last had it for long",
-                &[("a", 0), ("b", 100), ("me", 200)],
-                true,
-                b,
+                None,
+                &[("a", 0), ("b", 90_000), ("me", 180_000)],
+                Some("b"),
             ),
-            ("both had it for a moment", &[("a", 0), ("b", 3), ("me", 105)], true, b),
-            ("this one was before", &[("me", 0), ("b", 100), ("me", 105)], true, b),
-            ("longer ago", &[("x", 0), ("a", 50), ("b", 100), ("me", 105)], true, a),
-            // Back among the others, this node hears of them one after the other.
-            ("this one won it", &[("a", 0), ("b", 100), ("me", 105)], false, b),
+            (
+                "it was here before",
+                None,
+                &[("me", 0), ("b", 90_000), ("me", 91_000)],
+                Some("b"),
+            ),
+            // One that has just started, of what went on before: and then b took it from a for a moment.
+            (
+                "as the Service says",
+                Some("a"),
+                &[("a", 0), ("b", 300), ("me", 900)],
+                Some("a"),
+            ),
+            (
+                "who is not seen any more",
+                Some("a"),
+                &[("b", 300), ("me", 900)],
+                Some("a"),
+            ),
+            // Back among the others, it hears of them one after the other.
+            (
+                "one that is heard of late",
+                Some("b"),
+                &[("a", 10), ("b", 900), ("me", 1_000)],
+                Some("b"),
+            ),
+            (
+                "the same without the API server",
+                None,
+                &[("a", 10), ("b", 13), ("me", 300)],
+                Some("b"),
+            ),
         ] {
-            let mut handover = Handover::default();
-            for (node, since) in owners {
-                let address = [("a", a), ("b", b)].into_iter().find(|(name, _)| name == node);
-                handover.owned(NOW + SECOND * *since, vip, node, address.map(|(_, address)| address));
-                // It says nothing of itself any more.
-                handover.owned(NOW + SECOND * *since, vip, node, None);
+            let (mut handover, vip, mut now) = (Handover::default(), ip("10.0.0.9"), NOW);
+            for (node, after) in owners {
+                now = NOW + Duration::from_millis(*after);
+                handover.owned(now, vip, node, None, said);
+                handover.owned(now, vip, node, Some(ip("10.0.0.1")), said);
+                handover.owned(now, vip, node, None, said);
             }
-            let last = Former {
-                node: watched("b"),
-                address: b,
-            };
-            handover.take(vip, last, stops, &living(&[("a", false), ("b", true)]));
-            let news = handover.news(NOW + SECOND * 300, &[vip].into()).unwrap();
-            assert_eq!(news[&vip], expected, "{name}");
+            let former = handover.former(now, vip, "me");
+            assert_eq!(former.map(|(node, _)| node), expected, "{name}");
         }
     }
 

@@ -18,8 +18,6 @@ use crate::standby::{Verdict as Direct, Watched};
 pub(super) struct Takeover {
     pub(super) ip: IpAddr,
     pub(super) from: Watched,
-    /// Who announces it, as the Service says.
-    pub(super) announcer: Option<String>,
     pub(super) cause: Cause,
 }
 
@@ -57,12 +55,12 @@ impl Agent<'_> {
                 Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Unclear(_) | Verdict::Taken(..) => continue,
             };
             let is_counted = owners.insert(*ip, owner.clone()).is_some();
-            let address = candidates.get(owner).and_then(|owner| owner.address_near(*ip));
-            self.handover.owned(now, *ip, owner, address);
             // Of the time before this process the Service tells.
             let said = self.cluster.announced().get(service);
-            let announcer = said.and_then(|service| service.announcers.get(ip));
-            let before = self.owners.get(ip).or(announcer);
+            let said = said.and_then(|service| service.announcers.get(ip));
+            let address = candidates.get(owner).and_then(|owner| owner.address_near(*ip));
+            self.handover.owned(now, *ip, owner, address, said.map(String::as_str));
+            let before = self.owners.get(ip).or(said);
             let Some(before) = before.filter(|before| *before != owner && !is_counted) else {
                 continue;
             };
@@ -73,13 +71,7 @@ impl Agent<'_> {
                     link,
                 };
                 let cause = self.cause(&from, candidates.get(before));
-                let announcer = announcer.cloned();
-                takeovers.push(Takeover {
-                    ip: *ip,
-                    from,
-                    announcer,
-                    cause,
-                });
+                takeovers.push(Takeover { ip: *ip, from, cause });
             }
         }
         self.handover.retain(|ip| owners.contains_key(ip));

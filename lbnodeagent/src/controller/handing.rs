@@ -11,6 +11,7 @@ use crate::kernel::VipAddress;
 use crate::members::Living;
 use crate::metrics::Cause;
 use crate::plan::Candidate;
+use crate::standby::Watched;
 
 impl Agent<'_> {
     /// Sees to it that the connections of addresses this node takes over are sent where they are known.
@@ -21,27 +22,26 @@ impl Agent<'_> {
         desired: &BTreeSet<VipAddress>,
         living: &Living,
     ) {
+        let now = self.started.elapsed();
+        let this = &self.settings.node;
         for takeover in takeovers {
-            let mut node = takeover.from.clone();
-            match takeover.cause {
-                Cause::Silent | Cause::Departed => continue,
-                Cause::HandedOver => {}
-                // Back among the others, this node hears of them one after the other: who has the address, the Service says.
-                Cause::Elected => {
-                    let announcer = takeover.announcer.as_ref().filter(|name| **name != self.settings.node);
-                    let announcer = announcer.filter(|name| living.contains_key(*name));
-                    node.node = announcer.cloned().unwrap_or(node.node);
-                }
+            if matches!(takeover.cause, Cause::Silent | Cause::Departed) {
+                continue;
             }
-            let former = candidates.get(&node.node);
-            let Some(address) = former.and_then(|former| former.address_near(takeover.ip)) else {
+            let Some((name, address)) = self.handover.former(now, takeover.ip, this) else {
                 continue;
             };
-            let is_stopping = takeover.cause == Cause::HandedOver;
-            let former = Former { node, address };
-            self.handover.take(takeover.ip, former, is_stopping, living);
+            let near = candidates.get(name).and_then(|node| node.address_near(takeover.ip));
+            let Some(address) = near.or(address) else {
+                continue;
+            };
+            let link = takeover.from.link;
+            let node = Watched {
+                node: name.to_owned(),
+                link,
+            };
+            self.handover.take(takeover.ip, Former { node, address }, living);
         }
-        let now = self.started.elapsed();
         let held = desired.iter().map(|vip| vip.ip).collect();
         if let Some(former) = self.handover.news(now, &held)
             && handover::is_tracking()
