@@ -48,7 +48,8 @@ struct Known {
     missed: Option<Duration>,
 }
 
-/// Who owned an address from when on, at which address of its own.
+/// Who owned an address from when on, at which address of its own. Times here are a minute ahead, so that there is room for what was
+/// before this process.
 #[derive(Debug)]
 struct Tenure {
     node: String,
@@ -73,6 +74,7 @@ impl Handover {
     /// Takes note of who owns an address, and of that node's own address near it, where it is known. `said` is who announces it as the Service
     /// says: where this node has heard of no owner yet, that one has had it all the time.
     pub fn owned(&mut self, now: Duration, vip: IpAddr, node: &str, address: Option<IpAddr>, said: Option<&str>) {
+        let now = now + RECENT;
         let tenures = self.tenures.entry(vip).or_default();
         let tenure = |node: &str, address, since| Tenure {
             node: node.to_owned(),
@@ -91,6 +93,7 @@ impl Handover {
 
     /// Who but `this` had an address for most of the last minute, and that node's own address near it, where it is known.
     pub fn former(&self, now: Duration, vip: IpAddr, this: &str) -> Option<(&str, Option<IpAddr>)> {
+        let now = now + RECENT;
         let mut until = now;
         let mut owners: Vec<(&str, Option<IpAddr>, Duration)> = Vec::new();
         for tenure in self.tenures.get(&vip)? {
@@ -370,7 +373,7 @@ mod tests {
             (
                 "as the Service says",
                 Some("a"),
-                &[("a", 0), ("b", 300), ("me", 900)],
+                &[("a", 0), ("b", 300), ("me", 9_000)],
                 Some("a"),
             ),
             (
@@ -393,9 +396,9 @@ mod tests {
                 Some("b"),
             ),
         ] {
-            let (mut handover, vip, mut now) = (Handover::default(), ip("10.0.0.9"), NOW);
+            let (mut handover, vip, mut now) = (Handover::default(), ip("10.0.0.9"), SECOND);
             for (node, after) in owners {
-                now = NOW + Duration::from_millis(*after);
+                now = SECOND + Duration::from_millis(*after);
                 handover.owned(now, vip, node, None, said);
                 handover.owned(now, vip, node, Some(ip("10.0.0.1")), said);
                 handover.owned(now, vip, node, None, said);
