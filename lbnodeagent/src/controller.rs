@@ -677,6 +677,8 @@ impl<'a> Agent<'a> {
             ..self.meta.clone()
         })
         .await;
+        // Whoever takes over tells the neighbours from now on: what this node had still to say would undo it.
+        self.held.send_replace(Held::new());
         let Ok(snapshot) = self.links.kernel.snapshot().await else {
             return;
         };
@@ -690,7 +692,6 @@ impl<'a> Agent<'a> {
         if has_others && !local.is_empty() {
             tokio::time::sleep(HANDOVER).await;
         }
-        self.held.send_replace(Held::new());
         self.take_off(&local).await;
         self.let_connections_go().await;
         if has_others && !routed.is_empty() {

@@ -24,9 +24,12 @@ pub const TIMEOUT: Duration = Duration::from_mins(5);
 const REFRESH: Duration = Duration::from_secs(100);
 /// How long a node whose agent has left may take to have one again.
 const ABSENCE: Duration = Duration::from_mins(1);
-/// An address may move more than once in this time, as when all agents are upgraded in a row. Who had it for most of it has most of its
-/// connections.
-const RECENT: Duration = Duration::from_mins(1);
+/// An address may move more than once in this time, as when all agents are upgraded in a row. Then whoever had it for longer has more of
+/// its connections.
+const BRIEF: Duration = Duration::from_mins(1);
+/// What counts of the time before this process, in which the owner was who the Service says: little, as that one may have had it for
+/// a moment, too.
+const HEARSAY: Duration = Duration::from_secs(2);
 /// Owners remembered of each address.
 const OWNERS: usize = 6;
 
@@ -48,7 +51,7 @@ struct Known {
     missed: Option<Duration>,
 }
 
-/// Who owned an address from when on, at which address of its own. Times here are a minute ahead, so that there is room for what was
+/// Who owned an address from when on, at which address of its own. Times here are [`HEARSAY`] ahead, which is the room for what was
 /// before this process.
 #[derive(Debug)]
 struct Tenure {
@@ -72,9 +75,9 @@ pub struct Handover {
 
 impl Handover {
     /// Takes note of who owns an address, and of that node's own address near it, where it is known. `said` is who announces it as the Service
-    /// says: where this node has heard of no owner yet, that one has had it all the time.
+    /// says: where this node has heard of no owner yet, that one has had it before.
     pub fn owned(&mut self, now: Duration, vip: IpAddr, node: &str, address: Option<IpAddr>, said: Option<&str>) {
-        let now = now + RECENT;
+        let now = now + HEARSAY;
         let tenures = self.tenures.entry(vip).or_default();
         let tenure = |node: &str, address, since| Tenure {
             node: node.to_owned(),
@@ -91,24 +94,23 @@ impl Handover {
         tenures.truncate(OWNERS);
     }
 
-    /// Who but `this` had an address for most of the last minute, and that node's own address near it, where it is known.
+    /// Who had an address before `this`, and that node's own address near it, where it is known; or the one before that, if it had it
+    /// for longer. One that had it according to the Service, too, has only been heard of again.
     pub fn former(&self, now: Duration, vip: IpAddr, this: &str) -> Option<(&str, Option<IpAddr>)> {
-        let now = now + RECENT;
-        let mut until = now;
-        let mut owners: Vec<(&str, Option<IpAddr>, Duration)> = Vec::new();
-        for tenure in self.tenures.get(&vip)? {
-            let since = tenure.since.max(now.saturating_sub(RECENT)).min(until);
-            let time = until.saturating_sub(since);
-            match owners.iter_mut().find(|(node, ..)| *node == tenure.node) {
-                Some((_, address, total)) => (*address, *total) = (address.or(tenure.address), *total + time),
-                None => owners.push((&tenure.node, tenure.address, time)),
-            }
-            until = since;
-        }
-        // max_by_key keeps the last of equals, which is to be who had it last.
-        let others = owners.into_iter().rev().filter(|(node, ..)| *node != this);
-        let (node, address, _) = others.max_by_key(|(_, _, time)| *time)?;
-        Some((node, address))
+        let now = now + HEARSAY;
+        let tenures = self.tenures.get(&vip)?;
+        let said = tenures.back().filter(|oldest| oldest.since.is_zero());
+        let mut before = tenures.iter().peekable();
+        let until = before
+            .next_if(|tenure| tenure.node == this)
+            .map_or(now, |own| own.since);
+        let last = before.next()?;
+        let time = until.saturating_sub(last.since);
+        let is_longer = |other: &&Tenure| other.node != this && last.since.saturating_sub(other.since) > time;
+        let is_said = said.is_some_and(|said| said.node == last.node);
+        let longer = before.next().filter(|_| time < BRIEF && !is_said).filter(is_longer);
+        let former = longer.unwrap_or(last);
+        Some((&former.node, former.address))
     }
 
     /// Forgets who owned addresses that nobody has any more.
@@ -346,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn who_had_it_for_most_of_the_last_minute_has_its_connections() {
+    fn of_two_owners_in_a_row_the_one_that_had_it_for_longer_counts() {
         for (name, said, owners, expected) in [
             ("nobody", None, &[("me", 0)][..], None),
             ("this one, before it restarted", Some("me"), &[("me", 0)], None),
@@ -373,7 +375,7 @@ mod tests {
             (
                 "as the Service says",
                 Some("a"),
-                &[("a", 0), ("b", 300), ("me", 9_000)],
+                &[("a", 0), ("b", 300), ("me", 1_500)],
                 Some("a"),
             ),
             (
@@ -381,6 +383,12 @@ mod tests {
                 Some("a"),
                 &[("b", 300), ("me", 900)],
                 Some("a"),
+            ),
+            (
+                "not as the Service says any more",
+                Some("a"),
+                &[("a", 0), ("b", 300), ("me", 9_000)],
+                Some("b"),
             ),
             // Back among the others, it hears of them one after the other.
             (
