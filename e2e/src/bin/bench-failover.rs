@@ -142,7 +142,7 @@ fn main() -> Result<()> {
     let wanted: Vec<String> = arguments.collect();
     let is_wanted = |what: &str| wanted.is_empty() || wanted.iter().any(|known| known == what);
     if is_wanted("full") {
-        full(rounds.min(3))?;
+        full(rounds.min(5))?;
     }
     if wanted == ["full"] {
         return Ok(());
