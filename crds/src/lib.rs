@@ -8,12 +8,15 @@
 pub mod annotations;
 pub mod conflict;
 pub mod event;
+pub mod lbnode;
 pub mod lbnodeagent;
 pub mod manifest;
 pub mod pool;
+pub mod record;
 pub mod service;
 pub mod servicegroup;
 
+pub use lbnode::{LBNode, LBNodeSpec, LBNodeStatus};
 pub use lbnodeagent::{LBNodeAgent, LBNodeAgentSpec};
 pub use pool::{AddressRange, Aggregation, Family, Pool, PoolError};
 pub use service::ServiceKey;

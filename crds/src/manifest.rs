@@ -7,13 +7,14 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 use kube::CustomResourceExt;
 use serde_json::json;
 
-use crate::{LBNodeAgent, ServiceGroup};
+use crate::{LBNode, LBNodeAgent, ServiceGroup};
 
-/// Both definitions with the name of the file each is kept in.
-pub fn definitions() -> [(&'static str, CustomResourceDefinition); 2] {
+/// The definitions with the name of the file each is kept in.
+pub fn definitions() -> [(&'static str, CustomResourceDefinition); 3] {
     [
         ("purelb.io_servicegroups.yaml", service_groups()),
         ("purelb.io_lbnodeagents.yaml", lb_node_agents()),
+        ("purelb.io_lbnodes.yaml", lb_nodes()),
     ]
 }
 
@@ -120,6 +121,29 @@ fn lb_node_agents() -> CustomResourceDefinition {
         },
         |_| {},
     )
+}
+
+/// Programs write it, so it needs no rules, and it has one version.
+fn lb_nodes() -> CustomResourceDefinition {
+    let mut definition = LBNode::crd();
+    for version in &mut definition.spec.versions {
+        if let Some(schema) = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()) {
+            plain(schema);
+            // What an agent leaves out stays out.
+            without_defaults(schema);
+        }
+    }
+    definition
+}
+
+fn without_defaults(schema: &mut JSONSchemaProps) {
+    schema.default = None;
+    for property in schema.properties.iter_mut().flat_map(|p| p.values_mut()) {
+        without_defaults(property);
+    }
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        without_defaults(items);
+    }
 }
 
 /// The definition served as v1 and v2 with one structural schema, stored as v2. Each version keeps its
