@@ -167,7 +167,7 @@ spec:
       {{- end }}
       containers:
         - name: {{ .daemon }}
-          image: {{ $values.image | default (printf "%s/%s:%s" $root.Values.image.repository .daemon ($root.Values.image.tag | default $root.Chart.AppVersion | toString)) | quote }}
+          image: {{ $values.image | default (include "purelb.imageName" (dict "root" $root "component" .daemon)) | quote }}
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           command: [/bin/sh, /etc/bgp/start]
           env:

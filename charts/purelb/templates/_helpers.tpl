@@ -47,12 +47,18 @@ labels:
   {{- include "purelb.labels" . | nindent 2 }}
 {{- end }}
 
+{{/* The name of an image: REPOSITORY/NAME:TAG, and @DIGEST where there is one. Called with {root, component}. */}}
+{{- define "purelb.imageName" -}}
+{{- with .root.Values.image -}}
+{{ .repository }}/{{ $.component }}:{{ .tag | default $.root.Chart.AppVersion }}
+{{- with get (.digest | default dict) $.component }}@{{ . }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{/* The image of a workload. Called with {root, component}. */}}
 {{- define "purelb.image" -}}
-{{- with .root -}}
-image: {{ printf "%s/%s:%s" .Values.image.repository $.component (.Values.image.tag | default .Chart.AppVersion | toString) | quote }}
-imagePullPolicy: {{ .Values.image.pullPolicy }}
-{{- end }}
+image: {{ include "purelb.imageName" . | quote }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- end }}
 
 {{/* The probes of a workload. */}}
