@@ -23,7 +23,7 @@ VERSIONS := 1.31 1.36
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup images images-routing images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,16 @@ setup: ## Install the system packages that are missing (apt, as root)
 	@for tool in cargo go; do command -v $$tool >/dev/null || \
 	  { echo "make: $$tool is missing: install Rust 1.95 (rustup.rs) and Go 1.26 (go.dev/dl)" >&2; exit 1; }; done
 
+# Labs have networks that lead nowhere: what they take from the cache (PURELB_CACHE, else ~/.cache/purelb) is there before one starts.
+fetch: setup ## Fetch and build all that the tests need from elsewhere: after it they need no network
+	@.ci/deny --fetch
+	@e2e/kubernetes/build --all >/dev/null
+	@for version in $(VERSIONS); do KUBERNETES=$$version e2e/kubernetes/build >/dev/null; done
+	@charts/helm/build >/dev/null
+	@charts/monitoring/promtool >/dev/null
+	@images/routing --lab >/dev/null
+	@docs/mdbook >/dev/null
+
 images: setup ## Build the images of the two programs, without Docker: OCI archives in target/images
 	images/build
 
@@ -52,8 +62,9 @@ images-test: kubernetes ## Build them twice for one digest, and install them on 
 build: ## Build the two programs, optimised
 	cargo build --release --locked --package allocator --package lbnodeagent
 
-kubernetes: setup ## Build the Kubernetes programs of the lab, once (some minutes, then cached)
+kubernetes: setup ## Build the Kubernetes programs of the lab and Helm, once (some minutes, then cached)
 	@e2e/kubernetes/build >/dev/null
+	@charts/helm/build >/dev/null
 
 demo: kubernetes ## A cluster, six Services, a cut cable: two minutes (KEEP=1 leaves it up)
 	@cargo build --quiet --locked --workspace --bins
@@ -63,7 +74,7 @@ lab: kubernetes ## A shell in a cluster with the product installed
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/demo --shell
 
-test: lint deny unit chart e2e versions docs ## All tests
+test: fetch lint deny unit chart e2e versions docs ## All tests
 
 lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
@@ -77,12 +88,13 @@ chart: setup ## The chart's tests; the manifest must be what it renders
 
 e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBERNETES=1.36 for another version than 1.34
 	@e2e/kubernetes/build --all >/dev/null
+	@images/routing --lab >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	rm -rf target/e2e-rights
 	cargo test --quiet --locked --no-fail-fast --package e2e -- --test-threads $(THREADS)
 	target/debug/e2e-rights
 
-versions: setup ## The API's tests and the walkthrough on the oldest and the newest Kubernetes supported
+versions: kubernetes ## The API's tests and the walkthrough on the oldest and the newest Kubernetes supported
 	for version in $(VERSIONS); do KUBERNETES=$$version e2e/kubernetes/build >/dev/null; done
 	cargo build --quiet --locked --workspace --bins
 	for version in $(VERSIONS); do echo "Kubernetes $$version"; KUBERNETES=$$version \
@@ -113,6 +125,7 @@ VM_PACKAGES := busybox-static kmod qemu-system-x86
 
 vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS, a bond and a VLAN (QEMU, some minutes)
 	@$(MAKE) --no-print-directory setup PACKAGES="$(VM_PACKAGES)"
+	@e2e/vm/build >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --package e2e --test vm -- --ignored --nocapture --test-threads 1
 
@@ -125,9 +138,8 @@ manifest: ## Write install.yaml and charts/golden from the chart
 	charts/render >install.yaml
 	charts/test --golden
 
-deny: ## Licences and sources of the dependencies, where cargo-deny is installed
-	@if command -v cargo-deny >/dev/null; then cargo deny --offline --log-level error check licenses bans sources; \
-	else echo "cargo-deny is not installed: skipped (cargo install --locked cargo-deny)"; fi
+deny: setup ## Licences and sources of the dependencies, and known vulnerabilities where their database can be fetched
+	@.ci/deny
 
 clean: ## Remove what was built here (the Kubernetes programs stay in their cache)
 	cargo clean

@@ -13,6 +13,7 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVar, Pod, Secret, Volume};
 use kube::api::{Api, ListParams};
 
+use crate::kubernetes;
 use crate::lab::Lab;
 use crate::net::Node;
 use crate::process::Process;
@@ -36,11 +37,7 @@ exec "$@""#;
 /// Renders templates of the chart for the product's namespace with the values in these files.
 pub fn render(templates: &[&str], values: &[&Path]) -> Result<String> {
     let charts = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("charts");
-    let output = Command::new(charts.join("helm/build"))
-        .output()
-        .context("having helm built")?;
-    let helm = String::from_utf8(output.stdout)?;
-    let mut command = Command::new(helm.lines().last().context("no helm")?);
+    let mut command = Command::new(kubernetes::helm()?);
     command
         .env("KUBECONFIG", "/dev/null")
         .args(["template", "purelb", "--namespace", NAMESPACE])

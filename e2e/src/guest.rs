@@ -7,14 +7,14 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
 use crate::anchor::ROOT;
-use crate::kubernetes::own_binary;
+use crate::kubernetes::{self, own_binary};
 use crate::lab::Lab;
 use crate::net::{Node, ROUTER_IPV4, ROUTER_IPV6, ip};
 use crate::process::Process;
@@ -100,14 +100,8 @@ pub struct Guest {
 impl Lab {
     /// Registers the guest's Node, boots it and returns when its shell answers.
     pub async fn start_guest(&self, uplink: Uplink) -> Result<Guest> {
+        let directory = kubernetes::guest()?;
         self.register_guest().await?;
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/build");
-        let output = Command::new(&script)
-            .stderr(Stdio::inherit())
-            .output()
-            .context("running vm/build")?;
-        ensure!(output.status.success(), "vm/build failed");
-        let directory = String::from_utf8(output.stdout)?.trim().to_owned();
         let initrd = self.outside("/run/lab/guest.initrd");
         self.pack_guest(&directory, &initrd, uplink).await?;
         let (kernel, monitor) = (

@@ -1,51 +1,58 @@
-//! The Kubernetes programs: where they are, and having them built when they are not.
+//! The Kubernetes programs and what else labs take from the cache. `make fetch` fills it: nothing is fetched or built here, since
+//! this also runs in a lab, whose networks lead nowhere else.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
 /// The directory of the Kubernetes programs, which `e2e/kubernetes/build` makes once per machine and version.
+///
+/// # Errors
+///
+/// When one of them is missing.
 pub fn binaries() -> Result<PathBuf> {
     static DIRECTORY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     DIRECTORY
-        .get_or_init(|| build(&[]).map_err(|error| format!("{error:#}")))
+        .get_or_init(|| {
+            cached("kubernetes/build", &[])
+                .map(PathBuf::from)
+                .map_err(|error| format!("{error:#}"))
+        })
         .clone()
         .map_err(anyhow::Error::msg)
 }
 
-/// The same, once kube-scheduler and kubelet are there too.
+/// The same, with kube-scheduler and kubelet among them.
 pub(crate) fn all_binaries() -> Result<PathBuf> {
-    build(&["--all"])
+    cached("kubernetes/build", &["--all"]).map(PathBuf::from)
 }
 
-fn build(arguments: &[&str]) -> Result<PathBuf> {
-    last_line_of("kubernetes/build", arguments).map(PathBuf::from)
-}
-
-/// The path of Helm, which is built once per machine and version.
+/// The path of Helm.
 pub(crate) fn helm() -> Result<String> {
-    last_line_of("../charts/helm/build", &[])
+    cached("../charts/helm/build", &[])
 }
 
-/// Runs a script that builds something, shows its progress, and returns the last line it printed: where that is.
-fn last_line_of(script: &str, arguments: &[&str]) -> Result<String> {
+/// The directory of the kernel and the file system that a virtual node boots.
+pub(crate) fn guest() -> Result<String> {
+    cached("vm/build", &[])
+}
+
+/// Asks a script that fetches or builds something where that is, and returns the last line it printed. A script that has nothing
+/// there says which target of make brings it.
+fn cached(script: &str, arguments: &[&str]) -> Result<String> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
     let output = Command::new(&script)
         .args(arguments)
-        .stderr(Stdio::inherit())
+        .arg("--cached")
         .output()
         .with_context(|| format!("running {}", script.display()))?;
-    ensure!(
-        output.status.success(),
-        "{} failed ({})",
-        script.display(),
-        output.status
-    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}", said.trim());
     let stdout = String::from_utf8(output.stdout)?;
     let line = stdout.lines().last();
-    line.map(str::to_owned)
+    line.map(ToOwned::to_owned)
         .with_context(|| format!("{} names no path", script.display()))
 }
 
@@ -93,15 +100,9 @@ pub(crate) fn images() -> Result<Vec<PathBuf>> {
         .collect()
 }
 
-/// The archives of the images of BIRD and FRR, built by `images/routing` unless they are there already. Tests go on where
-/// Debian has replaced a package since its version was pinned.
+/// The archives of the images of BIRD and FRR that `images/routing` makes.
 pub fn routing_images() -> Result<[PathBuf; 2]> {
-    let directory = target()?.join("e2e-images/routing");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("images/routing");
-    let mut build = Command::new(&script);
-    let status = build.env("IMAGES", &directory).env("UNPINNED", "1").status();
-    let status = status.with_context(|| format!("running {}", script.display()))?;
-    ensure!(status.success(), "{} failed ({status})", script.display());
+    let directory = PathBuf::from(cached("../images/routing", &["--lab"])?);
     Ok(["bird.tar", "frr.tar"].map(|archive| directory.join(archive)))
 }
 

@@ -1,7 +1,7 @@
 //! The lab itself: bringing it up, acting on it, and taking it down whatever happens.
 
-use std::collections::HashSet;
 use std::fmt::Write as _;
+use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
@@ -105,6 +105,8 @@ impl Lab {
     pub fn run<T: Send>(options: Options, test: impl AsyncFnOnce(Lab) -> Result<T> + Send) -> Result<T> {
         check_root()?;
         let kubernetes = if options.kubelets {
+            // Packed before there are networks that lead nowhere.
+            kubernetes::images()?;
             kubernetes::all_binaries()?
         } else {
             kubernetes::binaries()?
@@ -118,7 +120,7 @@ impl Lab {
         let thread = std::thread::Builder::new().name(name);
         std::thread::scope(|scope| {
             let body = || {
-                let lab = Lab::prepare(options, kubernetes, logs.0.clone())?;
+                let lab = Lab::prepare(options, kubernetes, logs.path.clone())?;
                 lab.door(ROOT)?.enter_network()?;
                 // Born in the lab's namespace, as its threads will be.
                 let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -131,14 +133,14 @@ impl Lab {
                         test(lab.clone()).await
                     })
                 }));
-                if let Err(error) = rights::keep(&directory_name(&logs.0), &lab.audit_log()) {
+                if let Err(error) = rights::keep(&directory_name(&logs.path), &lab.audit_log()) {
                     eprintln!("what the product asked of the API server is not kept: {error:#}");
                 }
                 if !matches!(outcome, Ok(Ok(_))) {
                     runtime.block_on(lab.write_state());
-                    eprintln!("the lab's logs are in {}", logs.0.display());
+                    eprintln!("the lab's logs are in {}", logs.path.display());
                 } else if std::env::var_os("E2E_KEEP_LOGS").is_none() {
-                    let _ = std::fs::remove_dir_all(&logs.0);
+                    let _ = std::fs::remove_dir_all(&logs.path);
                 }
                 // Its tasks first, so that none of them complains of the end of the world.
                 runtime.shutdown_background();
@@ -520,33 +522,30 @@ fn directory_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// A directory of logs that no other lab of this process uses.
-struct LogDirectory(PathBuf);
-
-static IN_USE: Mutex<Option<HashSet<PathBuf>>> = Mutex::new(None);
+/// A directory of logs that no other lab uses, of this process or another: whoever uses it holds the lock beside it.
+struct LogDirectory {
+    path: PathBuf,
+    _lock: File,
+}
 
 impl LogDirectory {
     fn claim(name: &str) -> Result<Self> {
         let base = kubernetes::log_directory()?;
-        let mut in_use = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
-        let in_use = in_use.get_or_insert_default();
-        let mut path = base.join(name);
-        let mut number = 1;
-        while in_use.contains(&path) {
-            number += 1;
-            path = base.join(format!("{name}-{number}"));
+        std::fs::create_dir_all(&base).with_context(|| format!("making {}", base.display()))?;
+        let names = std::iter::once(name.to_owned()).chain((2..).map(|number| format!("{name}-{number}")));
+        for name in names {
+            let lock = base.join(format!(".{name}.lock"));
+            let lock = File::create(&lock).with_context(|| format!("making {}", lock.display()))?;
+            match lock.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => continue,
+                Err(TryLockError::Error(error)) => return Err(error).context("locking a directory of logs"),
+            }
+            let path = base.join(name);
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+            return Ok(Self { path, _lock: lock });
         }
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
-        in_use.insert(path.clone());
-        Ok(Self(path))
-    }
-}
-
-impl Drop for LogDirectory {
-    fn drop(&mut self) {
-        if let Some(in_use) = IN_USE.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-            in_use.remove(&self.0);
-        }
+        unreachable!("numbers do not end")
     }
 }

@@ -503,3 +503,113 @@ fn left_behind(anchor: &str, namespaces: &BTreeSet<String>) -> Result<Option<Str
     }
     Ok(None)
 }
+
+/// The other half of the test below: a lab that says where its logs are, and lasts until its standard input ends.
+#[test]
+fn says_where_its_logs_are() -> Result<()> {
+    if std::env::var_os("E2E_SAY_LOGS").is_none() {
+        return Ok(());
+    }
+    let options = Options {
+        name: Some("logs".to_owned()),
+        nodes: 1,
+        proxy: e2e::ProxyMode::None,
+        ..Options::default()
+    };
+    Lab::run(options, async |lab| {
+        eprintln!("logs {}", lab.logs().display());
+        std::io::stdin().read_line(&mut String::new())?;
+        ensure!(lab.logs().join("etcd.log").exists(), "the logs are gone");
+        Ok(())
+    })
+}
+
+#[test]
+fn labs_of_several_processes_keep_their_logs_apart() -> Result<()> {
+    let mut labs = Vec::new();
+    for _ in 0..2 {
+        let child = Command::new(std::env::current_exe()?)
+            .args(["--exact", "says_where_its_logs_are", "--nocapture"])
+            .env("E2E_SAY_LOGS", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        labs.push(child);
+    }
+    let mut directories = BTreeSet::new();
+    for lab in &mut labs {
+        let stderr = BufReader::new(lab.stderr.take().context("no standard error")?);
+        let line = stderr
+            .lines()
+            .map_while(Result::ok)
+            .find(|line| line.starts_with("logs "));
+        directories.insert(line.context("the lab did not come up")?);
+    }
+    ensure!(directories.len() == 2, "{directories:?}");
+    for mut lab in labs {
+        drop(lab.stdin.take());
+        ensure!(lab.wait()?.success());
+    }
+    Ok(())
+}
+
+/// The other half of the test below: a lab asks for what its cache does not have.
+#[test]
+fn asks_for_what_is_not_there() -> Result<()> {
+    if std::env::var_os("E2E_NOT_THERE").is_none() {
+        return Ok(());
+    }
+    let options = Options {
+        name: Some("not-there".to_owned()),
+        nodes: 1,
+        proxy: e2e::ProxyMode::None,
+        ..Options::default()
+    };
+    Lab::run(options, async |lab| {
+        let wanted = [
+            ("Helm", e2e::chart::render(&["bird.yaml"], &[]).map(drop)),
+            ("the images", e2e::routing_images().map(drop)),
+            ("the kernel", lab.start_guest(e2e::guest::Uplink::Nic).await.map(drop)),
+        ];
+        for (what, outcome) in wanted {
+            let error = outcome.err().with_context(|| format!("{what}: made in the lab"))?;
+            let error = format!("{error:#}");
+            ensure!(error.contains(what) && error.contains(": make "), "{what}: {error}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn what_is_not_in_the_cache_is_neither_fetched_nor_built_by_a_lab() -> Result<()> {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("empty-cache");
+    let _ = std::fs::remove_dir_all(&cache);
+    std::fs::create_dir_all(&cache)?;
+    let with = |test: &str, variable: &str| {
+        Command::new(std::env::current_exe()?)
+            .args(["--exact", test, "--nocapture"])
+            .env(variable, "1")
+            .env("PURELB_CACHE", &cache)
+            .env_remove("KUBEBUILDER_ASSETS")
+            .env_remove("HELM")
+            .output()
+    };
+    let entries = || Ok::<_, std::io::Error>(std::fs::read_dir(&cache)?.count());
+    let output = with("asks_for_what_is_not_there", "E2E_NOT_THERE")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        !output.status.success() && said.contains("of Kubernetes v") && said.contains("make fetch"),
+        "{said}"
+    );
+    ensure!(entries()? == 0, "something was put into the cache");
+
+    let kubernetes = e2e::binaries()?;
+    let name = kubernetes.file_name().context("a directory without a name")?;
+    std::os::unix::fs::symlink(&kubernetes, cache.join(name))?;
+    let output = with("asks_for_what_is_not_there", "E2E_NOT_THERE")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{said}");
+    ensure!(entries()? == 1, "something was put into the cache");
+    Ok(())
+}
