@@ -6,6 +6,7 @@ mod http;
 mod report;
 mod watch;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -87,13 +88,23 @@ impl Common {
     /// # Errors
     /// When the kubeconfig does not read, or outside a Pod without one.
     pub async fn client(&self) -> anyhow::Result<Client> {
+        Ok(self.client_and_server().await?.0)
+    }
+
+    /// A client for the API server, and the server's address where it is not given by name.
+    ///
+    /// # Errors
+    /// When the kubeconfig does not read, or outside a Pod without one.
+    pub async fn client_and_server(&self) -> anyhow::Result<(Client, Option<IpAddr>)> {
         let config = match &self.kubeconfig {
             Some(path) => from_file(path).await?,
             None => Config::infer()
                 .await
                 .context("no API server: set --kubeconfig, or run in a Pod with a ServiceAccount")?,
         };
-        Ok(Client::try_from(config)?)
+        let host = config.cluster_url.host().unwrap_or_default();
+        let server = host.trim_matches(['[', ']']).parse().ok();
+        Ok((Client::try_from(config)?, server))
     }
 }
 

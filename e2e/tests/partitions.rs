@@ -14,11 +14,10 @@ const SOON: Duration = Duration::from_secs(30);
 const FAILED_OVER: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(5);
 
-/// Gossip, the standby watch and its echoes.
+/// Gossip and the standby watch; what asks kernels, ARP, is cut with them.
 const PEERS: &[&str] = &[
     "meta l4proto { tcp, udp } th dport { 7934, 7935 }",
     "meta l4proto { tcp, udp } th sport { 7934, 7935 }",
-    "meta l4proto icmp",
 ];
 /// What the API server answers.
 const API: &[&str] = &["tcp sport 6443"];
@@ -35,6 +34,13 @@ async fn drop_from(lab: &Lab, node: &str, sources: &[&str], parts: &[&str]) -> R
         }
     }
     rules.push_str("}\n}\n");
+    if parts != API {
+        rules.push_str("table arp cut {\n chain input {\n type filter hook input priority 0\n");
+        for source in sources {
+            writeln!(rules, "arp saddr ether {} drop", lab.node(source)?.mac())?;
+        }
+        rules.push_str("}\n}\n");
+    }
     let file = format!("/run/lab/cut-{node}.nft");
     std::fs::write(lab.outside(&file), rules)?;
     lab.exec(node, ["nft", "-f", &file]).await.map(drop)
@@ -43,6 +49,8 @@ async fn drop_from(lab: &Lab, node: &str, sources: &[&str], parts: &[&str]) -> R
 async fn mend(lab: &Lab, nodes: &[&str]) -> Result<()> {
     for node in nodes {
         lab.exec(node, ["nft", "delete", "table", "inet", "cut"]).await?;
+        lab.exec(node, ["sh", "-c", "nft delete table arp cut 2>/dev/null || true"])
+            .await?;
     }
     Ok(())
 }
@@ -192,5 +200,112 @@ fn an_owner_that_reaches_nobody_lets_go_and_comes_back() -> Result<()> {
         wait_until("w11 lets go", Duration::from_mins(1), let_go).await?;
         mend(&lab, &["w11"]).await?;
         scene.settled("w11").await
+    })
+}
+
+const DUAL: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec:
+  local:
+    v4pools:
+    - {pool: 10.31.200.1-10.31.200.30, subnet: 10.31.0.0/16}
+    - {pool: 10.33.200.1-10.33.200.30, subnet: 10.33.0.0/16}
+    v6pool: {pool: 'fd00:10:31::c000-fd00:10:31::c0ff', subnet: 'fd00:10:31::/64'}
+";
+
+/// The first address of a pool that w11 announces, by the election, with w12 or m standing by.
+fn first_of_w11(lab: &Lab, base: &str) -> Result<(IpAddr, String)> {
+    let names: Vec<&str> = lab.nodes().iter().map(|node| node.name.as_str()).collect();
+    for last in 1..30_u32 {
+        let vip: IpAddr = format!("{base}{last}").parse()?;
+        let order = lbnodeagent::election::order(names.iter().copied(), vip);
+        let ns = |name: Option<&&str>| {
+            let mut nodes = lab.nodes().iter();
+            nodes
+                .find(|node| Some(&node.name.as_str()) == name)
+                .map(|node| node.ns.clone())
+        };
+        if ns(order.first()).as_deref() == Some("w11") {
+            return Ok((vip, ns(order.get(1)).unwrap_or_default()));
+        }
+    }
+    anyhow::bail!("w11 wins none of {base}")
+}
+
+/// A node loses all addresses of a family, or of one of two subnets on a link: IPv4 is the family of the gossip.
+#[test]
+fn a_family_or_subnet_that_a_node_loses_moves_its_vips_alone_and_comes_back() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        for (node, last) in [("m", 1), ("w11", 11), ("w12", 12), ("client", 200)] {
+            let second = format!("10.33.188.{last}/16");
+            lab.exec(node, ["ip", "address", "add", &second, "brd", "+", "dev", "eth0"])
+                .await?;
+        }
+        lab.start_product().await?;
+        lab.apply(DUAL).await?;
+        let (v4, of_v4) = first_of_w11(&lab, "10.31.200.")?;
+        let (second, of_second) = first_of_w11(&lab, "10.33.200.")?;
+        let (v6, of_v6) = first_of_w11(&lab, "fd00:10:31::c00")?;
+        for (name, vip) in [("four", v4), ("second", second), ("six", v6)] {
+            let family = if vip.is_ipv4() { "IPv4" } else { "IPv6" };
+            lab.apply(&format!(
+                "{{apiVersion: v1, kind: Service, metadata: {{name: {name}, annotations: {{purelb.io/addresses: '{vip}'}}}}, \
+                 spec: {{type: LoadBalancer, ipFamilies: [{family}], ports: [{{port: 80}}]}}}}"
+            ))
+            .await?;
+        }
+        let held = async |vip: IpAddr, node: &str| lab.held_by(&vip.to_string(), Some("eth0"), &[node], SOON).await;
+        let settled = async || {
+            for vip in [v4, second, v6] {
+                held(vip, "w11").await?;
+            }
+            Ok::<_, anyhow::Error>(())
+        };
+        settled().await?;
+        // What is lost, how it is had again, and where the three are meanwhile.
+        let back_v4 = "ip address add 10.31.188.11/16 brd + dev eth0; ip address add 10.33.188.11/16 brd + dev eth0; \
+                       ip route replace default via 10.31.254.251";
+        let back_v6 = "ip address add fd00:10:31::188:11/64 dev eth0 nodad; \
+                       ip -6 route replace default via fd00:10:31::254:251";
+        for (name, lost, back, at) in [
+            (
+                "IPv4, the gossip's",
+                "ip -4 address flush dev eth0",
+                back_v4,
+                [&*of_v4, &*of_second, "w11"],
+            ),
+            (
+                "IPv6",
+                "ip -6 address flush dev eth0 scope global",
+                back_v6,
+                ["w11", "w11", &*of_v6],
+            ),
+            (
+                "the second subnet",
+                "ip address del 10.33.188.11/16 dev eth0",
+                "ip address add 10.33.188.11/16 brd + dev eth0",
+                ["w11", &*of_second, "w11"],
+            ),
+        ] {
+            println!("{name} is lost");
+            lab.exec("w11", ["sh", "-ec", lost]).await?;
+            for (vip, node) in [v4, second, v6].into_iter().zip(at) {
+                held(vip, node).await?;
+            }
+            stays("each is on one node", Duration::from_secs(4), async || {
+                for (vip, node) in [v4, second, v6].into_iter().zip(at) {
+                    let holders = lab.holders(&vip.to_string(), Some("eth0")).await?;
+                    ensure!(holders == [node], "{name}: {vip} on {holders:?}, not on {node}");
+                }
+                Ok(())
+            })
+            .await?;
+            lab.exec("w11", ["sh", "-ec", back]).await?;
+            settled().await?;
+        }
+        Ok(())
     })
 }

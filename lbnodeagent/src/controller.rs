@@ -19,7 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
-use crds::{LBNodeAgent, ServiceKey};
+use crds::{Family, LBNodeAgent, ServiceKey};
 use daemon::{Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
 use kube::Client;
@@ -31,7 +31,7 @@ use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
 use crate::greeting::{self, Held};
 use crate::handover::Handover;
-use crate::isolation::{self, Isolation};
+use crate::isolation::{self, Evidence, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
 use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
 use crate::metrics::{Metrics, Selector};
@@ -42,7 +42,7 @@ use crate::picture::{Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Place, Plan};
 use crate::presence::Presence;
 use crate::routing::{self as daemons, Cause as Unadvertised};
-use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher};
+use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
 use crate::steadiness::{Others, Steadiness};
 
 /// What the agent is told at start.
@@ -52,6 +52,8 @@ pub struct Settings {
     pub node: String,
     /// Its address, for gossip.
     pub host: IpAddr,
+    /// The API server's address, if it is known by its address.
+    pub api_server: Option<IpAddr>,
     /// The install namespace: ServiceGroups and LBNodeAgents are read from here only.
     pub namespace: String,
     /// The gossip keys.
@@ -72,6 +74,8 @@ const SETTLING: Duration = Duration::from_secs(3);
 /// How long a member may be silent to the standby watch alone. When gossip, over the same network, has not given it up by
 /// then, it is the watch that cannot hear it, as behind a firewall that drops its port.
 const OVERRULED: Duration = Duration::from_secs(5);
+/// How often it is looked whether other nodes still ask this one.
+const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -147,6 +151,7 @@ pub async fn run(
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
     let mut stop = std::pin::pin!(stop);
+    let mut look_round = tokio::time::interval(LOOK_ROUND);
     loop {
         let wake = agent.wake_at;
         tokio::select! {
@@ -165,6 +170,7 @@ pub async fn run(
                 tracing::warn!("gossip of another key, or of nobody: ignored, like all that follows");
                 continue;
             }
+            _ = look_round.tick() => if !agent.looks_round() { continue },
             () = &mut announcing => {}
             () = &mut asking => {}
             () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
@@ -243,10 +249,12 @@ struct Agent<'a> {
     /// Since when somebody is silent to it.
     silent_since: BTreeMap<Watched, Instant>,
     /// Whom it watches.
-    watches: BTreeMap<Watched, IpAddr>,
+    watches: Watches,
+    /// The families in which other nodes ask this one.
+    asked_in: BTreeSet<Family>,
     steadiness: Steadiness,
     isolation: Isolation,
-    /// No other node is heard, though there are some.
+    /// No other node is heard by some family, though there are some.
     is_alone: watch::Sender<bool>,
     is_api_reachable: bool,
     /// Name of the dummy interface in use.
@@ -306,7 +314,8 @@ impl<'a> Agent<'a> {
             presence: Presence::default(),
             heard: Verdicts::new(),
             silent_since: BTreeMap::new(),
-            watches: BTreeMap::new(),
+            watches: Watches::new(),
+            asked_in: BTreeSet::new(),
             steadiness: Steadiness::default(),
             isolation: Isolation::default(),
             is_alone: watch::Sender::new(false),
@@ -434,6 +443,7 @@ impl<'a> Agent<'a> {
         let is_drained = self.cluster.is_excluded(&self.settings.node);
         let meta = Meta {
             subnets: subnets.clone(),
+            macs: plan::macs(&snapshot, &subnets),
             generation: self.generation,
             is_drained,
             ..self.meta.clone()
@@ -442,7 +452,9 @@ impl<'a> Agent<'a> {
             return Ok(());
         };
         let now = self.started.elapsed();
-        let mut candidates = self.presence.candidates(now, &self.settings.node, is_new, living);
+        let mut candidates = self
+            .presence
+            .candidates(now, &self.settings.node, is_new, living, &self.heard);
         let this = Candidate {
             addresses: subnets.clone(),
             is_withdrawn: is_drained,
@@ -453,21 +465,23 @@ impl<'a> Agent<'a> {
             self.wake_in(wait);
         }
         self.overrule(living);
-        let has_let_go = self.has_let_go(now, living);
+        let let_go = self.let_go(now, living);
         let mut plan = plan::plan(&Picture {
             node: &self.settings.node,
             services: self.cluster.announced(),
             groups: self.cluster.groups(),
             candidates: &candidates,
             heard: &self.heard,
-            has_let_go,
+            let_go: &let_go,
             kernel: &snapshot,
             config: &config,
             findings: &self.findings,
         });
         self.ask(&plan, &snapshot, &config, &candidates);
         self.handover.look(now, living, &self.heard);
-        plan.watches.extend(self.handover.watches());
+        for (watched, inquiry) in self.handover.watches() {
+            plan.watches.entry(watched).or_insert(inquiry);
+        }
         if self.watches != plan.watches {
             self.watches.clone_from(&plan.watches);
             self.links.watcher.watch(plan.watches.clone());
@@ -477,7 +491,7 @@ impl<'a> Agent<'a> {
         let mut desired = plan.addresses();
         self.linger(&plan, &snapshot, &mut desired);
         // Before the addresses are here: not one segment of such a connection must go astray.
-        self.hand_on(&takeovers, &candidates, &desired, living).await;
+        self.hand_on(&takeovers, &candidates, &desired, living, &snapshot).await;
         let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
         let applied = self.links.kernel.apply(&difference(&desired, &snapshot)).await;
         if let Some(wait) = refresh_in(&desired, &snapshot) {
@@ -498,6 +512,14 @@ impl<'a> Agent<'a> {
         Ok(())
     }
 
+    /// Sees in which families others ask this node, and whether that is news.
+    fn looks_round(&mut self) -> bool {
+        let asked_in = self.links.watcher.asked_in();
+        let is_news = self.asked_in != asked_in;
+        self.asked_in = asked_in;
+        is_news
+    }
+
     /// Lets gossip have its way where the standby watch alone says that a member is silent: see [`OVERRULED`].
     fn overrule(&mut self, living: &Living) {
         let now = Instant::now();
@@ -511,7 +533,7 @@ impl<'a> Agent<'a> {
         for watched in silent {
             let since = *self.silent_since.entry(watched.clone()).or_insert(now);
             let gossips_there = living.get(&watched.node).map(|member| member.addr.ip());
-            if gossips_there.is_none() || gossips_there != self.watches.get(&watched).copied() {
+            if gossips_there != Some(watched.address) {
                 continue;
             }
             let age = now.duration_since(since);
@@ -519,32 +541,53 @@ impl<'a> Agent<'a> {
                 self.wake_in(OVERRULED.saturating_sub(age));
                 continue;
             }
-            let (node, link) = (&watched.node, watched.link);
-            tracing::warn!(node, link, "gossip hears it: is UDP port 7935 closed?");
+            let Watched { node, link, address } = &watched;
+            tracing::warn!(node, link, %address, "gossip hears it: is UDP port 7935 closed?");
             self.heard.insert(watched.clone(), Direct::Unknown);
             self.links.watcher.forget(watched);
         }
     }
 
-    /// Whether this node is cut off and has to let go of its local VIPs.
-    fn has_let_go(&mut self, now: Duration, living: &Living) -> bool {
-        let is_heard = self.heard.values().any(|verdict| verdict.is_heard());
-        let is_alone = living.len() < 2 && !is_heard && !self.peers.borrow().is_empty();
+    /// The families in which this node is cut off and has to let go of its local VIPs.
+    fn let_go(&mut self, now: Duration, living: &Living) -> BTreeSet<Family> {
+        let mut let_go = BTreeSet::new();
+        let mut is_alone = false;
+        for family in [Family::V4, Family::V6] {
+            let evidence = self.evidence(family, living);
+            is_alone |= evidence.is_alone();
+            match self.isolation.judge(now, family, evidence) {
+                Ok(()) => _ = let_go.insert(family),
+                Err(Some(look_again)) => self.wake_in(look_again),
+                Err(None) => {}
+            }
+        }
         self.is_alone
             .send_if_modified(|known| std::mem::replace(known, is_alone) != is_alone);
-        match self.isolation.judge(now, is_alone, self.is_api_reachable) {
-            Ok(()) => {
-                if !self.announcing.is_empty() {
-                    tracing::warn!("cut off from the API server and all members: letting go of local addresses");
-                }
-                true
-            }
-            Err(look_again) => {
-                if let Some(wait) = look_again {
-                    self.wake_in(wait);
-                }
-                false
-            }
+        if !let_go.is_empty() && self.announcing.keys().any(|(_, ip)| let_go.contains(&Family::of(*ip))) {
+            tracing::warn!(
+                ?let_go,
+                "cut off from the API server and all other nodes: letting go of local addresses"
+            );
+        }
+        let_go
+    }
+
+    /// What is known of a family's ways to the other nodes.
+    fn evidence(&self, family: Family, living: &Living) -> Evidence {
+        let is_of_gossip = Family::of(self.settings.host) == family;
+        let peers = self.peers.borrow();
+        let has_address = |ips: &Vec<IpAddr>| ips.iter().any(|ip| Family::of(*ip) == family);
+        let is_watched = |watched: &Watched| Family::of(watched.address) == family;
+        let mut heard = self.heard.iter().filter(|(watched, _)| is_watched(watched));
+        let api = self.settings.api_server;
+        Evidence {
+            has_others: !peers.is_empty()
+                && (is_of_gossip || peers.values().any(has_address) || self.watches.keys().any(is_watched)),
+            is_of_gossip,
+            is_heard: (is_of_gossip && living.len() > 1)
+                || heard.any(|(_, verdict)| verdict.is_heard())
+                || self.asked_in.contains(&family),
+            is_api_reachable: self.is_api_reachable && api.is_none_or(|api| Family::of(api) == family),
         }
     }
 
@@ -553,6 +596,7 @@ impl<'a> Agent<'a> {
         self.introduced = None;
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
+            macs: BTreeMap::new(),
             generation: self.generation,
             ..self.meta.clone()
         })

@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::members::Living;
-use crate::standby::{Verdict, Verdicts, Watched};
+use crate::standby::{Inquiry, Verdict, Verdicts, Watched};
 
 /// How long the kernel goes on without being told again.
 pub const TIMEOUT: Duration = Duration::from_mins(5);
@@ -36,10 +36,10 @@ const OWNERS: usize = 6;
 /// Who had an address before this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Former {
-    /// The node, and the link by which it is reached.
+    /// The node, and where it is reached.
     pub node: Watched,
-    /// Its own address there.
-    pub address: IpAddr,
+    /// What its kernel is asked, once its agent has left.
+    pub inquiry: Option<Inquiry>,
 }
 
 #[derive(Debug)]
@@ -154,9 +154,9 @@ impl Handover {
     }
 
     /// Former owners that gossip knows no more: whether they live, the standby watch sees.
-    pub fn watches(&self) -> impl Iterator<Item = (Watched, IpAddr)> {
+    pub fn watches(&self) -> impl Iterator<Item = (Watched, Option<Inquiry>)> {
         let missed = self.known.values().filter(|known| known.missed.is_some());
-        missed.map(|known| (known.former.node.clone(), known.former.address))
+        missed.map(|known| (known.former.node.clone(), known.former.inquiry))
     }
 
     /// What the kernel is to be told, if anything: where to send what belongs to foreign connections of which address. `held` are the
@@ -166,7 +166,7 @@ impl Handover {
         let wanted: BTreeMap<IpAddr, IpAddr> = self
             .known
             .iter()
-            .map(|(vip, known)| (*vip, known.former.address))
+            .map(|(vip, known)| (*vip, known.former.node.address))
             .collect();
         let is_old = now.saturating_sub(self.told_at) >= REFRESH;
         let is_known = match &self.told {
@@ -225,13 +225,14 @@ mod tests {
         Watched {
             node: node.into(),
             link: 2,
+            address: ip("10.0.0.1"),
         }
     }
 
     fn former(node: &str) -> Former {
         Former {
             node: watched(node),
-            address: ip("10.0.0.1"),
+            inquiry: None,
         }
     }
 

@@ -1,11 +1,13 @@
-//! When a node that is cut off lets go of its local VIPs.
+//! When a node that is cut off lets go of its local VIPs, of each family by itself.
 //!
-//! A node that reaches neither the API server nor any other member is most likely the one that is broken, and the others
+//! A node that reaches neither the API server nor any other node is most likely the one that is broken, and the others
 //! have taken its VIPs over. Should its segment come back to life half-way, it must not fight them. [`Isolation`] is the
 //! decision, on injected time; [`ask_api_server`] finds out the one thing that is not known anyway.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use crds::Family;
 use kube::Client;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -18,21 +20,48 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 const ASK_INTERVAL: Duration = Duration::from_secs(5);
 const ASK_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// What is known of a family's ways to the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // Each by itself.
+pub struct Evidence {
+    /// There are other nodes that have addresses of the family.
+    pub has_others: bool,
+    /// Gossip goes over this family: as there always is some, to hear none of it means something even if there never was any.
+    pub is_of_gossip: bool,
+    /// Another node is heard by this family, or asks this one: by gossip or by the standby watch.
+    pub is_heard: bool,
+    /// The API server is reached, and maybe by this family.
+    pub is_api_reachable: bool,
+}
+
+impl Evidence {
+    /// Whether there should be others, and none is heard.
+    pub const fn is_alone(&self) -> bool {
+        self.has_others && !self.is_heard
+    }
+}
+
 /// Since when this node is cut off.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Isolation {
-    since: Option<Duration>,
+    since: BTreeMap<Family, Duration>,
+    /// The families by which others were heard before.
+    heard: BTreeSet<Family>,
 }
 
 impl Isolation {
-    /// Whether the local VIPs are to be let go of, and if not when to look again. `is_alone`: there should be others, and
-    /// none is heard.
-    pub fn judge(&mut self, now: Duration, is_alone: bool, is_api_reachable: bool) -> Result<(), Option<Duration>> {
-        if !is_alone || is_api_reachable {
-            self.since = None;
+    /// Whether the local VIPs of a family are to be let go of, and if not when to look again.
+    pub fn judge(&mut self, now: Duration, family: Family, evidence: Evidence) -> Result<(), Option<Duration>> {
+        if evidence.is_heard {
+            self.heard.insert(family);
+        }
+        // Where nobody watches anybody, since no VIP is of this family, nothing was ever heard.
+        let is_expected = evidence.is_of_gossip || self.heard.contains(&family);
+        if !evidence.is_alone() || evidence.is_api_reachable || !is_expected {
+            self.since.remove(&family);
             return Err(None);
         }
-        let since = *self.since.get_or_insert(now);
+        let since = *self.since.entry(family).or_insert(now);
         match (since + PATIENCE).checked_sub(now) {
             Some(left) if !left.is_zero() => Err(Some(left)),
             _ => Ok(()),
@@ -58,27 +87,62 @@ mod tests {
     #[test]
     fn a_node_lets_go_when_both_members_and_api_server_are_gone_for_long_enough() {
         let second = Duration::from_secs(1);
-        for (name, alone, api, expected) in [
-            ("members", false, false, Err(None)),
-            ("the API server", true, true, Err(None)),
-            ("neither", true, false, Ok(())),
+        for (name, is_heard, api, expected) in [
+            ("members", true, false, Err(None)),
+            ("the API server", false, true, Err(None)),
+            ("neither", false, false, Ok(())),
         ] {
             let mut isolation = Isolation::default();
-            let _ = isolation.judge(second, alone, api);
-            assert_eq!(isolation.judge(second + PATIENCE, alone, api), expected, "{name}");
+            let _ = isolation.judge(second, Family::V4, evidence(is_heard, api));
+            let judged = isolation.judge(second + PATIENCE, Family::V4, evidence(is_heard, api));
+            assert_eq!(judged, expected, "{name}");
         }
+    }
+
+    fn evidence(is_heard: bool, is_api_reachable: bool) -> Evidence {
+        Evidence {
+            has_others: true,
+            is_of_gossip: true,
+            is_heard,
+            is_api_reachable,
+        }
+    }
+
+    #[test]
+    fn each_family_is_judged_by_itself_and_one_that_was_never_heard_is_not() {
+        let second = Duration::from_secs(1);
+        let of_v6 = |is_heard| Evidence {
+            is_of_gossip: false,
+            ..evidence(is_heard, false)
+        };
+        let mut isolation = Isolation::default();
+        let mut judge = |now, v4: bool, v6: bool| {
+            let judged = [
+                isolation.judge(now, Family::V4, evidence(v4, false)),
+                isolation.judge(now, Family::V6, of_v6(v6)),
+            ];
+            judged.map(|judged| judged.is_ok())
+        };
+        assert_eq!(judge(second, false, false), [false, false]);
+        assert_eq!(
+            judge(second + PATIENCE, false, false),
+            [true, false],
+            "never heard by IPv6"
+        );
+        assert_eq!(judge(second + PATIENCE, true, true), [false, false]);
+        assert_eq!(judge(2 * PATIENCE, true, false), [false, false]);
+        assert_eq!(judge(3 * PATIENCE, true, false), [false, true]);
+        assert_eq!(judge(3 * PATIENCE, true, true), [false, false]);
     }
 
     #[test]
     fn whoever_is_heard_starts_the_wait_anew() {
         let second = Duration::from_secs(1);
         let mut isolation = Isolation::default();
-        assert_eq!(isolation.judge(second, true, false), Err(Some(PATIENCE)));
-        assert_eq!(
-            isolation.judge(2 * second, true, false),
-            Err(Some(PATIENCE.saturating_sub(second)))
-        );
-        assert_eq!(isolation.judge(3 * second, true, true), Err(None));
-        assert_eq!(isolation.judge(second + PATIENCE, true, false), Err(Some(PATIENCE)));
+        let mut judge = |now, api| isolation.judge(now, Family::V4, evidence(false, api));
+        assert_eq!(judge(second, false), Err(Some(PATIENCE)));
+        assert_eq!(judge(2 * second, false), Err(Some(PATIENCE.saturating_sub(second))));
+        assert_eq!(judge(3 * second, true), Err(None));
+        assert_eq!(judge(second + PATIENCE, false), Err(Some(PATIENCE)));
     }
 }

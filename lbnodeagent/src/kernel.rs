@@ -195,6 +195,7 @@ impl Kernel {
             links: links.iter().map(parse::link).collect(),
             addresses,
             default_routes,
+            withheld: std::collections::BTreeSet::new(),
         })
     }
 

@@ -57,7 +57,7 @@ async fn run() -> anyhow::Result<()> {
     let metrics = Metrics::default();
     metrics.gossip.record();
     flags.common.start_log_with(metrics.gossip.layer())?;
-    let client = flags.common.client().await?;
+    let (client, api_server) = flags.common.client_and_server().await?;
     let second = flags
         .second_gossip_key
         .iter()
@@ -67,6 +67,7 @@ async fn run() -> anyhow::Result<()> {
     let settings = Settings {
         node: flags.node_name,
         host: flags.host,
+        api_server,
         namespace: flags.common.namespace,
         keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
         routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),

@@ -21,6 +21,7 @@ pub use self::frame::{Mac, gratuitous_arp_reply, gratuitous_arp_request, shown, 
 use crate::kernel::Link;
 
 pub mod frame;
+pub mod listen;
 
 /// Tries to get a frame past a full buffer or transmit queue, and the wait between them: 50 ms in all.
 const QUEUE_TRIES: u32 = 25;
@@ -212,22 +213,31 @@ impl Announcer {
 
     /// Sends one frame, given with its Ethernet header.
     pub async fn send(&self, link: u32, frame: &[u8]) -> Result<(), AnnounceError> {
-        let address = self.address_of(link)?;
         let mut tries = 0;
         loop {
             tries += 1;
-            let Err(errno) = sendto(self.socket.as_raw_fd(), frame, &address, MsgFlags::empty()) else {
-                return Ok(());
-            };
-            match errno {
-                Errno::EINTR => {}
+            match self.try_send(link, frame) {
                 // The socket's buffer or the link's queue is full.
-                Errno::EAGAIN | Errno::ENOBUFS if tries < QUEUE_TRIES => tokio::time::sleep(QUEUE_WAIT).await,
-                Errno::ENXIO | Errno::ENODEV => {
+                Err(AnnounceError::Send { source, .. }) if tries < QUEUE_TRIES && is_full(&source) => {
+                    tokio::time::sleep(QUEUE_WAIT).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Sends one frame now, or not at all.
+    pub fn try_send(&self, link: u32, frame: &[u8]) -> Result<(), AnnounceError> {
+        let address = self.address_of(link)?;
+        loop {
+            match sendto(self.socket.as_raw_fd(), frame, &address, MsgFlags::empty()) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ENXIO | Errno::ENODEV) => {
                     self.addresses().remove(&link);
                     return Err(AnnounceError::NoLink(link));
                 }
-                _ => {
+                Err(errno) => {
                     return Err(AnnounceError::Send {
                         link,
                         source: errno.into(),
@@ -256,6 +266,11 @@ impl Announcer {
     fn addresses(&self) -> std::sync::MutexGuard<'_, HashMap<u32, LinkAddr>> {
         self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EAGAIN | Errno::ENOBUFS))
 }
 
 #[cfg(test)]

@@ -20,10 +20,10 @@ use crate::election;
 use crate::kernel::{Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
-use crate::standby::{Verdict as Direct, Verdicts, Watched};
+use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
 use interfaces::Offers;
-pub use interfaces::subnets;
+pub use interfaces::{macs, subnets};
 use vip::Vip;
 
 /// A Service with addresses of ours.
@@ -57,6 +57,8 @@ pub struct Announced {
 pub struct Candidate {
     /// Its addresses on its usable interfaces, with the length of their prefix: the subnets it can announce.
     pub addresses: BTreeSet<IpNet>,
+    /// The Ethernet addresses at which these are reached, where it says so.
+    pub macs: BTreeMap<IpAddr, Mac>,
     /// It is about to stop, or was told to carry no VIPs.
     pub is_withdrawn: bool,
     /// What gossip makes of it.
@@ -70,10 +72,18 @@ pub enum Standing {
     #[default]
     Member,
     /// One that it has given up.
-    Departed {
-        /// A moment ago: it may not have been listened for yet.
-        is_recent: bool,
-    },
+    Departed(Since),
+}
+
+/// Since when gossip has given a node up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// A moment ago: it may not have been listened for yet.
+    Now,
+    /// So lately that its agent may be about to start again, while its kernel keeps its VIPs.
+    Lately,
+    /// For longer: only its agent's own answers count.
+    LongAgo,
 }
 
 impl Candidate {
@@ -83,15 +93,16 @@ impl Candidate {
         near.max_by_key(|net| net.prefix_len()).map(IpNet::addr)
     }
 
-    /// Whether it stands for a VIP, given what is heard of it directly. A member does unless it is silent. One that is
-    /// departed does as long as its agent answers, whatever gossip says; while only its kernel does, or before anybody
-    /// has listened, it keeps what it announced.
+    /// Whether it stands for a VIP, given what is heard of it directly, there where the VIP lives. A member does unless it
+    /// is silent. One that is departed does as long as its agent answers, whatever gossip says; while only its kernel
+    /// does, which is not for long, or before anybody has listened, it keeps what it announced.
     fn stands(&self, verdict: Option<Direct>, is_announcer: bool) -> bool {
         match (self.standing, verdict) {
             (Standing::Member, verdict) => verdict != Some(Direct::Silent),
-            (Standing::Departed { .. }, Some(Direct::Agent)) => true,
-            (Standing::Departed { .. }, Some(Direct::Silent | Direct::Unheard)) => false,
-            (Standing::Departed { .. }, Some(Direct::Node | Direct::Unknown) | None) => is_announcer,
+            (Standing::Departed(_), Some(Direct::Agent)) => true,
+            (Standing::Departed(_), Some(Direct::Silent | Direct::Unheard))
+            | (Standing::Departed(Since::LongAgo), Some(Direct::Node)) => false,
+            (Standing::Departed(_), Some(Direct::Node | Direct::Unknown) | None) => is_announcer,
         }
     }
 
@@ -101,15 +112,27 @@ impl Candidate {
 
     /// Whether its subnets count: those of one that is long gone and not heard do not.
     fn is_around(&self, name: &str, heard: &Verdicts) -> bool {
-        let is_heard = || {
-            heard
-                .iter()
-                .any(|(who, verdict)| who.node == name && verdict.is_heard())
+        let is_heard = |counts: fn(Direct) -> bool| {
+            let mut watches = heard.iter();
+            watches.any(|(who, verdict)| who.node == name && counts(*verdict))
         };
         match self.standing {
-            Standing::Member | Standing::Departed { is_recent: true } => true,
-            Standing::Departed { is_recent: false } => is_heard(),
+            Standing::Member | Standing::Departed(Since::Now) => true,
+            Standing::Departed(Since::Lately) => is_heard(Direct::is_heard),
+            Standing::Departed(Since::LongAgo) => is_heard(|verdict| verdict == Direct::Agent),
         }
+    }
+
+    /// What its kernel is asked about at its `address` on a link of this node: whether it holds `ip`. None where there is no
+    /// ARP, or where it does not say how it is reached.
+    pub fn inquiry(&self, kernel: &Snapshot, link: u32, address: IpAddr, ip: IpAddr) -> Option<Inquiry> {
+        let mac = *self.macs.get(&address)?;
+        let own_mac = Target::new(kernel.link(link)?, ip)?.mac;
+        let mut own = kernel.addresses_on(link).filter(|own| !own.is_ours);
+        let own = own
+            .find(|own| own.subnet().is_some_and(|net| net.contains(&address)))?
+            .ip;
+        Some(Inquiry { ip, mac, own_mac, own })
     }
 }
 
@@ -126,8 +149,8 @@ pub struct Picture<'a> {
     pub candidates: &'a BTreeMap<String, Candidate>,
     /// What the standby watch hears of them.
     pub heard: &'a Verdicts,
-    /// This node is cut off and holds no local VIPs.
-    pub has_let_go: bool,
+    /// The families in which this node is cut off: it holds no local VIPs of them.
+    pub let_go: &'a BTreeSet<Family>,
     /// What the kernel holds.
     pub kernel: &'a Snapshot,
     /// How this node announces.
@@ -187,8 +210,8 @@ pub struct Placed {
 pub struct Plan {
     /// By Service and address. Services that share an address have the same verdict for it.
     pub verdicts: BTreeMap<(ServiceKey, IpAddr), Verdict>,
-    /// Whom this node has to watch, since it would be next: nodes, the link over which, and their address there.
-    pub watches: BTreeMap<Watched, IpAddr>,
+    /// Whom this node has to watch, since it would be next.
+    pub watches: Watches,
 }
 
 impl Plan {
@@ -254,7 +277,7 @@ pub fn plan(picture: &Picture<'_>) -> Plan {
     plan
 }
 
-fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut BTreeMap<Watched, IpAddr>) -> Verdict {
+fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut Watches) -> Verdict {
     let vip = of.ip;
     if of.is_unwanted() {
         return Verdict::Nobody(Reason::NoEndpoint);
@@ -275,9 +298,6 @@ fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut BTr
         })
         .map(|(name, candidate)| (name.as_str(), candidate))
         .collect();
-    if picture.has_let_go && candidates.iter().any(|(name, _)| *name == picture.node) {
-        return Verdict::Nobody(Reason::Isolated);
-    }
     if !candidates.is_empty() {
         return local(picture, offers, of, candidates, watches);
     }
@@ -299,7 +319,7 @@ fn local(
     offers: &Offers,
     of: &Vip<'_>,
     mut candidates: Vec<(&str, &Candidate)>,
-    watches: &mut BTreeMap<Watched, IpAddr>,
+    watches: &mut Watches,
 ) -> Verdict {
     let vip = of.ip;
     // An affinity says nothing where the address is shared.
@@ -308,20 +328,36 @@ fn local(
     of.retain_served(&mut candidates, |(name, _)| name, asks);
     let placed = offers.place(picture.config, vip);
     let link = placed.as_ref().map(|placed| placed.address.link);
-    let verdict_on = |name: &str| {
-        let it = Watched {
+    let place_of = |name: &str, candidate: &Candidate| {
+        Some(Watched {
             node: name.to_owned(),
             link: link?,
-        };
-        picture.heard.get(&it).copied()
+            address: candidate.address_near(vip)?,
+        })
     };
-    if let Some(link) = link {
-        watch_seniors(picture.node, vip, &candidates, link, &verdict_on, watches);
-    }
+    let verdict_on = |name: &str, candidate: &Candidate| picture.heard.get(&place_of(name, candidate)?).copied();
     let announcer = of.announcer();
+    if candidates.iter().any(|(name, _)| *name == picture.node) {
+        for (name, senior) in seniors_to_watch(picture.node, vip, &candidates, verdict_on) {
+            let Some(it) = place_of(name, senior) else { continue };
+            let (link, address) = (it.link, it.address);
+            let inquiry = watches.entry(it).or_insert(None);
+            // Of one that is departed the VIP itself: of several that it announces the first, every time.
+            let asked = match senior.standing {
+                Standing::Member => Some(address),
+                Standing::Departed(_) => (announcer == Some(name)).then_some(vip),
+            };
+            if let Some(asked) = asked.filter(|_| inquiry.is_none()) {
+                *inquiry = senior.inquiry(picture.kernel, link, address, asked);
+            }
+        }
+        if picture.let_go.contains(&Family::of(vip)) {
+            return Verdict::Nobody(Reason::Isolated);
+        }
+    }
     let standing = candidates
         .iter()
-        .filter(|(name, candidate)| candidate.stands(verdict_on(name), announcer == Some(*name)))
+        .filter(|(name, candidate)| candidate.stands(verdict_on(name, candidate), announcer == Some(*name)))
         .map(|(name, _)| *name);
     match election::owner(standing, vip) {
         Some(owner) if owner == picture.node => match placed {
@@ -334,40 +370,20 @@ fn local(
     }
 }
 
-/// Watches those before this node, if at most one of them is well: then this node is next.
-fn watch_seniors(
+/// Those before this node, if at most one of them is well: then this node is next, and watches them.
+fn seniors_to_watch<'a, 'b>(
     this: &str,
     vip: IpAddr,
-    candidates: &[(&str, &Candidate)],
-    link: u32,
-    verdict_on: &impl Fn(&str) -> Option<Direct>,
-    watches: &mut BTreeMap<Watched, IpAddr>,
-) {
-    if candidates.iter().all(|(name, _)| *name != this) {
-        return;
-    }
+    candidates: &'b [(&'a str, &'a Candidate)],
+    verdict_on: impl Fn(&str, &Candidate) -> Option<Direct>,
+) -> Vec<&'b (&'a str, &'a Candidate)> {
     let names = candidates.iter().map(|(name, _)| *name);
     let seniors: Vec<&str> = election::seniors(this, names, vip).collect();
-    let seniors = || candidates.iter().filter(|(name, _)| seniors.contains(name));
-    if seniors()
-        .filter(|(name, senior)| senior.is_firm(verdict_on(name)))
-        .count()
-        > 1
-    {
-        return;
-    }
-    for (name, senior) in seniors() {
-        let Some(address) = senior.address_near(vip) else {
-            continue;
-        };
-        let it = Watched {
-            node: (*name).to_owned(),
-            link,
-        };
-        // Of several addresses the same one every time, IPv4 first.
-        let known = watches.entry(it).or_insert(address);
-        *known = address.min(*known);
-    }
+    let seniors: Vec<_> = candidates.iter().filter(|(name, _)| seniors.contains(name)).collect();
+    let firm = seniors
+        .iter()
+        .filter(|(name, senior)| senior.is_firm(verdict_on(name, senior)));
+    if firm.count() > 1 { Vec::new() } else { seniors }
 }
 
 /// Announces, unless the address was never announced and somebody might have it.
@@ -478,6 +494,7 @@ mod tests {
                 address(3, "172.16.0.11/24"),
             ],
             default_routes: vec![route(Family::V4), route(Family::V6)],
+            ..Snapshot::default()
         }
     }
 
@@ -488,7 +505,7 @@ mod tests {
         kernel: Snapshot,
         config: NodeConfig,
         heard: Verdicts,
-        has_let_go: bool,
+        let_go: BTreeSet<Family>,
         findings: Findings,
     }
 
@@ -529,7 +546,7 @@ mod tests {
                 ]),
                 candidates: NODES.iter().zip([1, 11, 12]).map(candidate).collect(),
                 heard: Verdicts::new(),
-                has_let_go: false,
+                let_go: BTreeSet::new(),
                 findings: Findings::default(),
                 kernel: kernel(),
                 config: NodeConfig::read(&serde_json::from_value(json!({})).unwrap()).unwrap(),
@@ -556,7 +573,7 @@ mod tests {
                 groups: &self.groups,
                 candidates: &self.candidates,
                 heard: &self.heard,
-                has_let_go: self.has_let_go,
+                let_go: &self.let_go,
                 kernel: &self.kernel,
                 config: &self.config,
                 findings: &self.findings,
@@ -912,27 +929,27 @@ mod tests {
     }
 
     fn eth0(node: &str) -> Watched {
+        let last = node.rsplit_once('-').unwrap().1;
         Watched {
             node: node.into(),
             link: 2,
+            address: format!("10.31.188.{}", last.trim_end_matches(".k8s.tcinternal"))
+                .parse()
+                .unwrap(),
         }
     }
 
     #[test]
     fn the_runner_up_watches_the_owner_at_its_address_near_the_vip_and_nobody_else_does() {
         let services = BTreeMap::from([(ServiceKey::new("default", "web"), announced(W11))]);
-        for (node, expected) in [
-            (NODES[0], vec![]),
-            (NODES[1], vec![]),
-            (NODES[2], vec![(eth0(W11), "10.31.188.11".parse().unwrap())]),
-        ] {
+        for (node, expected) in [(NODES[0], vec![]), (NODES[1], vec![]), (NODES[2], vec![eth0(W11)])] {
             let plan = World { node, ..World::new() }.plan(&services);
-            assert_eq!(plan.watches.into_iter().collect::<Vec<_>>(), expected, "{node}");
+            assert_eq!(plan.watches.into_keys().collect::<Vec<_>>(), expected, "{node}");
         }
     }
 
     #[test]
-    fn one_watch_serves_all_vips_of_both_families() {
+    fn one_watch_serves_all_vips_of_a_family() {
         let all: Vec<IpAddr> = (64..128).map(|last| IpAddr::from([10, 31, 188, last])).collect();
         let v6 = (0..64).map(|last| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 9, last]));
         let service = Announced {
@@ -941,14 +958,15 @@ mod tests {
         };
         let services = BTreeMap::from([(ServiceKey::new("default", "web"), service)]);
         let watches = World::new().plan(&services).watches;
-        let shown: Vec<String> = watches.values().map(ToString::to_string).collect();
-        assert_eq!(shown, ["10.31.188.1", "10.31.188.12"]);
+        let shown: Vec<String> = watches.keys().map(|watched| watched.address.to_string()).collect();
+        assert_eq!(shown, ["10.31.188.1", "fd00::1", "10.31.188.12", "fd00::12"]);
     }
 
     #[test]
     fn what_is_heard_of_the_owner_decides_before_gossip_does() {
-        let departed = Standing::Departed { is_recent: true };
-        let long_gone = Standing::Departed { is_recent: false };
+        let departed = Standing::Departed(Since::Now);
+        let lately = Standing::Departed(Since::Lately);
+        let long_gone = Standing::Departed(Since::LongAgo);
         let (mine, its) = ("local 10.31.188.64/16 eth0", &*format!("other {W11}"));
         for (name, standing, heard, announcer, expected) in [
             ("well", Standing::Member, Some(Direct::Agent), W11, its),
@@ -958,8 +976,15 @@ mod tests {
             ("cut off", Standing::Member, Some(Direct::Silent), W11, mine),
             ("hearsay", departed, Some(Direct::Agent), NODES[2], its),
             ("hearsay for long", long_gone, Some(Direct::Agent), NODES[2], its),
-            ("agent killed, given up", long_gone, Some(Direct::Node), W11, its),
-            ("a VIP it never had", long_gone, Some(Direct::Node), NODES[2], mine),
+            ("agent killed, given up", lately, Some(Direct::Node), W11, its),
+            (
+                "agent killed, and not back in time",
+                long_gone,
+                Some(Direct::Node),
+                W11,
+                mine,
+            ),
+            ("a VIP it never had", lately, Some(Direct::Node), NODES[2], mine),
             ("given up, not listened for yet", departed, None, W11, its),
             ("given up, listening", departed, Some(Direct::Unknown), W11, its),
             ("given up and silent", departed, Some(Direct::Silent), W11, mine),
@@ -978,23 +1003,84 @@ mod tests {
 
     #[test]
     fn a_node_that_is_cut_off_lets_go_of_local_vips_and_keeps_routed_ones() {
-        let world = World {
-            has_let_go: true,
-            ..World::new()
-        };
+        let mut world = World::new();
+        world.let_go.insert(Family::V6);
+        assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "local 10.31.188.64/16 eth0");
+        world.let_go = BTreeSet::from([Family::V4]);
         assert_eq!(shown(&world.judge("v1", "10.31.188.64")), "nobody Isolated");
         assert_eq!(shown(&world.judge("v1", "10.189.0.0")), "routed 10.189.0.0/32 kube-lb0");
     }
 
     #[test]
-    fn a_silence_on_another_link_moves_nothing() {
-        let mut world = World {
-            node: NODES[2],
-            ..World::new()
-        };
-        let eth1 = Watched { link: 3, ..eth0(W11) };
-        world.heard.insert(eth1, Direct::Silent);
-        assert_eq!(shown(&world.judge_service(&announced(W11))), format!("other {W11}"));
+    fn a_silence_on_another_link_in_another_subnet_or_family_moves_nothing() {
+        let other_addresses = ["fd00::11", "10.99.0.11"].map(|address| Watched {
+            address: address.parse().unwrap(),
+            ..eth0(W11)
+        });
+        for elsewhere in [Watched { link: 3, ..eth0(W11) }].into_iter().chain(other_addresses) {
+            let mut world = World {
+                node: NODES[2],
+                ..World::new()
+            };
+            world.heard.insert(elsewhere.clone(), Direct::Silent);
+            let shown = shown(&world.judge_service(&announced(W11)));
+            assert_eq!(shown, format!("other {W11}"), "{elsewhere:?}");
+        }
+    }
+
+    #[test]
+    fn a_member_is_asked_for_its_own_address_and_one_that_departed_for_a_vip_it_announces() {
+        let services = BTreeMap::from([(ServiceKey::new("default", "web"), announced(W11))]);
+        let own: IpAddr = "10.31.188.11".parse().unwrap();
+        for (name, standing, announcer, mac, expected) in [
+            ("a member", Standing::Member, W11, true, Some("10.31.188.11")),
+            (
+                "departed",
+                Standing::Departed(Since::Lately),
+                W11,
+                true,
+                Some("10.31.188.64"),
+            ),
+            (
+                "it announces nothing",
+                Standing::Departed(Since::Now),
+                NODES[0],
+                true,
+                None,
+            ),
+            (
+                "it does not say its Ethernet address",
+                Standing::Member,
+                W11,
+                false,
+                None,
+            ),
+        ] {
+            let mut world = World {
+                node: NODES[2],
+                ..World::new()
+            };
+            world.kernel.links[0].mac = Some([2, 0, 0, 0, 0, 12]);
+            let w11 = world.candidates.get_mut(W11).unwrap();
+            w11.standing = standing;
+            w11.macs.extend(mac.then_some((own, [2, 0, 0, 0, 0, 11])));
+            world.heard.insert(eth0(W11), Direct::Node);
+            let services = if announcer == W11 {
+                services.clone()
+            } else {
+                BTreeMap::from([(ServiceKey::new("default", "web"), announced(announcer))])
+            };
+            let inquiry = world.plan(&services).watches[&eth0(W11)];
+            assert_eq!(
+                inquiry.map(|inquiry| inquiry.ip),
+                expected.map(|ip| ip.parse().unwrap()),
+                "{name}"
+            );
+            assert!(
+                inquiry.is_none_or(|inquiry| inquiry.mac == [2, 0, 0, 0, 0, 11]),
+                "{name}"
+            );
+        }
     }
 
     #[test]
@@ -1004,10 +1090,10 @@ mod tests {
             node: NODES[0],
             ..World::new()
         };
-        world.candidates.get_mut(W11).unwrap().standing = Standing::Departed { is_recent: true };
+        world.candidates.get_mut(W11).unwrap().standing = Standing::Departed(Since::Now);
         assert_eq!(world.plan(&services).watches.len(), 2);
         let w12 = world.candidates.get_mut(NODES[2]).unwrap();
-        w12.standing = Standing::Departed { is_recent: true };
+        w12.standing = Standing::Departed(Since::Now);
         world.heard.insert(eth0(W11), Direct::Node);
         world.heard.insert(eth0(NODES[2]), Direct::Silent);
         let plan = world.plan(&services);

@@ -9,10 +9,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::members::{Living, Meta};
-use crate::plan::{Candidate, Standing};
+use crate::plan::{Candidate, Since, Standing};
+use crate::standby::{Verdict, Verdicts};
 
-/// How long a node that is gone from the gossip is remembered.
+/// How long a node that is gone from the gossip is remembered, unless its agent is heard: gossip goes over one address of
+/// each node, and a node that lost the family of that one is heard by the other for as long as that takes.
 const REMEMBERED: Duration = Duration::from_mins(10);
+/// How long the kernel of a node whose agent is gone keeps its VIPs for it: an agent that was killed is back in seconds.
+const KEPT_BY_KERNEL: Duration = Duration::from_secs(30);
 /// How long it counts as there without having been heard: as long as it takes a watch to judge it, with room to spare.
 const IN_ABEYANCE: Duration = Duration::from_secs(1);
 
@@ -39,6 +43,7 @@ impl Presence {
         this: &str,
         is_new: bool,
         living: &Living,
+        heard: &Verdicts,
     ) -> BTreeMap<String, Candidate> {
         for known in self.known.values_mut() {
             known.missed.get_or_insert(now);
@@ -55,16 +60,27 @@ impl Presence {
             };
             self.known.insert(name.clone(), known);
         }
+        let is_heard = |name: &str| {
+            let mut watches = heard.iter();
+            watches.any(|(watched, verdict)| watched.node == name && *verdict == Verdict::Agent)
+        };
         self.known.retain(|name, known| match known.missed {
-            Some(at) if !living.contains_key(name) => !known.meta.is_leaving && now.saturating_sub(at) < REMEMBERED,
+            Some(at) if !living.contains_key(name) => {
+                !known.meta.is_leaving && (now.saturating_sub(at) < REMEMBERED || is_heard(name))
+            }
             _ => true,
         });
         let candidates = self.known.iter().map(|(name, known)| {
             let candidate = Candidate {
                 addresses: known.meta.subnets.clone(),
+                macs: known.meta.macs.clone(),
                 is_withdrawn: known.meta.is_leaving || known.meta.is_drained,
-                standing: known.missed.map_or(Standing::Member, |at| Standing::Departed {
-                    is_recent: now.saturating_sub(at) < IN_ABEYANCE,
+                standing: known.missed.map_or(Standing::Member, |at| {
+                    Standing::Departed(match now.saturating_sub(at) {
+                        age if age < IN_ABEYANCE => Since::Now,
+                        age if age < KEPT_BY_KERNEL => Since::Lately,
+                        _ => Since::LongAgo,
+                    })
                 }),
             };
             (name.clone(), candidate)
@@ -72,10 +88,11 @@ impl Presence {
         candidates.collect()
     }
 
-    /// When a departed node stops to count as there unheard.
+    /// When a departed node stops to count as there unheard, or by its kernel alone.
     pub fn wake_in(&self, now: Duration) -> Option<Duration> {
         let missed = self.known.values().filter_map(|known| known.missed);
-        let waits = missed.map(|at| (at + IN_ABEYANCE).saturating_sub(now));
+        let ends = missed.flat_map(|at| [at + IN_ABEYANCE, at + KEPT_BY_KERNEL]);
+        let waits = ends.map(|end| end.saturating_sub(now));
         waits.filter(|wait| !wait.is_zero()).min()
     }
 }
@@ -84,6 +101,7 @@ impl Presence {
 mod tests {
     use super::*;
     use crate::members::Member;
+    use crate::standby::Watched;
 
     const NOW: Duration = Duration::from_secs(10);
 
@@ -118,18 +136,34 @@ mod tests {
             "me",
             false,
             &living(&[("me", 1, false), ("dead", 1, false), ("left", 1, true)]),
+            &Verdicts::new(),
         );
         let later = NOW + Duration::from_millis(10);
-        let candidates = presence.candidates(later, "me", false, &living(&[("me", 1, false)]));
+        let candidates = presence.candidates(later, "me", false, &living(&[("me", 1, false)]), &Verdicts::new());
         let names: Vec<_> = candidates.keys().map(String::as_str).collect();
         assert_eq!(names, ["dead"]);
-        assert_eq!(candidates["dead"].standing, Standing::Departed { is_recent: true });
+        assert_eq!(candidates["dead"].standing, Standing::Departed(Since::Now));
         assert_eq!(presence.wake_in(NOW + IN_ABEYANCE), Some(Duration::from_millis(10)));
-        let candidates = presence.candidates(later + IN_ABEYANCE, "me", false, &living(&[]));
-        assert_eq!(candidates["dead"].standing, Standing::Departed { is_recent: false });
+        let candidates = presence.candidates(later + IN_ABEYANCE, "me", false, &living(&[]), &Verdicts::new());
+        assert_eq!(candidates["dead"].standing, Standing::Departed(Since::Lately));
+        let candidates = presence.candidates(later + KEPT_BY_KERNEL, "me", false, &living(&[]), &Verdicts::new());
+        assert_eq!(candidates["dead"].standing, Standing::Departed(Since::LongAgo));
+        let watched = Watched {
+            node: "dead".into(),
+            link: 2,
+            address: "10.0.0.1".parse().unwrap(),
+        };
+        for (verdict, is_known) in [(Verdict::Node, false), (Verdict::Agent, true), (Verdict::Silent, false)] {
+            let mut presence = Presence::default();
+            presence.candidates(NOW, "me", false, &living(&[("dead", 1, false)]), &Verdicts::new());
+            let heard = Verdicts::from([(watched.clone(), verdict)]);
+            presence.candidates(later, "me", false, &living(&[]), &heard);
+            let candidates = presence.candidates(later + REMEMBERED, "me", false, &living(&[]), &heard);
+            assert_eq!(candidates.contains_key("dead"), is_known, "{verdict:?}");
+        }
         assert!(
             presence
-                .candidates(later + REMEMBERED, "me", false, &living(&[]))
+                .candidates(later + REMEMBERED, "me", false, &living(&[]), &Verdicts::new())
                 .is_empty()
         );
     }
@@ -137,13 +171,25 @@ mod tests {
     #[test]
     fn an_agent_that_comes_back_is_what_it_was_until_it_has_something_to_say() {
         let mut presence = Presence::default();
-        presence.candidates(NOW, "me", false, &living(&[("w11", 1, false), ("new", 0, false)]));
+        presence.candidates(
+            NOW,
+            "me",
+            false,
+            &living(&[("w11", 1, false), ("new", 0, false)]),
+            &Verdicts::new(),
+        );
         let later = NOW + Duration::from_secs(1);
-        let candidates = presence.candidates(later, "me", false, &living(&[("w11", 0, false), ("new", 0, false)]));
-        assert_eq!(candidates["w11"].standing, Standing::Departed { is_recent: true });
+        let candidates = presence.candidates(
+            later,
+            "me",
+            false,
+            &living(&[("w11", 0, false), ("new", 0, false)]),
+            &Verdicts::new(),
+        );
+        assert_eq!(candidates["w11"].standing, Standing::Departed(Since::Now));
         assert_eq!(candidates["w11"].addresses.len(), 1);
         assert_eq!(candidates["new"].addresses.len(), 0);
-        let candidates = presence.candidates(later, "me", false, &living(&[("w11", 2, false)]));
+        let candidates = presence.candidates(later, "me", false, &living(&[("w11", 2, false)]), &Verdicts::new());
         assert_eq!(candidates["w11"].standing, Standing::Member);
     }
 
@@ -157,19 +203,21 @@ mod tests {
             living
         };
         let later = NOW + Duration::from_millis(10);
-        for (is_new, back, new) in [
-            (false, Standing::Departed { is_recent: true }, 0),
-            (true, Standing::Member, 1),
-        ] {
+        for (is_new, back, new) in [(false, Standing::Departed(Since::Now), 0), (true, Standing::Member, 1)] {
             let mut presence = Presence::default();
-            presence.candidates(NOW, "me", is_new, &living(&[("back", 1, false)]));
-            let candidates = presence.candidates(later, "me", is_new, &starting());
+            presence.candidates(NOW, "me", is_new, &living(&[("back", 1, false)]), &Verdicts::new());
+            let candidates = presence.candidates(later, "me", is_new, &starting(), &Verdicts::new());
             assert_eq!(candidates["back"].standing, back, "{is_new}");
             assert_eq!(candidates["back"].addresses.len(), 1, "{is_new}");
             assert_eq!(candidates["new"].addresses.len(), new, "{is_new}");
             // They have started.
-            let candidates =
-                presence.candidates(later, "me", is_new, &living(&[("back", 2, false), ("new", 1, false)]));
+            let candidates = presence.candidates(
+                later,
+                "me",
+                is_new,
+                &living(&[("back", 2, false), ("new", 1, false)]),
+                &Verdicts::new(),
+            );
             assert_eq!(candidates["back"].standing, Standing::Member, "{is_new}");
             assert_eq!(candidates["new"].addresses.len(), 1, "{is_new}");
         }

@@ -7,14 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use nix::sys::socket::{LinkAddr, recvfrom};
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use tokio::time::{sleep, timeout};
 
-use crate::neighbor::frame::{Mac, arp_probe, claim, dad_solicitation, shown};
+use crate::neighbor::frame::{Mac, arp_probe, dad_solicitation, shown};
+use crate::neighbor::listen::Listener;
 use crate::neighbor::{Announcer, Target};
 
 /// How often an address is asked about, and the wait after each time: a second in all. RFC 5227 waits up to seven,
@@ -29,8 +27,6 @@ const NODE_ROUNDS: [Duration; 2] = [Duration::from_millis(100), Duration::from_m
 /// Frames sent at a stretch, and the pause after them: 6,400 in a second at most.
 const BURST: usize = 64;
 const PAUSE: Duration = Duration::from_millis(10);
-const ETHERTYPE_ARP: u16 = 0x0806;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// How often the answers are looked at while something is asked, and how many of them at a time: what comes in between
 /// the socket's buffer holds.
 const LOOK: Duration = Duration::from_millis(10);
@@ -53,7 +49,7 @@ pub struct Question {
 /// # Errors
 /// Without `NET_RAW`. A question that could not be sent, as while a link is down, counts as not answered.
 pub async fn ask(announcer: &Announcer, question: &Question) -> io::Result<BTreeMap<IpAddr, Mac>> {
-    let mut listener = Listener::open(question)?;
+    let mut listener = Hearing::open(question)?;
     let probes: Vec<Target> = question.targets.clone();
     let asked = rounds(announcer, &ROUNDS, &probes, None);
     listener.listen_during(asked).await;
@@ -112,10 +108,9 @@ async fn rounds(announcer: &Announcer, waits: &[Duration], targets: &[Target], t
     }
 }
 
-/// Hears ARP, and neighbour discovery, of the namespace it was opened in. Exists only while something is asked, so that
-/// at rest no frame wakes the process.
-struct Listener {
-    sockets: Vec<Socket>,
+/// What was heard while something was asked.
+struct Hearing {
+    listeners: Vec<Listener>,
     /// Claims of others to addresses that matter here.
     heard: BTreeSet<(IpAddr, Mac)>,
     matters: BTreeSet<IpAddr>,
@@ -123,19 +118,13 @@ struct Listener {
     own: BTreeSet<Mac>,
 }
 
-impl Listener {
+impl Hearing {
     fn open(question: &Question) -> io::Result<Self> {
         let is_any = |is_v4: bool| question.targets.iter().any(|target| target.ip.is_ipv4() == is_v4);
-        let mut sockets = Vec::new();
-        if is_any(true) {
-            sockets.push(packet_socket(ETHERTYPE_ARP, None)?);
-        }
-        if is_any(false) {
-            sockets.push(packet_socket(ETHERTYPE_IPV6, Some(&NEIGHBOUR_DISCOVERY))?);
-        }
+        let families = [true, false].into_iter().filter(|is_v4| is_any(*is_v4));
         let targets = question.targets.iter();
         Ok(Self {
-            sockets,
+            listeners: families.map(Listener::open).collect::<io::Result<_>>()?,
             heard: BTreeSet::new(),
             matters: targets
                 .clone()
@@ -156,17 +145,10 @@ impl Listener {
     }
 
     fn read(&mut self) {
-        let mut buffer = [0; 128];
-        for socket in &self.sockets {
+        for listener in &self.listeners {
             for _ in 0..READ_AT_ONCE {
-                let Ok((length, from)) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut buffer) else {
-                    break;
-                };
-                let link = from.map(|from| u32::try_from(from.ifindex()).unwrap_or_default());
-                let claimed = buffer.get(..length).and_then(claim);
-                let Some(((ip, mac), link)) = claimed.zip(link) else {
-                    continue;
-                };
+                let Ok(claim) = listener.next() else { break };
+                let Some((link, ip, mac)) = claim else { continue };
                 if self.links.contains(&link) && self.matters.contains(&ip) && !self.own.contains(&mac) {
                     self.heard.insert((ip, mac));
                 }
@@ -178,32 +160,4 @@ impl Listener {
         let is_target = |ip: &IpAddr| targets.iter().any(|target| target.ip == *ip);
         self.heard.iter().filter(|(ip, _)| is_target(ip)).copied().collect()
     }
-}
-
-/// `IPv6` frames with an `ICMPv6` message of type 135 or 136 right behind the header: everything else the kernel drops
-/// before it wakes us. Classic BPF (`linux/filter.h`): load a byte, jump if equal, return.
-const NEIGHBOUR_DISCOVERY: [SockFilter; 7] = {
-    const LOAD_BYTE: u16 = 0x30;
-    const JUMP_IF_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    [
-        SockFilter::new(LOAD_BYTE, 0, 0, 14 + 6),
-        SockFilter::new(JUMP_IF_EQUAL, 0, 4, 58),
-        SockFilter::new(LOAD_BYTE, 0, 0, 14 + 40),
-        SockFilter::new(JUMP_IF_EQUAL, 1, 0, 135),
-        SockFilter::new(JUMP_IF_EQUAL, 0, 1, 136),
-        SockFilter::new(RETURN, 0, 0, 0x4_0000),
-        SockFilter::new(RETURN, 0, 0, 0),
-    ]
-};
-
-fn packet_socket(ethertype: u16, filter: Option<&[SockFilter]>) -> io::Result<Socket> {
-    // `packet(7)` wants it in network byte order.
-    let protocol = Protocol::from(i32::from(ethertype.to_be()));
-    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(protocol))?;
-    socket.set_nonblocking(true)?;
-    if let Some(filter) = filter {
-        socket.attach_filter(filter)?;
-    }
-    Ok(socket)
 }

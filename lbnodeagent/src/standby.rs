@@ -1,21 +1,23 @@
 //! The standby's watch over an owner: a failure detector as a state machine on injected time.
 //!
 //! For each VIP the runner-up of the hash asks the owner, over the VIP's own subnet, whether it is there. There is one
-//! watch per owner and link of this node, however many VIPs they have in common. Owns no clock and no socket: times are
-//! given as the time since some start, what is to be sent is returned. What follows from a [`Verdict`] is decided in
-//! `presence` and `plan`; what goes over the wire is in [`packet`], and [`run`] is the only part that does I/O.
+//! watch per owner, link of this node and address of the owner there, however many VIPs they have in common: a node can
+//! lose IPv4 and keep IPv6, or one subnet of several. Owns no clock and no socket: times are given as the time since
+//! some start, what is to be sent is returned. What follows from a [`Verdict`] is decided in `presence` and `plan`; what
+//! goes over the wire is in [`packet`] and in `neighbor::frame`, and [`run`] is the only part that does I/O.
 //!
 //! How an owner is judged:
 //!
 //! - Its agent is asked every [`INTERVAL`], and answers. That is the whole traffic while all is well.
 //! - After two intervals without an answer it is in *doubt*: it is asked every [`DOUBT_INTERVAL`], and so is its kernel,
-//!   by an ICMP echo. A kernel answers at once however busy its processors are, and goes on when the agent was killed;
-//!   the VIP it holds works, so nothing has to move.
+//!   which is to say that it holds an address: an ARP probe or a neighbour solicitation, see [`Inquiry`]. A kernel
+//!   answers at once however busy its processors are, and goes on when the agent was killed; the VIP it holds works, so
+//!   nothing has to move.
 //! - When neither has answered for the threshold it is [`Verdict::Silent`]. The threshold is 100 ms, and more where the
 //!   answers come in less regularly: it grows with the mean, the deviation and the worst of the gaps seen.
 //! - Time in which the watcher itself did not run is not the owner's silence. Whoever drives this says when it will be
 //!   back ([`Standby::wake_at`]); what it is late by is taken off every silence.
-//! - From silence only the agent's own answers lead back, three in a row: a node that has been rebooted answers echoes
+//! - From silence only the agent's own answers lead back, three in a row: a node that has been rebooted has a kernel
 //!   before it holds any VIP.
 
 pub mod packet;
@@ -25,6 +27,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::neighbor::frame::Mac;
 pub use run::{Config, Counters, PORT, Verdicts, Watcher, WatcherError};
 
 /// How often an owner is asked, while the watches are few enough for [`PROBES_PER_SECOND`].
@@ -37,8 +40,8 @@ const DOUBT_TIME: Duration = Duration::from_millis(50);
 const MOST_PATIENCE: Duration = Duration::from_millis(300);
 /// How often somebody who is silent is asked, so that its return is noticed.
 const SILENT_INTERVAL: Duration = Duration::from_millis(250);
-/// Questions a node asks per second at most, over all its watches, doubts aside: with more than ten watches each is asked
-/// less often, and detection becomes slower, instead of the traffic growing.
+/// Questions a node asks per second and family at most, over all its watches, doubts aside: with more than ten watches
+/// each is asked less often, and detection becomes slower, instead of the traffic growing.
 pub const PROBES_PER_SECOND: u32 = 400;
 /// Being late by less than this is the timer's granularity.
 const PUNCTUAL: Duration = Duration::from_millis(5);
@@ -52,14 +55,34 @@ const FALSE_ALARM: Duration = Duration::from_secs(1);
 /// An answer to a question older than this is none.
 const STALE: Duration = Duration::from_secs(1);
 
-/// Who is watched: a node, and the link of this node over which.
+/// Who is watched, and where: what is known of a node by one of its addresses says nothing of its others.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Watched {
     /// Name of the node.
     pub node: String,
     /// Index of this node's link that has the VIPs' subnet.
     pub link: u32,
+    /// The node's own address in that subnet.
+    pub address: IpAddr,
 }
+
+/// What a node's kernel is asked while its agent does not answer: whether it holds an address. Only the host that the
+/// node said to be, by gossip, is asked, and only its answer counts: whoever else has, or claims, one of its addresses
+/// does not keep it alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inquiry {
+    /// The address it is to hold: its own while it is a member, then a VIP.
+    pub ip: IpAddr,
+    /// Its Ethernet address there.
+    pub mac: Mac,
+    /// The Ethernet address of this node's link.
+    pub own_mac: Mac,
+    /// This node's own address in the subnet.
+    pub own: IpAddr,
+}
+
+/// Whom to watch, and what their kernels are asked. On a link without ARP there is nothing to ask.
+pub type Watches = BTreeMap<Watched, Option<Inquiry>>;
 
 /// What is known of somebody at first hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -68,7 +91,7 @@ pub enum Verdict {
     Unknown,
     /// Its agent answers.
     Agent,
-    /// Its agent does not answer, its kernel does.
+    /// Its agent does not answer, its kernel does, and holds what it was asked about.
     Node,
     /// It was heard, and is not any more.
     Silent,
@@ -98,11 +121,11 @@ pub enum Question {
         has_taken_over: bool,
     },
     /// To the kernel.
-    Echo {
-        /// Its address.
-        address: IpAddr,
-        /// Comes back in the answer.
-        sequence: u64,
+    Kernel {
+        /// The link to ask on.
+        link: u32,
+        /// What is asked.
+        inquiry: Inquiry,
     },
 }
 
@@ -121,7 +144,9 @@ pub struct Standby {
 
 #[derive(Debug)]
 struct Watch {
-    address: IpAddr,
+    inquiry: Option<Inquiry>,
+    /// When the kernel was asked last.
+    inquired: Option<Duration>,
     verdict: Verdict,
     /// The verdict at the last poll.
     told: Verdict,
@@ -173,16 +198,19 @@ impl Gaps {
 
 impl Standby {
     /// Sets whom to watch, and where. A watch that goes on keeps what it knows.
-    pub fn watch(&mut self, now: Duration, wanted: &BTreeMap<Watched, IpAddr>) {
+    pub fn watch(&mut self, now: Duration, wanted: &Watches) {
         self.changes += 1;
         self.watches.retain(|watched, _| wanted.contains_key(watched));
-        let count = u32::try_from(wanted.len()).unwrap_or(u32::MAX);
-        self.interval = INTERVAL.max(Duration::from_secs(1) / PROBES_PER_SECOND * count);
+        let count = |watches: usize| u32::try_from(watches).unwrap_or(u32::MAX);
+        let v4 = wanted.keys().filter(|watched| watched.address.is_ipv4()).count();
+        let most = count(v4.max(wanted.len() - v4));
+        self.interval = INTERVAL.max(Duration::from_secs(1) / PROBES_PER_SECOND * most);
         // Questions are spread over the interval.
-        let step = self.interval / count.max(1);
-        for ((watched, address), index) in wanted.iter().zip(0..) {
+        let step = self.interval / count(wanted.len()).max(1);
+        for ((watched, inquiry), index) in wanted.iter().zip(0..) {
             let watch = self.watches.entry(watched.clone()).or_insert_with(|| Watch {
-                address: *address,
+                inquiry: *inquiry,
+                inquired: None,
                 verdict: Verdict::Unknown,
                 told: Verdict::Unknown,
                 began: now,
@@ -195,7 +223,7 @@ impl Standby {
                 told_until: Duration::ZERO,
                 silent_since: Duration::ZERO,
             });
-            watch.address = *address;
+            watch.inquiry = *inquiry;
         }
     }
 
@@ -219,11 +247,15 @@ impl Standby {
         }
     }
 
-    /// A kernel has answered a question of this process.
-    pub fn kernel_answered(&mut self, now: Duration, sequence: u64) {
+    /// A host says that it holds an address.
+    pub fn kernel_answered(&mut self, now: Duration, link: u32, ip: IpAddr, mac: Mac) {
         self.excuse(now);
-        if let Some(watch) = self.asked(now, sequence) {
-            watch.node_at = Some(now);
+        for (watched, watch) in &mut self.watches {
+            let is_asked = watch.inquired.is_some_and(|at| now.saturating_sub(at) < STALE);
+            let is_it = |inquiry: &Inquiry| inquiry.ip == ip && inquiry.mac == mac;
+            if watched.link == link && is_asked && watch.inquiry.as_ref().is_some_and(is_it) {
+                watch.node_at = Some(now);
+            }
         }
     }
 
@@ -266,7 +298,7 @@ impl Standby {
                 continue;
             }
             self.sequence += 1;
-            watch.ask(now, self.interval, self.sequence, &watched.node, &mut questions);
+            watch.ask(now, self.interval, self.sequence, watched, &mut questions);
         }
         self.promised = self.wake_at();
         questions
@@ -387,7 +419,14 @@ impl Watch {
         }
     }
 
-    fn ask(&mut self, now: Duration, interval: Duration, sequence: u64, node: &str, questions: &mut Vec<Question>) {
+    fn ask(
+        &mut self,
+        now: Duration,
+        interval: Duration,
+        sequence: u64,
+        watched: &Watched,
+        questions: &mut Vec<Question>,
+    ) {
         let is_in_doubt = self.is_in_doubt(now, interval);
         let is_absent = matches!(self.verdict, Verdict::Silent | Verdict::Unheard);
         let wait = if is_in_doubt {
@@ -408,17 +447,16 @@ impl Watch {
         }
         self.asked.push_back((sequence, now));
         questions.push(Question::Probe {
-            node: node.to_owned(),
-            address: self.address,
+            node: watched.node.clone(),
+            address: watched.address,
             sequence,
             has_taken_over: now < self.told_until,
         });
-        if is_in_doubt || matches!(self.verdict, Verdict::Node | Verdict::Unknown) {
-            self.asked.push_back((sequence, now));
-            questions.push(Question::Echo {
-                address: self.address,
-                sequence,
-            });
+        let asks_kernel = is_in_doubt || matches!(self.verdict, Verdict::Node | Verdict::Unknown);
+        if let Some(inquiry) = self.inquiry.filter(|_| asks_kernel) {
+            self.inquired = Some(now);
+            let link = watched.link;
+            questions.push(Question::Kernel { link, inquiry });
         }
     }
 

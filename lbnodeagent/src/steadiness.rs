@@ -1,12 +1,14 @@
-//! Links that have just come back are left alone for a moment.
+//! Links that have just come back are left alone for a moment, and so are subnets that have come back to a link.
 //!
 //! When a cable is plugged in again, the node's neighbour entries are still those of the failure (the kernel repeats an
 //! unanswered ARP request only after a second), the switch may not forward yet, and gossip has not told who holds what
 //! meanwhile. Somebody else does hold the VIPs, so nothing is lost by waiting: a VIP that came back at once was answered
 //! up to a second late. It also calms a link that flaps. Pure: time is given.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
+
+use ipnet::IpNet;
 
 use crate::kernel::Snapshot;
 
@@ -14,11 +16,16 @@ use crate::kernel::Snapshot;
 const LEAST: Duration = Duration::from_millis(1500);
 /// How long the other members are waited for.
 const MOST: Duration = Duration::from_secs(4);
+/// A subnet that is back within this time was not gone: somebody has put an address in the place of another.
+const REPLACED: Duration = Duration::from_millis(500);
+/// How long the others need at most to hear that this node has lost a subnet, if they hear it at all.
+const HEARD_OF: Duration = Duration::from_secs(10);
 
-/// Since when links are usable.
+/// Since when links are usable, and offer which subnets.
 #[derive(Debug, Default)]
 pub struct Steadiness {
     since: BTreeMap<u32, State>,
+    subnets: BTreeMap<(u32, IpNet), Offered>,
     has_begun: bool,
 }
 
@@ -30,15 +37,29 @@ enum State {
     Steady,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Offered {
+    Gone(Duration),
+    New(Duration),
+    Steady,
+}
+
 impl Steadiness {
     /// Makes links that came back a moment ago look as if they still had no carrier. Those that are there at the first
-    /// look are taken as they are. Returns when to look again.
+    /// look are taken as they are. Withholds subnets that came back to a link a moment ago, and those that a link lost
+    /// while nobody else is heard: that makes none of their VIPs a routed one. Returns when to look again.
     ///
     /// `others`: whether there should be other nodes, and whether any is a member now.
     pub fn calm(&mut self, now: Duration, snapshot: &mut Snapshot, others: Others) -> Option<Duration> {
         self.since
             .retain(|index, _| snapshot.links.iter().any(|link| link.index == *index));
+        let patience = match others {
+            Others::None => Duration::ZERO,
+            Others::Heard => LEAST,
+            Others::Missing => MOST,
+        };
         let mut look_again: Option<Duration> = None;
+        let mut steady = BTreeSet::new();
         for link in &mut snapshot.links {
             let state = match self.since.get(&link.index) {
                 _ if !link.is_usable() => State::Unusable,
@@ -47,11 +68,9 @@ impl Steadiness {
                 None if self.has_begun => State::New(now),
                 None => State::Steady,
             };
-            let patience = match others {
-                Others::None => Duration::ZERO,
-                Others::Heard => LEAST,
-                Others::Missing => MOST,
-            };
+            if state == State::Steady && self.since.get(&link.index) == Some(&State::Steady) {
+                steady.insert(link.index);
+            }
             let state = match state {
                 State::New(since) if since + patience > now => {
                     let left = (since + patience).saturating_sub(now);
@@ -65,6 +84,62 @@ impl Steadiness {
             self.since.insert(link.index, state);
         }
         self.has_begun = true;
+        let of_subnets = self.calm_subnets(now, snapshot, &steady, patience, others);
+        look_again.into_iter().chain(of_subnets).min()
+    }
+
+    fn calm_subnets(
+        &mut self,
+        now: Duration,
+        snapshot: &mut Snapshot,
+        steady: &BTreeSet<u32>,
+        patience: Duration,
+        others: Others,
+    ) -> Option<Duration> {
+        let links = snapshot.links.iter().filter(|link| !link.is_loopback);
+        let offered: BTreeSet<(u32, IpNet)> = links
+            .flat_map(|link| {
+                snapshot
+                    .usable_subnets(link.index)
+                    .into_iter()
+                    .map(|net| (link.index, net))
+            })
+            .collect();
+        let is_old = |at: Duration| others == Others::Heard && now.saturating_sub(at) >= HEARD_OF;
+        self.subnets.retain(|(link, _), offered| {
+            self.since.contains_key(link) && !matches!(offered, Offered::Gone(at) if is_old(*at))
+        });
+        for (place, known) in &mut self.subnets {
+            if !offered.contains(place) && steady.contains(&place.0) && !matches!(known, Offered::Gone(_)) {
+                *known = Offered::Gone(now);
+            }
+        }
+        let mut look_again = None;
+        for place in offered {
+            // What a link has when it comes is as steady as the link.
+            let state = match self.subnets.get(&place) {
+                _ if !steady.contains(&place.0) => Offered::Steady,
+                None => Offered::New(now),
+                Some(Offered::Gone(at)) if now.saturating_sub(*at) >= REPLACED => Offered::New(now),
+                Some(Offered::New(since)) if *since + patience > now => Offered::New(*since),
+                Some(_) => Offered::Steady,
+            };
+            if let Offered::New(since) = state
+                && since + patience > now
+            {
+                let left = (since + patience).saturating_sub(now);
+                look_again = look_again.into_iter().chain([left]).min();
+                snapshot.withheld.insert(place);
+            }
+            self.subnets.insert(place, state);
+        }
+        if others == Others::Missing {
+            let gone = self
+                .subnets
+                .iter()
+                .filter(|(_, state)| matches!(state, Offered::Gone(_)));
+            snapshot.withheld.extend(gone.map(|(place, _)| *place));
+        }
         look_again
     }
 }
@@ -83,7 +158,7 @@ pub enum Others {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Link;
+    use crate::kernel::{Address, Link};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -134,6 +209,73 @@ mod tests {
             look(&mut steadiness, 21 * SECOND + MOST, true, Others::Missing),
             (true, None)
         );
+    }
+
+    /// Which subnets eth0 offers, and which are withheld, of those it has.
+    fn subnets(steadiness: &mut Steadiness, now: Duration, has: &[&str], others: Others) -> (String, String) {
+        let mut snapshot = Snapshot {
+            links: vec![Link {
+                index: 2,
+                is_up: true,
+                has_carrier: true,
+                ..Link::default()
+            }],
+            ..Snapshot::default()
+        };
+        for text in has {
+            let net: IpNet = text.parse().unwrap();
+            snapshot.addresses.push(Address::new(2, net.addr(), net.prefix_len()));
+        }
+        steadiness.calm(now, &mut snapshot, others);
+        let shown =
+            |nets: &mut dyn Iterator<Item = IpNet>| nets.map(|net| net.to_string()).collect::<Vec<_>>().join(" ");
+        (
+            shown(&mut snapshot.usable_subnets(2).into_iter()),
+            shown(&mut snapshot.withheld.iter().map(|(_, net)| *net)),
+        )
+    }
+
+    #[test]
+    fn a_subnet_that_comes_back_to_a_link_is_offered_once_it_is_steady_and_the_others_meanwhile() {
+        let (both, v6) = (["10.0.0.7/24", "fd00::7/64"], ["fd00::7/64"]);
+        let (v4_net, v6_net, all) = (
+            "10.0.0.0/24".to_owned(),
+            "fd00::/64".to_owned(),
+            "10.0.0.0/24 fd00::/64".to_owned(),
+        );
+        let nothing = String::new();
+        let mut steadiness = Steadiness::default();
+        let mut look = |tenths: u64, has: &[&str], others| {
+            subnets(&mut steadiness, Duration::from_millis(tenths * 100), has, others)
+        };
+        assert_eq!(
+            look(10, &both, Others::Heard),
+            (all.clone(), nothing.clone()),
+            "at start"
+        );
+        assert_eq!(look(20, &v6, Others::Heard), (v6_net.clone(), nothing.clone()));
+        assert_eq!(
+            look(21, &both, Others::Heard),
+            (all.clone(), nothing.clone()),
+            "replaced"
+        );
+        assert_eq!(look(30, &v6, Others::Heard), (v6_net.clone(), nothing.clone()));
+        assert_eq!(
+            look(40, &v6, Others::Missing),
+            (v6_net.clone(), v4_net.clone()),
+            "no routed one"
+        );
+        assert_eq!(look(60, &both, Others::Missing), (v6_net.clone(), v4_net.clone()));
+        assert_eq!(look(74, &both, Others::Heard), (v6_net.clone(), v4_net.clone()));
+        assert_eq!(look(75, &both, Others::Heard), (all.clone(), nothing.clone()));
+        look(80, &v6, Others::Heard);
+        look(80 + 100, &v6, Others::Heard);
+        assert_eq!(
+            look(200, &v6, Others::Missing),
+            (v6_net, nothing.clone()),
+            "long ago, and all know it"
+        );
+        assert_eq!(look(300, &both, Others::None), (all, nothing), "there is nobody else");
     }
 
     #[test]

@@ -97,6 +97,7 @@ fn three_members_see_each_other_and_what_each_says_about_itself() {
                 .iter()
                 .map(|text| text.parse().unwrap())
                 .collect(),
+            macs: BTreeMap::from([("10.31.0.0".parse().unwrap(), [2, 0, 0, 0, 0, 11])]),
         };
         let start = Instant::now();
         assert_eq!(nodes[0].0.set_meta(&news).await.unwrap(), 0);

@@ -1,6 +1,6 @@
 //! Election and standby watch in virtual time: thousands of clusters, each with its own luck.
 //!
-//! Every run is decided by a seed: which nodes are cut off, killed, paused and restarted when, what is lost, late or out
+//! Every run is decided by a seed: which nodes are cut off, lose a family, are killed, paused and restarted when, what is lost, late or out
 //! of order. Gossip is a model: it tells of a death, or of an agent that does not run, after half a second to a second, of a
 //! return after some more, and lies for a while when a partition heals, as the real one does. The state machines are the real ones: `Standby`,
 //! `Presence`, `election` by way of `plan`.
@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crds::Family;
 use crds::ServiceKey;
 use lbnodeagent::config::NodeConfig;
 use lbnodeagent::conflict::Findings;
@@ -62,13 +63,14 @@ enum Event {
     Asked {
         by: usize,
         at: usize,
-        sequence: u64,
-        is_echo: bool,
+        family: Family,
+        what: Asked,
     },
     Answered {
         to: usize,
-        sequence: u64,
-        is_echo: bool,
+        by: usize,
+        family: Family,
+        what: Asked,
     },
     /// Gossip at a node changes its mind about another.
     Gossip {
@@ -81,6 +83,8 @@ enum Event {
     /// Trouble, and its end.
     Cut(usize),
     Heal(usize),
+    Lose(usize, Family),
+    Regain(usize, Family),
     Kill(usize),
     Restart(usize),
     Pause(usize, Duration),
@@ -88,10 +92,20 @@ enum Event {
     Crash(usize),
 }
 
+/// What is asked: its agent, or its kernel whether it holds an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Asked {
+    Agent(u64),
+    Kernel(IpAddr),
+}
+
 struct Node {
     name: String,
-    address: IpAddr,
+    /// IPv4, by which gossip goes, and IPv6.
+    addresses: [IpAddr; 2],
     is_cut: bool,
+    /// Families of which it has lost its addresses.
+    lost: BTreeSet<Family>,
     /// Its kernel runs.
     is_up: bool,
     /// Its agent runs.
@@ -153,8 +167,12 @@ impl World {
             let [high, low] = u16::try_from(index + 1).unwrap().to_be_bytes();
             nodes.push(Node {
                 name: format!("node{index}"),
-                address: IpAddr::from([10, 31, high, low]),
+                addresses: [
+                    IpAddr::from([10, 31, high, low]),
+                    IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 1, u16::from_be_bytes([high, low])]),
+                ],
                 is_cut: false,
+                lost: BTreeSet::new(),
                 is_up: true,
                 is_agent_up: true,
                 paused_until: Duration::ZERO,
@@ -191,9 +209,7 @@ impl World {
     }
 
     fn vips(&self) -> Vec<IpAddr> {
-        (0..self.options.vips)
-            .map(|last| IpAddr::from([10, 31, 255, last]))
-            .collect()
+        vips(self.options.vips)
     }
 
     fn after(&mut self, wait: Duration, event: Event) {
@@ -207,14 +223,14 @@ impl World {
         }
     }
 
-    fn are_connected(&self, one: usize, other: usize) -> bool {
-        let is_there = |index: usize| self.nodes[index].is_up && !self.nodes[index].is_cut;
+    fn are_connected(&self, one: usize, other: usize, family: Family) -> bool {
+        let is_there = |index: usize| self.nodes[index].is_reached_by(family);
         is_there(one) && is_there(other)
     }
 
     /// A packet on its way: lost, late, or just sent.
-    fn send(&mut self, from: usize, to: usize, event: Event) {
-        if !self.are_connected(from, to) || self.lot.percent(self.options.loss_percent) {
+    fn send(&mut self, from: usize, to: usize, family: Family, event: Event) {
+        if !self.are_connected(from, to, family) || self.lot.percent(self.options.loss_percent) {
             return;
         }
         let mut delay = self.lot.between(MS / 10, 2 * MS);
@@ -253,7 +269,9 @@ impl World {
                     let node = usize::try_from(self.lot.below(count)).unwrap();
                     let at = self.lot.between(Duration::from_secs(1), end);
                     let time = self.lot.between(20 * MS, 3000 * MS);
-                    let (begin, finish) = match self.lot.below(4) {
+                    let (begin, finish) = match self.lot.below(6) {
+                        4 => (Event::Lose(node, Family::V4), Event::Regain(node, Family::V4)),
+                        5 => (Event::Lose(node, Family::V6), Event::Regain(node, Family::V6)),
                         0 => (Event::Cut(node), Event::Heal(node)),
                         1 => (Event::Kill(node), Event::Restart(node)),
                         2 => (Event::Crash(node), Event::Restart(node)),
@@ -278,55 +296,44 @@ impl World {
                     self.poll(node);
                 }
             }
-            Event::Asked {
-                by,
-                at,
-                sequence,
-                is_echo,
-            } => {
+            Event::Asked { by, at, family, what } => {
                 let asked = &self.nodes[at];
-                if !asked.is_up || asked.is_cut || (!is_echo && !asked.is_agent_up) {
+                let answers = match what {
+                    Asked::Agent(_) => asked.is_agent_up,
+                    Asked::Kernel(ip) => asked.addresses.contains(&ip) || asked.holds.contains(&ip),
+                };
+                if !asked.is_reached_by(family) || !answers {
                     return;
                 }
                 let wait = asked.paused_until.saturating_sub(self.now);
-                if !is_echo && !wait.is_zero() {
-                    self.after(
-                        wait,
-                        Event::Asked {
-                            by,
-                            at,
-                            sequence,
-                            is_echo,
-                        },
-                    );
+                if matches!(what, Asked::Agent(_)) && !wait.is_zero() {
+                    self.after(wait, event);
                     return;
                 }
-                self.send(
-                    at,
-                    by,
-                    Event::Answered {
-                        to: by,
-                        sequence,
-                        is_echo,
-                    },
-                );
+                let answered = Event::Answered {
+                    to: by,
+                    by: at,
+                    family,
+                    what,
+                };
+                self.send(at, by, family, answered);
             }
-            Event::Answered { to, sequence, is_echo } => {
+            Event::Answered { to, by, family, what } => {
                 let now = self.now;
+                let mac = mac(by);
                 let node = &mut self.nodes[to];
-                if !node.is_agent_up || node.is_cut {
+                if !node.is_agent_up || !node.is_reached_by(family) {
                     return;
                 }
                 let wait = node.paused_until.saturating_sub(now);
                 if !wait.is_zero() {
                     // It waits in the socket.
-                    self.after(wait, Event::Answered { to, sequence, is_echo });
+                    self.after(wait, event);
                     return;
                 }
-                if is_echo {
-                    node.standby.kernel_answered(now, sequence);
-                } else {
-                    node.standby.agent_answered(now, sequence);
+                match what {
+                    Asked::Kernel(ip) => node.standby.kernel_answered(now, 2, ip, mac),
+                    Asked::Agent(sequence) => node.standby.agent_answered(now, sequence),
                 }
                 self.poll(to);
             }
@@ -361,6 +368,24 @@ impl World {
                         }
                     }
                 }
+            }
+            // Its own addresses, and with them the VIPs, as `ip address flush` takes them off.
+            Event::Lose(node, family) => {
+                let this = &mut self.nodes[node];
+                this.lost.insert(family);
+                this.holds.retain(|vip| Family::of(*vip) != family);
+                if family == Family::V4 {
+                    self.gossip_changes(node);
+                }
+                self.after(MS, Event::Look(node));
+            }
+            Event::Regain(node, family) => {
+                self.nodes[node].lost.remove(&family);
+                if family == Family::V4 {
+                    self.gossip_changes(node);
+                }
+                // It is offered again once it is steady, and the others are heard.
+                self.after(MS, Event::Look(node));
             }
             Event::Kill(node) => {
                 self.nodes[node].is_agent_up = false;
@@ -406,7 +431,7 @@ impl World {
 
     fn can_gossip(&self, one: usize, other: usize) -> bool {
         let runs = |node: usize| self.nodes[node].is_agent_up && !self.is_paused(node);
-        one == other || (self.are_connected(one, other) && runs(one) && runs(other))
+        one == other || (self.are_connected(one, other, Family::V4) && runs(one) && runs(other))
     }
 
     fn is_paused(&self, node: usize) -> bool {
@@ -467,18 +492,25 @@ impl World {
         let before = self.nodes[node].standby.changes();
         let questions = self.nodes[node].standby.poll(now);
         for question in questions {
-            let (address, sequence, is_echo) = match question {
-                Question::Probe { address, sequence, .. } => (address, sequence, false),
-                Question::Echo { address, sequence } => (address, sequence, true),
+            let (at, ip, what) = match question {
+                Question::Probe { address, sequence, .. } => {
+                    let mut nodes = self.nodes.iter();
+                    let at = nodes.position(|other| other.addresses.contains(&address));
+                    (at.unwrap(), address, Asked::Agent(sequence))
+                }
+                Question::Kernel { inquiry, .. } => {
+                    let at = (0..self.nodes.len()).find(|index| mac(*index) == inquiry.mac);
+                    (at.unwrap(), inquiry.ip, Asked::Kernel(inquiry.ip))
+                }
             };
-            let at = self.nodes.iter().position(|other| other.address == address).unwrap();
+            let family = Family::of(ip);
             let asked = Event::Asked {
                 by: node,
                 at,
-                sequence,
-                is_echo,
+                family,
+                what,
             };
-            self.send(node, at, asked);
+            self.send(node, at, family, asked);
         }
         if self.nodes[node].standby.changes() != before {
             self.say(|| format!("node{node} hears {:?}", self.nodes[node].standby.verdicts()));
@@ -512,9 +544,10 @@ impl World {
             .map(|index| self.member(*index))
             .collect();
         let this = &mut self.nodes[node];
-        let mut candidates = this.presence.candidates(now, &this.name, false, &living);
+        let verdicts = this.standby.verdicts();
+        let mut candidates = this.presence.candidates(now, &this.name, false, &living, &verdicts);
         let own = Candidate {
-            addresses: [ipnet::IpNet::new(this.address, 16).unwrap()].into(),
+            addresses: this.subnets(),
             ..Candidate::default()
         };
         candidates.insert(this.name.clone(), own);
@@ -525,9 +558,9 @@ impl World {
             groups: &BTreeMap::new(),
             candidates: &candidates,
             heard: &this.standby.verdicts(),
-            has_let_go: false,
-            kernel: &kernel(this.address),
-            config: &NodeConfig::read(&serde_json::from_str("{}").unwrap()).unwrap(),
+            let_go: &BTreeSet::new(),
+            kernel: &kernel(node, &this.subnets()),
+            config: &NodeConfig::read(&serde_json::from_str(r#"{"detectConflicts": false}"#).unwrap()).unwrap(),
             findings: &Findings::default(),
         });
         this.standby.watch(now, &decided.watches);
@@ -605,10 +638,12 @@ impl World {
         let node = &self.nodes[index];
         let member = Member {
             name: node.name.clone(),
-            addr: (node.address, 7934).into(),
+            addr: (node.addresses[0], 7934).into(),
             meta: Meta {
                 generation: node.generation,
-                subnets: [ipnet::IpNet::new(node.address, 16).unwrap()].into(),
+                // What it has lost it says at once, if it can say anything.
+                subnets: node.subnets(),
+                macs: node.addresses.map(|ip| (ip, mac(index))).into(),
                 ..Meta::default()
             },
         };
@@ -619,11 +654,12 @@ impl World {
     fn judge_owners(&mut self) {
         for vip in self.vips() {
             let mut nodes = self.nodes.iter();
-            let is_served = nodes.any(|node| node.is_up && !node.is_cut && node.holds.contains(&vip));
+            let family = Family::of(vip);
+            let is_served = nodes.any(|node| node.is_reached_by(family) && node.holds.contains(&vip));
             // An agent that does not run, for want of CPU time or frozen, takes nothing over.
             let can_take = |node: usize| {
                 let it = &self.nodes[node];
-                it.is_agent_up && !it.is_cut && !self.is_paused(node)
+                it.is_agent_up && it.is_reached_by(family) && !self.is_paused(node)
             };
             let is_possible = (0..self.nodes.len()).any(can_take);
             if is_served || !is_possible {
@@ -658,28 +694,62 @@ impl World {
 
 fn services(vips: u8, announcers: &BTreeMap<IpAddr, String>) -> BTreeMap<ServiceKey, Announced> {
     let service = Announced {
-        vips: (0..vips).map(|last| IpAddr::from([10, 31, 255, last])).collect(),
+        vips: self::vips(vips),
         announcers: announcers.clone(),
         ..Announced::default()
     };
     BTreeMap::from([(ServiceKey::new("default", "web"), service)])
 }
 
-fn kernel(address: IpAddr) -> Snapshot {
+/// So many of each family.
+fn vips(count: u8) -> Vec<IpAddr> {
+    let v4 = (0..count).map(|last| IpAddr::from([10, 31, 255, last]));
+    let v6 = (0..count).map(|last| IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 9, last.into()]));
+    v4.chain(v6).collect()
+}
+
+/// The Ethernet address of a node.
+fn mac(node: usize) -> [u8; 6] {
+    [2, 0, 0, 0, 0, u8::try_from(node).unwrap()]
+}
+
+impl Node {
+    fn is_reached_by(&self, family: Family) -> bool {
+        self.is_up && !self.is_cut && !self.lost.contains(&family)
+    }
+
+    fn subnets(&self) -> BTreeSet<ipnet::IpNet> {
+        let own = self
+            .addresses
+            .iter()
+            .filter(|ip| !self.lost.contains(&Family::of(**ip)));
+        own.map(|ip| ipnet::IpNet::new(*ip, if ip.is_ipv4() { 16 } else { 64 }).unwrap())
+            .collect()
+    }
+}
+
+fn kernel(node: usize, own: &BTreeSet<ipnet::IpNet>) -> Snapshot {
     Snapshot {
         links: vec![Link {
             index: 2,
             name: "eth0".into(),
             is_up: true,
             has_carrier: true,
+            mac: Some(mac(node)),
             ..Link::default()
         }],
-        addresses: vec![Address::new(2, address, 16)],
-        default_routes: vec![DefaultRoute {
-            family: crds::Family::V4,
-            link: 2,
-            metric: 0,
-        }],
+        addresses: own
+            .iter()
+            .map(|net| Address::new(2, net.addr(), net.prefix_len()))
+            .collect(),
+        default_routes: [Family::V4, Family::V6]
+            .map(|family| DefaultRoute {
+                family,
+                link: 2,
+                metric: 0,
+            })
+            .into(),
+        ..Snapshot::default()
     }
 }
 
@@ -774,8 +844,9 @@ fn packets_per_node_grow_with_the_nodes_up_to_a_budget_and_not_beyond() {
             let it = Watched {
                 node: format!("node{index}"),
                 link: 2,
+                address: IpAddr::from([10, 31, high, low]),
             };
-            (it, IpAddr::from([10, 31, high, low]))
+            (it, None)
         });
         standby.watch(Duration::ZERO, &others.collect());
         let (mut now, mut asked) = (Duration::ZERO, 0_u64);

@@ -14,10 +14,12 @@ use crate::metrics::Cause;
 use crate::plan::{Candidate, Plan, Standing, Verdict};
 use crate::standby::{Verdict as Direct, Watched};
 
-/// An address that this node takes over: from whom, by which link, and why.
+/// An address that this node takes over: from whom, by which link, where that node was watched, and why.
 pub(super) struct Takeover {
     pub(super) ip: IpAddr,
-    pub(super) from: Watched,
+    pub(super) from: String,
+    pub(super) link: u32,
+    pub(super) watched: Option<Watched>,
     pub(super) cause: Cause,
 }
 
@@ -66,12 +68,20 @@ impl Agent<'_> {
             };
             self.links.metrics.winner_changed(service);
             if let Some(link) = link {
-                let from = Watched {
+                let candidate = candidates.get(before);
+                let address = candidate.and_then(|candidate| candidate.address_near(*ip));
+                let watched = address.map(|address| Watched {
                     node: before.clone(),
                     link,
-                };
-                let cause = self.cause(&from, candidates.get(before));
-                takeovers.push(Takeover { ip: *ip, from, cause });
+                    address,
+                });
+                takeovers.push(Takeover {
+                    ip: *ip,
+                    from: before.clone(),
+                    link,
+                    cause: self.cause(watched.as_ref(), candidate),
+                    watched,
+                });
             }
         }
         self.handover.retain(|ip| owners.contains_key(ip));
@@ -79,8 +89,8 @@ impl Agent<'_> {
         takeovers
     }
 
-    fn cause(&self, from: &Watched, candidate: Option<&Candidate>) -> Cause {
-        let verdict = self.heard.get(from);
+    fn cause(&self, from: Option<&Watched>, candidate: Option<&Candidate>) -> Cause {
+        let verdict = from.and_then(|from| self.heard.get(from));
         match candidate {
             Some(candidate) if candidate.is_withdrawn => Cause::HandedOver,
             _ if verdict == Some(&Direct::Silent) => Cause::Silent,
@@ -93,10 +103,14 @@ impl Agent<'_> {
     pub(super) fn count_takeovers(&self, takeovers: &[Takeover], began: Instant) {
         for takeover in takeovers {
             let since = match takeover.cause {
-                Cause::Silent => self.links.watcher.last_sign(&takeover.from).unwrap_or(began),
-                _ => began,
+                Cause::Silent => takeover
+                    .watched
+                    .as_ref()
+                    .and_then(|from| self.links.watcher.last_sign(from)),
+                _ => None,
             };
-            let (from, cause) = (&takeover.from.node, takeover.cause.name());
+            let since = since.unwrap_or(began);
+            let (from, cause) = (&takeover.from, takeover.cause.name());
             let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
             tracing::info!(vip = %takeover.ip, from, cause, milliseconds, "taken over");
             self.links.metrics.taken_over(takeover.cause, since.elapsed());

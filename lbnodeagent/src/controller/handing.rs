@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use super::Agent;
 use super::counting::Takeover;
 use crate::handover::{self, Former, nft};
-use crate::kernel::VipAddress;
+use crate::kernel::{Snapshot, VipAddress};
 use crate::members::Living;
 use crate::metrics::Cause;
 use crate::plan::Candidate;
@@ -21,6 +21,7 @@ impl Agent<'_> {
         candidates: &BTreeMap<String, Candidate>,
         desired: &BTreeSet<VipAddress>,
         living: &Living,
+        snapshot: &Snapshot,
     ) {
         let now = self.started.elapsed();
         let this = &self.settings.node;
@@ -31,16 +32,19 @@ impl Agent<'_> {
             let Some((name, address)) = self.handover.former(now, takeover.ip, this) else {
                 continue;
             };
-            let near = candidates.get(name).and_then(|node| node.address_near(takeover.ip));
+            let candidate = candidates.get(name);
+            let near = candidate.and_then(|node| node.address_near(takeover.ip));
             let Some(address) = near.or(address) else {
                 continue;
             };
-            let link = takeover.from.link;
+            let link = takeover.link;
             let node = Watched {
                 node: name.to_owned(),
                 link,
+                address,
             };
-            self.handover.take(takeover.ip, Former { node, address }, living);
+            let inquiry = candidate.and_then(|node| node.inquiry(snapshot, link, address, address));
+            self.handover.take(takeover.ip, Former { node, inquiry }, living);
         }
         let held = desired.iter().map(|vip| vip.ip).collect();
         if let Some(former) = self.handover.news(now, &held)

@@ -143,6 +143,8 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// The default routes of the main table, in the kernel's order.
     pub default_routes: Vec<DefaultRoute>,
+    /// Subnets that links do not offer for now, see `steadiness`.
+    pub withheld: BTreeSet<(u32, IpNet)>,
 }
 
 impl Snapshot {
@@ -202,6 +204,7 @@ impl Snapshot {
             .iter()
             .filter(|address| !address.is_host() || !(if address.ip.is_ipv4() { v4 } else { v6 }))
             .filter_map(|address| address.subnet())
+            .filter(|subnet| !self.withheld.contains(&(link, *subnet)))
             .collect()
     }
 

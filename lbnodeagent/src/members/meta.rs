@@ -2,10 +2,12 @@
 //!
 //! Owns the encoding. Knows nothing of gossip, and of the meaning only the words.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+
+use crate::neighbor::frame::Mac;
 
 /// Most bytes a node's metadata may have (`META_MAX_SIZE` of memberlist, as of `HashiCorp`'s).
 pub const MAX_META_LEN: usize = 512;
@@ -18,13 +20,17 @@ const DRAINED: u8 = 0x02;
 const STARTING: u8 = 0x04;
 /// Added to the prefix length of an IPv6 subnet, so that one byte tells the family too.
 const V6_OFFSET: u8 = 64;
+/// In the place of a prefix length: an Ethernet address follows, and whose it is.
+const MAC: u8 = 255;
 
 /// What a node says about itself.
 ///
 /// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained, bit 2 starting; the others are
 /// ignored), instance generation (8, big
 /// endian), then each subnet as its prefix length (1; 0 to 32 is IPv4, 64 to 192 is IPv6) and this node's own address
-/// there (4 or 16). An IPv4 subnet takes 5 bytes, an IPv6 one 17: 22 dual-stack interfaces fit.
+/// there (4 or 16). An IPv4 subnet takes 5 bytes, an IPv6 one 17. Behind them, for each Ethernet address that they are
+/// reached at: 255 (1), the address (6), how many subnets there are (1), and which, counted from 0 (1 each). A dual-stack
+/// interface takes 32 bytes: 15 of them fit. Where there is no room, Ethernet addresses are left out before subnets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
     /// The agent is about to stop and hands over what it announces.
@@ -38,6 +44,8 @@ pub struct Meta {
     pub generation: u64,
     /// The subnets its interfaces offer, each as the node's own address there and the length of its prefix.
     pub subnets: BTreeSet<IpNet>,
+    /// The Ethernet addresses at which its own addresses there are reached.
+    pub macs: BTreeMap<IpAddr, Mac>,
 }
 
 /// Metadata as it goes over the wire.
@@ -86,6 +94,19 @@ impl Meta {
             bytes.extend(encoded);
             written += 1;
         }
+        let mut users: BTreeMap<Mac, Vec<u8>> = BTreeMap::new();
+        for (subnet, index) in self.subnets.iter().take(written).zip(0..) {
+            if let Some(mac) = self.macs.get(&subnet.addr()) {
+                users.entry(*mac).or_default().push(index);
+            }
+        }
+        for (mac, subnets) in users {
+            let count = u8::try_from(subnets.len()).unwrap_or(u8::MAX);
+            let encoded: Vec<u8> = [MAC].into_iter().chain(mac).chain([count]).chain(subnets).collect();
+            if bytes.len() + encoded.len() <= MAX_META_LEN {
+                bytes.extend(encoded);
+            }
+        }
         EncodedMeta {
             bytes,
             left_out: self.subnets.len() - written,
@@ -99,10 +120,20 @@ impl Meta {
         if version != VERSION {
             return Err(MetaError::Version(version));
         }
-        let mut subnets = BTreeSet::new();
+        let mut subnets = Vec::new();
+        let mut macs = BTreeMap::new();
         while let Some((prefix, after)) = rest.split_first() {
+            if *prefix == MAC {
+                let (mac, after) = after.split_first_chunk::<6>().ok_or(MetaError::Short)?;
+                let (count, after) = after.split_first().ok_or(MetaError::Short)?;
+                let (users, after) = after.split_at_checked((*count).into()).ok_or(MetaError::Short)?;
+                let users = users.iter().filter_map(|index| subnets.get(usize::from(*index)));
+                macs.extend(users.map(|subnet: &IpNet| (subnet.addr(), *mac)));
+                rest = after;
+                continue;
+            }
             let (subnet, after) = decode_subnet(*prefix, after)?;
-            subnets.insert(subnet);
+            subnets.push(subnet);
             rest = after;
         }
         Ok(Self {
@@ -110,7 +141,8 @@ impl Meta {
             is_drained: flags & DRAINED != 0,
             is_starting: flags & STARTING != 0,
             generation: u64::from_be_bytes(generation),
-            subnets,
+            subnets: subnets.into_iter().collect(),
+            macs,
         })
     }
 }
@@ -154,7 +186,15 @@ mod tests {
 
     #[test]
     fn metadata_is_encoded_byte_for_byte_as_documented() {
-        let rows: [(&str, Meta, &[u8]); 4] = [
+        let with_macs = Meta {
+            macs: BTreeMap::from([
+                ("192.0.2.9".parse().unwrap(), [2, 0, 0, 0, 0, 1]),
+                ("198.51.100.9".parse().unwrap(), [2, 0, 0, 0, 0, 2]),
+                ("2001:db8::1".parse().unwrap(), [2, 0, 0, 0, 0, 1]),
+            ]),
+            ..meta(&["192.0.2.9/24", "198.51.100.9/24", "2001:db8::1/32", "203.0.113.9/24"])
+        };
+        let rows: [(&str, Meta, &[u8]); 5] = [
             ("nothing to say", meta(&[]), &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
             (
                 "flags and generation",
@@ -171,6 +211,15 @@ mod tests {
                 "the node's own addresses",
                 meta(&["0.0.0.0/0", "192.0.2.9/24"]),
                 &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 192, 0, 2, 9],
+            ),
+            (
+                "Ethernet addresses",
+                with_macs,
+                &[
+                    1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 24, 192, 0, 2, 9, 24, 198, 51, 100, 9, 24, 203, 0, 113, 9, 96, 0x20,
+                    0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 255, 2, 0, 0, 0, 0, 1, 2, 0, 3, 255, 2, 0, 0,
+                    0, 0, 2, 1, 1,
+                ],
             ),
             (
                 "IPv6",
@@ -201,6 +250,17 @@ mod tests {
                 MetaError::Prefix(33),
             ),
             ("a prefix beyond both", with(&[193]), MetaError::Prefix(193)),
+            ("cut in an Ethernet address", with(&[255, 2, 0, 0]), MetaError::Short),
+            (
+                "cut before whose it is",
+                with(&[255, 2, 0, 0, 0, 0, 1]),
+                MetaError::Short,
+            ),
+            (
+                "cut in whose it is",
+                with(&[255, 2, 0, 0, 0, 0, 1, 2, 0]),
+                MetaError::Short,
+            ),
         ];
         for (name, bytes, expected) in rows {
             assert_eq!(Meta::decode(&bytes), Err(expected), "{name}");
@@ -243,14 +303,18 @@ mod tests {
             is_starting: bool,
             generation: u64,
             subnets in proptest::collection::btree_set(any_subnet(), 0..80),
+            links in 1..5_u8,
         ) {
-            let meta = Meta { is_leaving, is_drained, is_starting, generation, subnets };
+            let mac = |(subnet, index): (&IpNet, u8)| (subnet.addr(), [2, 0, 0, 0, 0, index % links]);
+            let macs = subnets.iter().zip(0..).map(mac).collect();
+            let meta = Meta { is_leaving, is_drained, is_starting, generation, subnets, macs };
             let encoded = meta.encode();
             prop_assert!(encoded.bytes.len() <= MAX_META_LEN);
             let read = Meta::decode(&encoded.bytes).unwrap();
             prop_assert_eq!(read.subnets.len() + encoded.left_out, meta.subnets.len());
             prop_assert!(read.subnets.is_subset(&meta.subnets));
-            prop_assert_eq!(Meta { subnets: meta.subnets, ..read.clone() }.encode(), encoded);
+            prop_assert!(read.macs.iter().all(|(ip, mac)| meta.macs.get(ip) == Some(mac)));
+            prop_assert_eq!(Meta { subnets: meta.subnets, macs: meta.macs, ..read.clone() }.encode(), encoded);
         }
 
         #[test]

@@ -21,6 +21,8 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 pub const ARP_FRAME_LEN: usize = 42;
 /// Length of a neighbour solicitation frame without options in bytes: Ethernet 14, IPv6 40, `ICMPv6` 24.
 pub const NS_FRAME_LEN: usize = 78;
+/// Length of a neighbour solicitation frame with the sender's link-layer address in bytes: the same, and 8.
+pub const NS_FROM_FRAME_LEN: usize = 86;
 /// Length of a neighbour advertisement frame in bytes: Ethernet 14, IPv6 40, `ICMPv6` 24, option 8.
 pub const NA_FRAME_LEN: usize = 86;
 
@@ -113,6 +115,30 @@ pub fn dad_solicitation(mac: Mac, ip: Ipv6Addr, to: Option<Mac>) -> [u8; NS_FRAM
         .put(&[0x60, 0, 0, 0, 0, 24, 58, 255])
         .put(&Ipv6Addr::UNSPECIFIED.octets())
         .put(&group.octets());
+    frame.put(&message.bytes);
+    frame.bytes
+}
+
+/// A neighbour solicitation to one host that is to say whether it has an address, as neighbour unreachability detection
+/// sends it (RFC 4861 section 7.3): from an address of the asker, to the address in question, with the source link-layer
+/// address option, hop limit 255. The answer goes to the asker alone.
+pub fn solicitation(mac: Mac, own: Ipv6Addr, ip: Ipv6Addr, to: Mac) -> [u8; NS_FROM_FRAME_LEN] {
+    let mut message = Frame::<32>::new();
+    message
+        .put(&[135, 0, 0, 0, 0, 0, 0, 0])
+        .put(&ip.octets())
+        .put(&[1, 1])
+        .put(&mac);
+    let checksum = icmpv6_checksum(own, ip, &message.bytes);
+    let [_, _, high, low, ..] = &mut message.bytes;
+    [*high, *low] = checksum.to_be_bytes();
+
+    let mut frame = Frame::new();
+    frame.put(&to).put(&mac).put(&[0x86, 0xdd]);
+    frame
+        .put(&[0x60, 0, 0, 0, 0, 32, 58, 255])
+        .put(&own.octets())
+        .put(&ip.octets());
     frame.put(&message.bytes);
     frame.bytes
 }
@@ -283,6 +309,17 @@ mod tests {
                  ff0200000000000000000001ff000064
                  87 00 4c27 00000000
                  20010db8000000000000000000000064",
+            ),
+            (
+                "neighbour unreachability detection, RFC 4861 section 7.3",
+                solicitation(MAC, "2001:db8::11".parse().unwrap(), v6, [2; 6]).to_vec(),
+                "020202020202 0242ac110002 86dd
+                 60000000 0020 3a ff
+                 20010db8000000000000000000000011
+                 20010db8000000000000000000000064
+                 87 00 3f4a 00000000
+                 20010db8000000000000000000000064
+                 01 01 0242ac110002",
             ),
             (
                 "the same from a router",

@@ -1,6 +1,6 @@
 //! Which of a node's interfaces hold local VIPs, and which subnets they offer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crds::Family;
@@ -9,12 +9,14 @@ use ipnet::IpNet;
 use super::Placed;
 use crate::config::{Choice, NodeConfig};
 use crate::kernel::{Link, Snapshot, VipAddress};
+use crate::neighbor::Target;
+use crate::neighbor::frame::Mac;
 
 /// The subnets in which this node can announce, found once for all VIPs.
 pub(super) struct Offers {
     /// Each with its interface, in the order they are tried.
     offers: Vec<Offer>,
-    /// Subnets of interfaces that are down or without carrier.
+    /// Subnets of interfaces that are down or without carrier, and those that are withheld.
     down: BTreeSet<IpNet>,
 }
 
@@ -42,11 +44,14 @@ impl Offers {
             .filter(|link| !link.is_usable() && link.name != config.dummy);
         Self {
             offers: offers.collect(),
-            down: down.flat_map(|link| kernel.usable_subnets(link.index)).collect(),
+            down: down
+                .flat_map(|link| kernel.usable_subnets(link.index))
+                .chain(kernel.withheld.iter().map(|(_, net)| *net))
+                .collect(),
         }
     }
 
-    /// Whether a VIP's subnet is on an interface of this node that is down or without carrier.
+    /// Whether a VIP's subnet is on an interface of this node that is down or without carrier, or withheld there.
     pub(super) fn is_near_down_link(&self, vip: IpAddr) -> bool {
         self.down.iter().any(|net| net.contains(&vip))
     }
@@ -93,4 +98,15 @@ pub fn subnets(kernel: &Snapshot, config: &NodeConfig) -> BTreeSet<IpNet> {
             .filter(move |net| Family::of(net.addr()) == family)
     };
     of(Family::V4).chain(of(Family::V6)).collect()
+}
+
+/// The Ethernet addresses at which this node's own addresses in these subnets are reached.
+pub fn macs(kernel: &Snapshot, subnets: &BTreeSet<IpNet>) -> BTreeMap<IpAddr, Mac> {
+    let own = kernel.addresses.iter().filter(|address| !address.is_ours);
+    let own = own.filter(|address| subnets.iter().any(|net| net.addr() == address.ip));
+    own.filter_map(|address| {
+        let target = Target::new(kernel.link(address.link)?, address.ip)?;
+        Some((address.ip, target.mac))
+    })
+    .collect()
 }

@@ -4,8 +4,6 @@
 //! can make use of one that was overheard: an answer is only taken for a question of this very process that still waits
 //! for it, and a question sent again is answered to the process that asked at first.
 
-use std::net::IpAddr;
-
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
@@ -108,56 +106,6 @@ impl Packet {
     }
 }
 
-/// ICMP echo (RFC 792, RFC 4443 section 4): eight bytes of header, then session and sequence.
-const ECHO_LEN: usize = 24;
-
-/// An echo request. The checksum is the kernel's business for `ICMPv6`, which knows the source address.
-pub fn echo_request(to: IpAddr, session: u64, sequence: u64) -> [u8; ECHO_LEN] {
-    let mut bytes = Vec::with_capacity(ECHO_LEN);
-    bytes.extend([if to.is_ipv4() { 8 } else { 128 }, 0, 0, 0]);
-    bytes.extend(session.to_be_bytes().into_iter().take(2));
-    bytes.extend(sequence.to_be_bytes().into_iter().skip(6));
-    bytes.extend(session.to_be_bytes());
-    bytes.extend(sequence.to_be_bytes());
-    if to.is_ipv4() {
-        let checksum = internet_checksum(&bytes).to_be_bytes();
-        for (byte, value) in bytes.iter_mut().skip(2).zip(checksum) {
-            *byte = value;
-        }
-    }
-    first(&bytes)
-}
-
-/// The sequence of an echo reply to this session, as a raw socket hands it out: for IPv4 with its header.
-pub fn echo_reply(bytes: &[u8], is_ipv4: bool, session: u64) -> Option<u64> {
-    let (kind, header) = if is_ipv4 {
-        (0, usize::from(bytes.first()? & 0x0f) * 4)
-    } else {
-        (129, 0)
-    };
-    let message = bytes.get(header..)?;
-    let (head, rest) = message.split_first_chunk::<8>()?;
-    let (replied, rest) = rest.split_first_chunk::<8>()?;
-    let (sequence, _) = rest.split_first_chunk::<8>()?;
-    let is_ours = head.first() == Some(&kind) && u64::from_be_bytes(*replied) == session;
-    is_ours.then(|| u64::from_be_bytes(*sequence))
-}
-
-/// RFC 1071.
-fn internet_checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| match pair {
-            [high, low] => u32::from(u16::from_be_bytes([*high, *low])),
-            _ => 0,
-        })
-        .sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
-}
-
 fn first<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut taken = [0; N];
     for (byte, value) in taken.iter_mut().zip(bytes) {
@@ -217,25 +165,10 @@ mod tests {
         );
     }
 
-    #[test]
-    fn an_echo_request_has_the_checksum_of_its_rfc_and_its_reply_is_told_from_others() {
-        let request = echo_request([10, 0, 0, 1].into(), 5, 77);
-        assert_eq!(internet_checksum(&request), 0);
-        let mut reply = request;
-        reply[0] = 0;
-        let received = [&[0x45; 20][..], &reply].concat();
-        assert_eq!(echo_reply(&received, true, 5), Some(77));
-        assert_eq!(echo_reply(&received, true, 6), None, "of another process");
-        let request = [&[0x45; 20][..], &request].concat();
-        assert_eq!(echo_reply(&request, true, 5), None, "a request");
-    }
-
     proptest! {
         #[test]
         fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             prop_assert_eq!(Packet::decode(&bytes, &keys(1, &[2])), None);
-            let _ = echo_reply(&bytes, true, 0);
-            let _ = echo_reply(&bytes, false, 0);
         }
     }
 }

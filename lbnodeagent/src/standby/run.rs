@@ -1,30 +1,38 @@
 //! The standby's watch on real time and real sockets: a thread of its own, so that no amount of other work in this
 //! process makes an owner look silent, or this node to those who watch it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crds::Family as IpFamily;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::packet::{PACKET_LEN, Packet, PacketKeys, echo_reply, echo_request, node_id};
-use super::{Question, Standby, Verdict, Watched};
+use super::packet::{PACKET_LEN, Packet, PacketKeys, node_id};
+use super::{Inquiry, Question, Standby, Verdict, Watched, Watches};
 use crate::members::Keys;
+use crate::neighbor::Announcer;
+use crate::neighbor::frame::{arp_probe, dad_solicitation, solicitation};
+use crate::neighbor::listen::{Claim, Listener};
 
 /// UDP port of the watch.
 pub const PORT: u16 = 7935;
 
-/// How long the sockets for echoes stay open after the last one: at rest there are none.
-const ECHO_IDLE: Duration = Duration::from_secs(5);
+/// How long the sockets for kernels stay open after the last question: at rest there are none.
+const IDLE: Duration = Duration::from_secs(5);
+
+/// A node that watches this one asks several times in this time, also after it has given it up.
+const ASKED_LATELY: Duration = Duration::from_secs(3);
 
 /// Datagrams read from a socket before anything else is done: whoever floods it does not stop the watch.
 const AT_A_TIME: usize = 1024;
@@ -74,8 +82,8 @@ struct OfKind {
 }
 
 impl Counters {
-    /// Questions asked of agents, answers to those of others, echo requests, and packets of a wrong key or nobody's.
-    const KINDS: [&str; 4] = ["probe", "answer", "echo", "refused"];
+    /// Questions asked of agents, answers to those of others, questions to kernels, and packets of a wrong key or nobody's.
+    const KINDS: [&str; 4] = ["probe", "answer", "kernel", "refused"];
 
     /// Registers the counters.
     pub fn register(&self, registry: &mut Registry) {
@@ -84,7 +92,7 @@ impl Counters {
         }
         registry.register(
             "packets",
-            "Packets of the standby watch: probe, answer, echo, refused",
+            "Packets of the standby watch: probe, answer, kernel, refused",
             self.packets.clone(),
         );
         registry.register(
@@ -124,11 +132,22 @@ pub struct Watcher {
     verdicts: watch::Receiver<Verdicts>,
     taken_over: Arc<Notify>,
     last_signs: watch::Receiver<BTreeMap<Watched, Instant>>,
+    asked: Arc<Asked>,
+}
+
+/// When this node was last asked by IPv4, and by IPv6.
+#[derive(Debug, Default)]
+struct Asked(Mutex<BTreeMap<IpFamily, Instant>>);
+
+impl Asked {
+    fn times(&self) -> std::sync::MutexGuard<'_, BTreeMap<IpFamily, Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug)]
 enum Order {
-    Watch(BTreeMap<Watched, IpAddr>),
+    Watch(Watches),
     Forget(Watched),
 }
 
@@ -147,6 +166,7 @@ impl Watcher {
         let (wanted, orders) = mpsc::unbounded_channel();
         let (publisher, verdicts) = watch::channel(Verdicts::new());
         let taken_over = Arc::new(Notify::new());
+        let asked = Arc::new(Asked::default());
         let (last_signs_publisher, last_signs) = watch::channel(BTreeMap::new());
         let wire = Wire {
             node: node_id(&config.node),
@@ -156,6 +176,7 @@ impl Watcher {
             counters: config.counters.clone(),
             last_signs: last_signs_publisher,
             taken_over: Arc::clone(&taken_over),
+            asked: Arc::clone(&asked),
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -174,11 +195,12 @@ impl Watcher {
             verdicts,
             taken_over,
             last_signs,
+            asked,
         })
     }
 
-    /// Sets whom to watch, and at which address.
-    pub fn watch(&self, wanted: BTreeMap<Watched, IpAddr>) {
+    /// Sets whom to watch.
+    pub fn watch(&self, wanted: Watches) {
         let _ = self.wanted.send(Order::Watch(wanted));
     }
 
@@ -195,6 +217,13 @@ impl Watcher {
     /// Resolves when another node says that it has announced this node's VIPs meanwhile. Cancel-safe; for one waiter.
     pub async fn taken_over(&self) {
         self.taken_over.notified().await;
+    }
+
+    /// The families in which other nodes have asked this one in the last seconds.
+    pub fn asked_in(&self) -> BTreeSet<IpFamily> {
+        let asked = self.asked.times();
+        let lately = asked.iter().filter(|(_, at)| at.elapsed() < ASKED_LATELY);
+        lately.map(|(family, _)| *family).collect()
     }
 
     /// When somebody who is silent now gave its last sign of life.
@@ -227,6 +256,7 @@ struct Wire {
     counters: Counters,
     last_signs: watch::Sender<BTreeMap<Watched, Instant>>,
     taken_over: Arc<Notify>,
+    asked: Arc<Asked>,
 }
 
 impl Wire {
@@ -241,7 +271,7 @@ impl Wire {
             .map(UdpSocket::from_std)
             .collect::<io::Result<_>>()?;
         let mut standby = Standby::default();
-        let mut echoes = Echoes::default();
+        let mut kernels = Kernels::default();
         let mut changes = 0;
         loop {
             let wake = standby.wake_at().map(|at| self.started + at);
@@ -251,7 +281,7 @@ impl Wire {
                     None => return Ok(()),
                 },
                 () = any_readable(&sockets) => {}
-                () = echoes.readable() => {}
+                () = kernels.readable() => {}
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
             }
             // Everything that has come in, before anybody is judged silent.
@@ -261,14 +291,14 @@ impl Wire {
             for socket in &sockets {
                 self.read_all(socket, &mut standby);
             }
-            echoes.read_all(self.session, |sequence| {
-                standby.kernel_answered(self.started.elapsed(), sequence);
+            kernels.read_all(|(link, ip, mac)| {
+                standby.kernel_answered(self.started.elapsed(), link, ip, mac);
             });
             let now = self.started.elapsed();
             for question in standby.poll(now) {
-                self.ask(&question, &sockets, &mut echoes, now);
+                self.ask(&question, &sockets, &mut kernels, now);
             }
-            echoes.close_when_idle(now);
+            kernels.close_when_idle(now);
             if changes == standby.changes() {
                 continue;
             }
@@ -316,6 +346,7 @@ impl Wire {
                 };
                 send(socket, &answer.encode(&self.keys), from);
                 self.counters.count("answer");
+                self.asked.times().insert(IpFamily::of(from.ip()), Instant::now());
                 if packet.has_taken_over {
                     self.taken_over.notify_one();
                 }
@@ -328,7 +359,7 @@ impl Wire {
         }
     }
 
-    fn ask(&self, question: &Question, sockets: &[UdpSocket], echoes: &mut Echoes, now: Duration) {
+    fn ask(&self, question: &Question, sockets: &[UdpSocket], kernels: &mut Kernels, now: Duration) {
         match question {
             Question::Probe {
                 node,
@@ -350,9 +381,9 @@ impl Wire {
                 }
                 self.counters.count("probe");
             }
-            Question::Echo { address, sequence } => {
-                echoes.send(*address, &echo_request(*address, self.session, *sequence), now);
-                self.counters.count("echo");
+            Question::Kernel { link, inquiry } => {
+                kernels.ask(*link, inquiry, now);
+                self.counters.count("kernel");
             }
         }
     }
@@ -377,14 +408,14 @@ fn log_change(before: &Verdicts, now: &Verdicts) {
         if known == Some(verdict) {
             continue;
         }
-        let (node, link) = (&watched.node, watched.link);
+        let Watched { node, link, address } = watched;
         match (known, verdict) {
-            (_, Verdict::Silent) => tracing::warn!(node, link, "neither agent nor kernel answers"),
-            (_, Verdict::Node) => tracing::warn!(node, link, "the agent does not answer, its node does"),
+            (_, Verdict::Silent) => tracing::warn!(node, link, %address, "neither agent nor kernel answers"),
+            (_, Verdict::Node) => tracing::warn!(node, link, %address, "the agent does not answer, its node does"),
             (Some(Verdict::Silent | Verdict::Node), Verdict::Agent) => {
-                tracing::info!(node, link, "the agent answers again");
+                tracing::info!(node, link, %address, "the agent answers again");
             }
-            _ => tracing::debug!(node, link, ?verdict, "watched"),
+            _ => tracing::debug!(node, link, %address, ?verdict, "watched"),
         }
     }
 }
@@ -397,30 +428,44 @@ async fn any_readable(sockets: &[UdpSocket]) {
     let _ = futures::future::select_all(readable).await;
 }
 
-/// Raw ICMP sockets, open while somebody is in doubt. They are handled as UDP sockets, which for receiving and sending
-/// datagrams they are.
+/// The way to kernels: ARP and neighbour discovery, open while somebody is in doubt.
 #[derive(Default)]
-struct Echoes {
-    v4: Option<UdpSocket>,
-    v6: Option<UdpSocket>,
+struct Kernels {
+    announcer: Option<Announcer>,
+    v4: Option<(Listener, UdpSocket)>,
+    v6: Option<(Listener, UdpSocket)>,
     used: Duration,
 }
 
-impl Echoes {
-    fn send(&mut self, to: IpAddr, bytes: &[u8], now: Duration) {
+impl Kernels {
+    fn ask(&mut self, link: u32, inquiry: &Inquiry, now: Duration) {
         self.used = now;
-        let slot = if to.is_ipv4() { &mut self.v4 } else { &mut self.v6 };
+        let slot = if inquiry.ip.is_ipv4() {
+            &mut self.v4
+        } else {
+            &mut self.v6
+        };
         if slot.is_none() {
-            *slot = open_icmp(to).ok();
+            *slot = Listener::open_waiting(inquiry.ip.is_ipv4()).ok();
         }
-        if let Some(socket) = slot {
-            send(socket, bytes, SocketAddr::new(to, 0));
+        if self.announcer.is_none() {
+            self.announcer = Announcer::open().ok();
+        }
+        let Inquiry { ip, mac, own_mac, own } = *inquiry;
+        let frame = match (ip, own) {
+            (IpAddr::V4(ip), _) => arp_probe(own_mac, ip, Some(mac)).to_vec(),
+            (IpAddr::V6(ip), IpAddr::V6(own)) => solicitation(own_mac, own, ip, mac).to_vec(),
+            (IpAddr::V6(ip), IpAddr::V4(_)) => dad_solicitation(own_mac, ip, Some(mac)).to_vec(),
+        };
+        if let Some(announcer) = &self.announcer {
+            // What cannot be sent is as good as lost, and will be sent again.
+            let _ = announcer.try_send(link, &frame);
         }
     }
 
     async fn readable(&self) {
-        let wait = async |socket: &Option<UdpSocket>| match socket {
-            Some(socket) => _ = socket.readable().await,
+        let wait = async |listener: &Option<(Listener, UdpSocket)>| match listener {
+            Some((_, waiting)) => _ = waiting.readable().await,
             None => std::future::pending().await,
         };
         tokio::select! {
@@ -429,40 +474,26 @@ impl Echoes {
         }
     }
 
-    fn read_all(&self, session: u64, mut replied: impl FnMut(u64)) {
-        for (socket, is_ipv4) in [(&self.v4, true), (&self.v6, false)] {
-            let Some(socket) = socket else { continue };
-            let mut buffer = [0; 256];
+    fn read_all(&self, mut heard: impl FnMut(Claim)) {
+        for (listener, waiting) in self.v4.iter().chain(&self.v6) {
             for _ in 0..AT_A_TIME {
-                match socket.try_recv(&mut buffer) {
-                    Ok(length) => {
-                        let bytes = buffer.get(..length).unwrap_or_default();
-                        if let Some(sequence) = echo_reply(bytes, is_ipv4, session) {
-                            replied(sequence);
-                        }
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => {}
+                match waiting.try_io(Interest::READABLE, || listener.next()) {
+                    Ok(Some(claim)) => heard(claim),
+                    Ok(None) => {}
+                    Err(_) => break,
                 }
             }
         }
     }
 
     fn close_when_idle(&mut self, now: Duration) {
-        if now.saturating_sub(self.used) > ECHO_IDLE {
-            self.v4 = None;
-            self.v6 = None;
+        if now.saturating_sub(self.used) > IDLE {
+            let closed = [self.v4.take(), self.v6.take()];
+            // The kernel takes its time to close a packet socket, in which those who watch this node must not wait.
+            if closed.iter().any(Option::is_some) {
+                let closed = closed.map(|listener| listener.map(|(listener, waiting)| (listener, waiting.into_std())));
+                tokio::task::spawn_blocking(move || drop(closed));
+            }
         }
     }
-}
-
-fn open_icmp(to: IpAddr) -> io::Result<UdpSocket> {
-    let (domain, protocol) = if to.is_ipv4() {
-        (Domain::IPV4, Protocol::ICMPV4)
-    } else {
-        (Domain::IPV6, Protocol::ICMPV6)
-    };
-    let socket = Socket::new(domain, Type::RAW, Some(protocol))?;
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket.into())
 }

@@ -8,6 +8,17 @@ fn owner() -> Watched {
     Watched {
         node: "owner".into(),
         link: 2,
+        address: IpAddr::from([10, 0, 0, 1]),
+    }
+}
+
+/// What its kernel is asked.
+fn inquiry() -> Inquiry {
+    Inquiry {
+        ip: IpAddr::from([10, 0, 0, 9]),
+        mac: [2, 0, 0, 0, 0, 1],
+        own_mac: [2, 0, 0, 0, 0, 2],
+        own: IpAddr::from([10, 0, 0, 2]),
     }
 }
 
@@ -23,10 +34,7 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let mut standby = Standby::default();
-        standby.watch(
-            Duration::ZERO,
-            &BTreeMap::from([(owner(), "10.0.0.1".parse().unwrap())]),
-        );
+        standby.watch(Duration::ZERO, &BTreeMap::from([(owner(), Some(inquiry()))]));
         Self {
             standby,
             now: Duration::ZERO,
@@ -45,10 +53,17 @@ impl Pair {
                     Question::Probe { sequence, .. } if self.agent_answers => {
                         self.standby.agent_answered(self.now, *sequence);
                     }
-                    Question::Echo { sequence, .. } if self.kernel_answers => {
-                        self.standby.kernel_answered(self.now, *sequence);
+                    Question::Kernel { link, inquiry } if self.kernel_answers => {
+                        self.standby.kernel_answered(self.now, *link, inquiry.ip, inquiry.mac);
                     }
-                    _ => {}
+                    Question::Kernel { link, inquiry } => {
+                        // Somebody else who says that it is his; and what is not what was asked.
+                        let Inquiry { ip, mac, own, .. } = *inquiry;
+                        for (link, ip, mac) in [(*link, ip, [6; 6]), (*link, own, mac), (link + 1, ip, mac)] {
+                            self.standby.kernel_answered(self.now, link, ip, mac);
+                        }
+                    }
+                    Question::Probe { .. } => {}
                 }
                 self.sent.push((self.now, question));
             }
@@ -94,8 +109,8 @@ fn an_owner_that_is_cut_off_is_silent_after_a_tenth_of_a_second() {
         pair.sent.clear();
         let took = pair.run(Duration::from_secs(1), Some(Verdict::Silent));
         assert!((75 * MS..=100 * MS).contains(&took), "{took:?}");
-        let echoes = pair.sent.iter().filter(|(_, q)| matches!(q, Question::Echo { .. }));
-        assert!(echoes.count() >= 5, "its kernel is asked first");
+        let asked = pair.sent.iter().filter(|(_, q)| matches!(q, Question::Kernel { .. }));
+        assert!(asked.count() >= 5, "its kernel is asked first");
     }
 }
 
@@ -213,15 +228,18 @@ fn questions_per_second_do_not_grow_beyond_the_budget() {
             let watched = Watched {
                 node: format!("node{number}"),
                 link: 2,
+                address: IpAddr::from([10, 0, 0, number]),
             };
-            (watched, IpAddr::from([10, 0, 0, number]))
+            (watched, None)
         });
         standby.watch(Duration::ZERO, &wanted.collect());
         let mut now = Duration::ZERO;
         let mut sent = 0_u32;
         while now < Duration::from_mins(1) {
             for question in standby.poll(now) {
-                let (Question::Probe { sequence, .. } | Question::Echo { sequence, .. }) = question;
+                let Question::Probe { sequence, .. } = question else {
+                    continue;
+                };
                 standby.agent_answered(now, sequence);
                 if now >= Duration::from_secs(10) {
                     sent += 1;
@@ -242,4 +260,64 @@ fn nobody_watched_costs_nothing() {
     let mut standby = Standby::default();
     standby.watch(Duration::ZERO, &BTreeMap::new());
     assert_eq!((standby.poll(Duration::ZERO), standby.wake_at()), (vec![], None));
+}
+
+#[test]
+fn a_host_that_was_not_asked_keeps_nobody_alive_and_families_are_judged_apart() {
+    let mut standby = Standby::default();
+    let v6 = Watched {
+        address: "fd00::1".parse().unwrap(),
+        ..owner()
+    };
+    let of_v6 = Inquiry {
+        ip: "fd00::9".parse().unwrap(),
+        ..inquiry()
+    };
+    standby.watch(
+        Duration::ZERO,
+        &BTreeMap::from([(owner(), Some(inquiry())), (v6.clone(), Some(of_v6))]),
+    );
+    let mut now = Duration::ZERO;
+    while now < Duration::from_secs(2) {
+        for question in standby.poll(now) {
+            match question {
+                // IPv4 fails after a second.
+                Question::Probe { address, sequence, .. } if address.is_ipv6() || now < Duration::from_secs(1) => {
+                    standby.agent_answered(now, sequence);
+                }
+                _ => {}
+            }
+        }
+        // Unasked for.
+        standby.kernel_answered(now, 2, of_v6.ip, of_v6.mac);
+        now = standby.wake_at().unwrap();
+    }
+    assert_eq!(
+        standby.verdicts(),
+        BTreeMap::from([(owner(), Verdict::Silent), (v6, Verdict::Agent)])
+    );
+}
+
+#[test]
+fn questions_by_one_family_leave_those_by_the_other_their_pace() {
+    let of = |is_v4: bool| {
+        (0..10_u8).map(move |number| {
+            let address = if is_v4 {
+                IpAddr::from([10, 0, 0, number])
+            } else {
+                IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, number.into()])
+            };
+            let watched = Watched {
+                node: format!("node{number}"),
+                link: 2,
+                address,
+            };
+            (watched, None)
+        })
+    };
+    let mut standby = Standby::default();
+    standby.watch(Duration::ZERO, &of(true).chain(of(false)).collect());
+    assert_eq!(standby.interval, INTERVAL);
+    standby.watch(Duration::ZERO, &of(true).collect());
+    assert_eq!(standby.interval, INTERVAL);
 }
