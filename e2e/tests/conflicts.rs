@@ -193,3 +193,65 @@ fn an_address_that_another_node_has_is_no_conflict() -> Result<()> {
         Ok(())
     })
 }
+
+const TAKEN: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec: {local: {v4pools: [{pool: 10.31.188.1-10.31.188.126, subnet: 10.31.0.0/16}]}}
+---
+apiVersion: v1
+kind: Service
+metadata:
+  name: thief
+  annotations: {purelb.io/addresses: 10.31.188.1, purelb.io/announcing-IPv4: 'x,y'}
+spec: {type: LoadBalancer, ports: [{port: 80}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: honest, annotations: {purelb.io/addresses: 10.31.188.64}}
+spec: {type: LoadBalancer, ports: [{port: 80}]}
+";
+
+#[test]
+fn an_address_of_a_node_or_of_the_api_server_is_announced_by_nobody() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        lab.start_product().await?;
+        lab.apply(TAKEN).await?;
+        lab.held_by("10.31.188.64", Some("eth0"), &["w11"], SOON).await?;
+        e2e::stays(
+            "the API server has its address alone",
+            Duration::from_secs(4),
+            async || {
+                let holders = lab.holders("10.31.188.1", Some("eth0")).await?;
+                ensure!(holders == ["m"], "{holders:?}");
+                Ok(())
+            },
+        )
+        .await?;
+        // A node appears that has an address which is announced.
+        lab.apply("{apiVersion: v1, kind: Node, metadata: {name: late}}")
+            .await?;
+        let status = r#"{"status":{"addresses":[{"type":"InternalIP","address":"10.31.188.64"}]}}"#;
+        lab.kubectl([
+            "patch",
+            "node",
+            "late",
+            "--subresource=status",
+            "--type=merge",
+            "-p",
+            status,
+        ])
+        .await?;
+        lab.held_by("10.31.188.64", Some("eth0"), &[], SOON).await?;
+        wait_until("its Service says why", SOON, async || {
+            let events = lab.kubectl(["get", "events", "-A", "-o", "wide"]).await?;
+            ensure!(events.contains("10.31.188.64 is announced by no node"), "{events}");
+            Ok(())
+        })
+        .await?;
+        lab.kubectl(["delete", "node", "late"]).await?;
+        lab.held_by("10.31.188.64", Some("eth0"), &["w11"], SOON).await
+    })
+}

@@ -309,3 +309,36 @@ fn a_family_or_subnet_that_a_node_loses_moves_its_vips_alone_and_comes_back() ->
         Ok(())
     })
 }
+
+/// Somebody who is given the dead node's address, or takes it, answers pings for it: he has not its Ethernet address, nor the VIP.
+#[test]
+fn a_host_with_the_address_of_a_dead_node_does_not_keep_its_vips() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let owner = lab.node("w11")?.ipv4;
+        let take = format!("sysctl -qw net.ipv4.conf.all.arp_ignore=1; ip address add {owner}/32 dev lo");
+        lab.exec("client", ["sh", "-ec", &take]).await?;
+        let links = lab.exec("client", ["cat", "/sys/class/net/eth0/ifindex"]).await?;
+        let link: u32 = links.trim().parse()?;
+        let shown = lab.exec("client", ["cat", "/sys/class/net/eth0/address"]).await?;
+        let mut mac = [0; 6];
+        for (byte, text) in mac.iter_mut().zip(shown.trim().split(':')) {
+            *byte = u8::from_str_radix(text, 16)?;
+        }
+        let announcer = lab.in_network("client", lbnodeagent::neighbor::Announcer::open)??;
+        let claim = lbnodeagent::neighbor::gratuitous_arp_request(mac, owner);
+        let claiming = async {
+            loop {
+                // Before the standby has judged the owner, and for as long as this takes.
+                let _ = announcer.send(link, &claim).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        lab.cut("w11").await?;
+        let taken_over = async || scene.holds("w12", true).await;
+        tokio::select! {
+            () = claiming => unreachable!("it claims for ever"),
+            result = wait_until("w12 takes over", FAILED_OVER, taken_over) => result,
+        }
+    })
+}

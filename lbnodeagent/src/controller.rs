@@ -39,7 +39,7 @@ use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
 use crate::notices;
 use crate::picture::{Cluster, Seen};
-use crate::plan::{self, Candidate, Picture, Place, Plan};
+use crate::plan::{self, Candidate, Picture, Place, Plan, User};
 use crate::presence::Presence;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
@@ -466,6 +466,9 @@ impl<'a> Agent<'a> {
         }
         self.overrule(living);
         let let_go = self.let_go(now, living);
+        let mut reserved = self.cluster.reserved().clone();
+        reserved.extend(living.values().map(|member| (member.addr.ip(), User::Node)));
+        reserved.extend(self.settings.api_server.map(|ip| (ip, User::ApiServer)));
         let mut plan = plan::plan(&Picture {
             node: &self.settings.node,
             services: self.cluster.announced(),
@@ -476,6 +479,7 @@ impl<'a> Agent<'a> {
             kernel: &snapshot,
             config: &config,
             findings: &self.findings,
+            reserved: &reserved,
         });
         self.ask(&plan, &snapshot, &config, &candidates);
         self.handover.look(now, living, &self.heard);

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use crds::event::Notice;
 
 use crate::config::ConfigError;
+use crate::plan::User;
 
 /// A local address is announced here. `before` is the node that its annotation names, where that is another one.
 pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<&str>) -> Vec<Notice> {
@@ -36,6 +37,24 @@ pub fn shared(node: &str, ip: IpAddr, interface: &str, mac: &str) -> Notice {
          traffic goes there. Take the address off that host, or give the Service another"
     );
     Notice::warning("AddressConflict", message)
+}
+
+/// Reason of the event about an address that nobody may announce.
+pub const ADDRESS_IN_USE: &str = "AddressInUse";
+
+/// An address of a Service is in use in the cluster, so that nobody announces it.
+pub fn in_use(ip: IpAddr, user: User) -> Notice {
+    let user = match user {
+        User::Node => "it is an address of a node",
+        User::ApiServer => "it is the API server's",
+        User::ClusterIp => "it is the cluster address of a Service",
+        User::Broadcast => "it is the broadcast address of a subnet that a node is in",
+    };
+    let message = format!(
+        "{ip} is announced by no node: {user}. Take it out of the ServiceGroup's pool, or name another in the annotation \
+         purelb.io/addresses"
+    );
+    Notice::warning(ADDRESS_IN_USE, message)
 }
 
 /// What is wrong with an LBNodeAgent, as this node sees it.

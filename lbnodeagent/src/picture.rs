@@ -18,7 +18,7 @@ use smol_str::SmolStr;
 
 use crate::annotation as announcing;
 use crate::members::Peers;
-use crate::plan::Announced;
+use crate::plan::{Announced, User};
 
 /// A watch event of one of the kinds an agent looks at.
 #[derive(Debug)]
@@ -54,6 +54,8 @@ pub struct Cluster {
     slices: Mirror<EndpointSlice>,
     announced: BTreeMap<ServiceKey, Announced>,
     valid_groups: BTreeMap<String, Group>,
+    /// Addresses of nodes and of the API server, which nobody may announce.
+    reserved: BTreeMap<IpAddr, User>,
     /// Nodes with usable endpoints, by Service and slice. A slice without usable endpoints is left out.
     endpoints: BTreeMap<ServiceKey, BTreeMap<String, Usable>>,
 }
@@ -81,6 +83,24 @@ impl Cluster {
     /// The Service itself, to report on.
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
         self.services.get(&(key.namespace.clone(), key.name.clone()))
+    }
+
+    /// Addresses that nobody may announce: those of nodes and of the API server.
+    pub const fn reserved(&self) -> &BTreeMap<IpAddr, User> {
+        &self.reserved
+    }
+
+    fn reserve(&mut self) {
+        self.reserved.clear();
+        for node in self.nodes.objects().values() {
+            self.reserved.extend(reported_ips(node).map(|ip| (ip, User::Node)));
+        }
+        // Written by the API servers alone: whoever may write it leads all of the cluster's traffic astray anyway.
+        if let Some(slice) = self.slices.get(&("default".into(), "kubernetes".into())) {
+            let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+            let ips = addresses.filter_map(|text| text.parse().ok());
+            self.reserved.extend(ips.map(|ip| (ip, User::ApiServer)));
+        }
     }
 
     /// All LBNodeAgents.
@@ -137,9 +157,21 @@ impl Cluster {
                 }
             }
             Seen::Agent(event) => _ = self.agents.apply(event),
-            Seen::Node(event) => _ = self.nodes.apply(event),
+            Seen::Node(event) => {
+                if !self.nodes.apply(event).is_empty() {
+                    self.reserve();
+                }
+            }
             Seen::Slice(event) => {
-                for change in self.slices.apply(event) {
+                let changes = self.slices.apply(event);
+                let is_api_server = |change: &Change<Arc<EndpointSlice>>| match change {
+                    Change::Set(key, _) | Change::Gone(key, _) => key.0 == "default" && key.1 == "kubernetes",
+                    Change::Ready => false,
+                };
+                if changes.iter().any(is_api_server) {
+                    self.reserve();
+                }
+                for change in changes {
                     self.slice_changed(change);
                 }
             }
@@ -221,6 +253,13 @@ struct Usable {
     serving: BTreeSet<String>,
 }
 
+/// The addresses of a node in its status, whichever they are.
+fn reported_ips(node: &Node) -> impl Iterator<Item = IpAddr> {
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    let addresses = addresses.filter(|address| matches!(&*address.type_, "InternalIP" | "ExternalIP"));
+    addresses.filter_map(|address| address.address.parse().ok())
+}
+
 /// A Service's part in the picture; `None` when it has no addresses of ours.
 fn announced(service: &Service) -> Option<Announced> {
     if !is_ours(service) || !is_load_balancer(service) {
@@ -241,6 +280,10 @@ fn announced(service: &Service) -> Option<Announced> {
         skips_dad: annotation(service, annotations::SKIP_IPV6_DAD) == Some("true"),
         has_endpoints: false,
         endpoint_nodes: BTreeSet::new(),
+        cluster_ips: {
+            let ips = service.spec.iter().flat_map(|spec| spec.cluster_ips.iter().flatten());
+            ips.filter_map(|ip| ip.parse().ok()).collect()
+        },
         announcers: [Family::V4, Family::V6]
             .into_iter()
             .flat_map(|family| announcing::entries(service, family))

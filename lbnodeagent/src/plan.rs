@@ -48,6 +48,8 @@ pub struct Announced {
     pub has_endpoints: bool,
     /// Nodes with an endpoint that is ready; where there is none, with one that serves while it terminates.
     pub endpoint_nodes: BTreeSet<String>,
+    /// Its own addresses in the cluster.
+    pub cluster_ips: Vec<IpAddr>,
     /// Who announces an address, as its annotation says.
     pub announcers: BTreeMap<IpAddr, String>,
 }
@@ -157,6 +159,27 @@ pub struct Picture<'a> {
     pub config: &'a NodeConfig,
     /// What is known of addresses that were never announced.
     pub findings: &'a Findings,
+    /// Addresses that nobody may announce, as the API server told and gossip tells.
+    pub reserved: &'a BTreeMap<IpAddr, User>,
+}
+
+impl Picture<'_> {
+    /// Addresses that nobody may announce, as follows from the candidates and the Services.
+    fn in_use(&self) -> BTreeMap<IpAddr, User> {
+        let mut in_use = BTreeMap::new();
+        let cluster_ips = self.services.values().flat_map(|service| &service.cluster_ips);
+        in_use.extend(cluster_ips.map(|ip| (*ip, User::ClusterIp)));
+        for net in self.candidates.values().flat_map(|candidate| &candidate.addresses) {
+            // A subnet of two addresses has none (RFC 3021); the first one, `.0`, is one like any other.
+            if let IpNet::V4(v4) = net
+                && v4.prefix_len() < 31
+            {
+                in_use.insert(v4.broadcast().into(), User::Broadcast);
+            }
+            in_use.insert(net.addr(), User::Node);
+        }
+        in_use
+    }
 }
 
 /// Who announces a VIP, and where.
@@ -191,6 +214,21 @@ pub enum Reason {
     Isolated,
     /// It is local, and this node's interface there is down.
     LinkDown,
+    /// It is in use in the cluster.
+    InUse(User),
+}
+
+/// What uses an address that nobody may announce, whoever gave it to a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum User {
+    /// A node: one of the addresses in its status, or one that its agent tells.
+    Node,
+    /// The API server.
+    ApiServer,
+    /// A Service's cluster address.
+    ClusterIp,
+    /// A subnet that a node is in, as its broadcast address.
+    Broadcast,
 }
 
 /// An address and the index of the link it is on, or to be on.
@@ -264,13 +302,18 @@ pub fn plan(picture: &Picture<'_>) -> Plan {
         }
     }
     let offers = Offers::of(picture.kernel, picture.config);
+    let in_use = picture.in_use();
     let mut plan = Plan::default();
     for (ip, users) in users {
         let vip = Vip {
             ip,
             users: users.iter().map(|(_, service)| *service).collect(),
         };
-        let verdict = judge(picture, &offers, &vip, &mut plan.watches);
+        let user = picture.reserved.get(&ip).or_else(|| in_use.get(&ip));
+        let verdict = match user {
+            Some(user) => Verdict::Nobody(Reason::InUse(*user)),
+            None => judge(picture, &offers, &vip, &mut plan.watches),
+        };
         let keys = users.iter().map(|(key, _)| ((*key).clone(), ip));
         plan.verdicts.extend(keys.map(|key| (key, verdict.clone())));
     }
@@ -507,6 +550,7 @@ mod tests {
         heard: Verdicts,
         let_go: BTreeSet<Family>,
         findings: Findings,
+        reserved: BTreeMap<IpAddr, User>,
     }
 
     impl World {
@@ -548,6 +592,7 @@ mod tests {
                 heard: Verdicts::new(),
                 let_go: BTreeSet::new(),
                 findings: Findings::default(),
+                reserved: BTreeMap::new(),
                 kernel: kernel(),
                 config: NodeConfig::read(&serde_json::from_value(json!({})).unwrap()).unwrap(),
             }
@@ -577,6 +622,7 @@ mod tests {
                 kernel: &self.kernel,
                 config: &self.config,
                 findings: &self.findings,
+                reserved: &self.reserved,
             })
         }
     }
@@ -620,7 +666,7 @@ mod tests {
     #[test]
     fn one_node_with_the_subnet_makes_it_local_for_all() {
         let mut world = World::new();
-        let rack = "10.189.0.0/16".parse().unwrap();
+        let rack = "10.189.0.9/16".parse().unwrap();
         let w12 = world.candidates.get_mut(NODES[2]).unwrap();
         w12.addresses.insert(rack);
         assert_eq!(shown(&world.judge("v1", "10.189.0.0")), format!("other {}", NODES[2]));
@@ -960,6 +1006,43 @@ mod tests {
         let watches = World::new().plan(&services).watches;
         let shown: Vec<String> = watches.keys().map(|watched| watched.address.to_string()).collect();
         assert_eq!(shown, ["10.31.188.1", "fd00::1", "10.31.188.12", "fd00::12"]);
+    }
+
+    #[test]
+    fn an_address_in_use_is_announced_by_nobody_whatever_its_service_says() {
+        let mut world = World::new();
+        for (ip, user) in [("10.31.188.64", User::ApiServer), ("10.189.0.3", User::Node)] {
+            world.reserved.insert(ip.parse().unwrap(), user);
+        }
+        world
+            .candidates
+            .get_mut(NODES[2])
+            .unwrap()
+            .addresses
+            .insert("10.190.0.9/24".parse().unwrap());
+        for (ip, expected) in [
+            ("10.31.188.64", "nobody InUse(ApiServer)"),
+            ("10.189.0.3", "nobody InUse(Node)"),
+            ("10.31.188.1", "nobody InUse(Node)"),
+            ("fd00::12", "nobody InUse(Node)"),
+            ("10.31.255.255", "nobody InUse(Broadcast)"),
+            ("10.190.0.255", "nobody InUse(Broadcast)"),
+            ("10.189.7.7", "nobody InUse(ClusterIp)"),
+            ("10.31.188.66", "local 10.31.188.66/16 eth0"),
+            ("10.189.255.255", "routed 10.189.255.255/32 kube-lb0"),
+        ] {
+            let vip: IpAddr = ip.parse().unwrap();
+            let service = Announced {
+                vips: vec![vip],
+                groups: vec!["v1".into()],
+                announcers: BTreeMap::from([(vip, "x".to_owned())]),
+                cluster_ips: vec!["10.189.7.7".parse().unwrap()],
+                ..Announced::default()
+            };
+            assert_eq!(shown(&world.judge_service(&service)), expected, "{ip}");
+        }
+        // The first address of a subnet is one like any other.
+        assert!(!shown(&world.judge("v1", "10.31.0.0")).contains("InUse"));
     }
 
     #[test]

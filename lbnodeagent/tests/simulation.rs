@@ -562,6 +562,7 @@ impl World {
             kernel: &kernel(node, &this.subnets()),
             config: &NodeConfig::read(&serde_json::from_str(r#"{"detectConflicts": false}"#).unwrap()).unwrap(),
             findings: &Findings::default(),
+            reserved: &BTreeMap::new(),
         });
         this.standby.watch(now, &decided.watches);
         if let Some(wait) = look_again {

@@ -18,12 +18,13 @@ use super::{Agent, Input, RETRY};
 use crate::annotation as announcing;
 use crate::config::NodeConfig;
 use crate::conflict::Finding;
+use crate::election;
 use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
 use crate::notices;
-use crate::plan::{Placed, Plan, Verdict};
+use crate::plan::{Placed, Plan, Reason, Verdict};
 
 /// How often an entry is written again that another node keeps overwriting.
 const CONTESTED: Duration = Duration::from_secs(10);
@@ -88,8 +89,19 @@ impl Agent<'_> {
                     self.tell_conflict(key, *ip, &placed.interface, *mac);
                     continue;
                 }
+                Verdict::Nobody(Reason::InUse(user)) => {
+                    // All nodes see it: one of them says it.
+                    let members = self.members_before.iter().map(String::as_str);
+                    if election::owner(members, *ip).is_none_or(|first| first == self.settings.node) {
+                        self.tell_of_address(key, *ip, notices::in_use(*ip, *user));
+                    }
+                    continue;
+                }
                 Verdict::Unclear(_) | Verdict::Other(_) | Verdict::Nobody(_) => continue,
             };
+            if !self.told.is_empty() {
+                self.told.remove(&(about(key, *ip), notices::ADDRESS_IN_USE.to_owned()));
+            }
             if let Some(error) = failed.get(ip) {
                 self.tell_failure(key, *ip, &placed.interface, error);
                 continue;
