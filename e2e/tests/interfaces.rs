@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::{Lab, Options, wait_until};
+use e2e::{Lab, Options, stays, wait_until};
 
 const SOON: Duration = Duration::from_secs(30);
 /// By the election w11 announces both, and m stands by.
@@ -213,5 +213,48 @@ fn an_lbnodeagent_applies_to_the_nodes_it_selects() -> Result<()> {
             Ok(())
         })
         .await
+    })
+}
+
+/// A configuration that is gone or cannot be read takes no VIP away, and neither does a router.
+#[test]
+fn vips_stay_without_a_default_route_an_lbnodeagent_or_one_that_reads() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        lab.start_product().await?;
+        lab.apply(OBJECTS).await?;
+        only_on(&lab, ON_ETH0, "w11", "eth0").await?;
+        let stays_there = async |what: &str| {
+            stays(what, Duration::from_secs(3), async || {
+                let holders = lab.holders(ON_ETH0, Some("eth0")).await?;
+                ensure!(holders == ["w11"], "{what}: {holders:?}");
+                Ok(())
+            })
+            .await
+        };
+        for node in ["m", "w11", "w12"] {
+            lab.exec(node, ["ip", "route", "del", "default"]).await?;
+        }
+        stays_there("without a default route").await?;
+        let configure = async |interface: &str| {
+            let patch = format!(r#"{{"spec":{{"local":{{"localInterface":"{interface}"}}}}}}"#);
+            lab.kubectl(["patch", "lbna", "default", "-n", "purelb", "--type=merge", "-p", &patch])
+                .await
+        };
+        let told = async |reason: &str, least: usize| {
+            wait_until(&format!("{reason} is told"), SOON, async || {
+                let events = lab.kubectl(["get", "events", "-n", "purelb"]).await?;
+                ensure!(events.matches(reason).count() >= least, "{events}");
+                Ok(())
+            })
+            .await
+        };
+        configure("eth(").await?;
+        stays_there("with one that does not read").await?;
+        told("ConfigError", 3).await?;
+        configure("default").await?;
+        told("ConfigRight", 3).await?;
+        lab.kubectl(["delete", "lbna", "default", "-n", "purelb"]).await?;
+        stays_there("without an LBNodeAgent").await
     })
 }

@@ -19,6 +19,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
+use crds::lbnodeagent::LocalConfig;
 use crds::{Family, LBNodeAgent, ServiceKey};
 use daemon::{Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
@@ -253,6 +254,10 @@ struct Agent<'a> {
     /// The families in which other nodes ask this one.
     asked_in: BTreeSet<Family>,
     steadiness: Steadiness,
+    /// The interfaces of default routes.
+    usual: plan::Usual,
+    /// The configuration that was last right, and the LBNodeAgent it is of.
+    last_right: Option<(String, NodeConfig)>,
     isolation: Isolation,
     /// No other node is heard by some family, though there are some.
     is_alone: watch::Sender<bool>,
@@ -317,6 +322,8 @@ impl<'a> Agent<'a> {
             watches: Watches::new(),
             asked_in: BTreeSet::new(),
             steadiness: Steadiness::default(),
+            usual: plan::Usual::default(),
+            last_right: None,
             isolation: Isolation::default(),
             is_alone: watch::Sender::new(false),
             is_api_reachable: true,
@@ -428,6 +435,9 @@ impl<'a> Agent<'a> {
             return self.idle().await;
         };
         let mut snapshot = self.with_dummy(&config).await?;
+        let mut own = self.cluster.addresses_of(&self.settings.node);
+        own.push(self.settings.host);
+        self.usual.stand_in(&mut snapshot, &own);
         if self.is_first {
             self.claim_leftovers(&mut snapshot, &config);
         }
@@ -642,14 +652,41 @@ impl<'a> Agent<'a> {
         for (agent, error) in bad.drain(..) {
             told.push((agent.clone(), notices::misconfigured(node, &error)));
         }
+        let is_there = |title: &String| self.cluster.agents().any(|agent| config::title(agent) == *title);
+        let kept = || self.last_right.as_ref().map(|(_, config)| config.clone());
         let config = match read {
-            Some((_, Ok(config))) => Some(config),
+            Some((agent, Ok(config))) => {
+                self.last_right = Some((config::title(agent), config.clone()));
+                Some(config)
+            }
             Some((agent, Err(error))) => {
                 told.push((agent.clone(), notices::misconfigured(node, &error)));
-                None
+                kept()
             }
+            // Nobody says anything: as the LBNodeAgent that is made where there is none.
+            None if !self.cluster.agents().any(|agent| agent.spec.local.is_some()) => {
+                NodeConfig::read(&LocalConfig::default()).ok()
+            }
+            // That which applied is gone, which is not to say that none shall apply.
+            None if self.last_right.as_ref().is_some_and(|(title, _)| !is_there(title)) => kept(),
             None => None,
         };
+        // What is right again, or gone, is told anew if it comes back.
+        let is_wrong = |(title, reason): &(String, String)| {
+            let mut told = told.iter();
+            told.any(|(agent, notice)| notice.reason == reason && config::title(agent) == *title)
+        };
+        let slots = self
+            .told
+            .keys()
+            .filter(|slot| notices::OF_CONFIGURATION.contains(&&*slot.1));
+        let right: Vec<(String, String)> = slots.filter(|slot| !is_wrong(slot)).cloned().collect();
+        for slot in right {
+            self.told.remove(&slot);
+            if let Some(agent) = self.cluster.agents().find(|agent| config::title(agent) == slot.0) {
+                self.reporter.tell(agent, &notices::configured(&self.settings.node));
+            }
+        }
         for (agent, notice) in told {
             self.tell_once(config::title(&agent), &agent, notice);
         }

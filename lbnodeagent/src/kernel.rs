@@ -196,6 +196,7 @@ impl Kernel {
             addresses,
             default_routes,
             withheld: std::collections::BTreeSet::new(),
+            stand_ins: Vec::new(),
         })
     }
 

@@ -57,6 +57,17 @@ pub fn in_use(ip: IpAddr, user: User) -> Notice {
     Notice::warning(ADDRESS_IN_USE, message)
 }
 
+/// The reasons of events about what is wrong with an LBNodeAgent.
+pub const OF_CONFIGURATION: [&str; 3] = ["ConfigIgnored", "InvalidNodeSelector", "ConfigError"];
+
+/// Nothing is wrong with an LBNodeAgent any more, as this node sees it.
+pub fn configured(node: &str) -> Notice {
+    Notice::normal(
+        "ConfigRight",
+        format!("node {node} finds nothing wrong with this any more"),
+    )
+}
+
 /// What is wrong with an LBNodeAgent, as this node sees it.
 pub fn misconfigured(node: &str, error: &ConfigError) -> Notice {
     match error {
@@ -64,7 +75,9 @@ pub fn misconfigured(node: &str, error: &ConfigError) -> Notice {
         ConfigError::Selector(_) => Notice::warning("InvalidNodeSelector", error.to_string()),
         ConfigError::Pattern { .. } => Notice::warning(
             "ConfigError",
-            format!("invalid configuration: node {node} is announcing nothing until this is fixed: {error}"),
+            format!(
+                "invalid configuration: node {node} goes on with what was last right, if anything, until this is fixed: {error}"
+            ),
         ),
     }
 }
@@ -135,8 +148,8 @@ mod tests {
                 misconfigured("w11", &unreadable),
                 Kind::Warning,
                 "ConfigError",
-                "invalid configuration: node w11 is announcing nothing until this is fixed: localInterface \"eth(\" is \
-                 neither default nor a regular expression (error: unclosed group)",
+                "invalid configuration: node w11 goes on with what was last right, if anything, until this is fixed: \
+                 localInterface \"eth(\" is neither default nor a regular expression (error: unclosed group)",
             ),
         ] {
             assert_eq!((notice.kind, notice.reason), (kind, reason), "{message}");

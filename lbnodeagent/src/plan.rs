@@ -23,7 +23,7 @@ use crate::neighbor::frame::Mac;
 use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
 use interfaces::Offers;
-pub use interfaces::{macs, subnets};
+pub use interfaces::{Usual, macs, subnets};
 use vip::Vip;
 
 /// A Service with addresses of ours.
@@ -756,6 +756,40 @@ mod tests {
             "eth0 eth1",
             "never the dummy"
         );
+    }
+
+    #[test]
+    fn without_a_default_route_its_last_interface_stands_in_and_then_those_of_the_nodes_addresses() {
+        let names = |kernel: &Snapshot| {
+            let config = NodeConfig::read(&serde_json::from_value(json!({})).unwrap()).unwrap();
+            let of = |family| {
+                interfaces(kernel, &config, family)
+                    .into_iter()
+                    .map(|link| link.name.clone())
+            };
+            of(Family::V4).chain(of(Family::V6)).collect::<Vec<_>>().join(" ")
+        };
+        let without_routes = |usual: &mut Usual, own: &str| {
+            let mut kernel = kernel();
+            kernel.default_routes.clear();
+            usual.stand_in(&mut kernel, &[own.parse().unwrap()]);
+            names(&kernel)
+        };
+        let nobodys = "192.0.2.1";
+        let mut usual = Usual::default();
+        assert_eq!(without_routes(&mut usual, nobodys), "");
+        assert_eq!(
+            without_routes(&mut usual, "10.31.188.11"),
+            "eth0 eth0",
+            "for both families"
+        );
+        usual.stand_in(&mut kernel(), &[]);
+        assert_eq!(without_routes(&mut usual, nobodys), "eth0 eth0");
+        assert_eq!(without_routes(&mut usual, "172.16.0.11"), "eth0 eth1 eth0 eth1");
+        let mut kernel = kernel();
+        kernel.default_routes[0].link = 3;
+        usual.stand_in(&mut kernel, &["10.31.188.11".parse().unwrap()]);
+        assert_eq!(names(&kernel), "eth1 eth0", "while there is a route it counts alone");
     }
 
     #[test]

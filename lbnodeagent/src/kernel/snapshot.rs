@@ -143,6 +143,8 @@ pub struct Snapshot {
     pub addresses: Vec<Address>,
     /// The default routes of the main table, in the kernel's order.
     pub default_routes: Vec<DefaultRoute>,
+    /// Links that stand in for that of a default route which is gone, in the order they are tried.
+    pub stand_ins: Vec<(Family, u32)>,
     /// Subnets that links do not offer for now, see `steadiness`.
     pub withheld: BTreeSet<(u32, IpNet)>,
 }

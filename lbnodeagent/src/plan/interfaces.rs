@@ -72,11 +72,46 @@ impl Offers {
     }
 }
 
+/// The interfaces that default routes were last seen on: a router that goes takes no VIP with it.
+#[derive(Clone, Debug, Default)]
+pub struct Usual(BTreeMap<Family, u32>);
+
+impl Usual {
+    /// Takes note of the interfaces of default routes. Where a family has none, its last one stands in, and then those that
+    /// have one of the node's addresses, `own`: no bridge or tunnel of Pods does.
+    pub fn stand_in(&mut self, kernel: &mut Snapshot, own: &[IpAddr]) {
+        for family in [Family::V4, Family::V6] {
+            if let Some(link) = kernel.default_interface(family) {
+                self.0.insert(family, link.index);
+                continue;
+            }
+            let carriers = kernel
+                .addresses
+                .iter()
+                .filter(|address| !address.is_ours && own.contains(&address.ip));
+            let links = self
+                .0
+                .get(&family)
+                .copied()
+                .into_iter()
+                .chain(carriers.map(|address| address.link));
+            let stand_ins: Vec<_> = links.map(|link| (family, link)).collect();
+            kernel.stand_ins.extend(stand_ins);
+        }
+    }
+}
+
 /// The interfaces of this node that may hold local VIPs of a family, in the order they are tried: up and
 /// with a carrier, never the dummy.
 pub(super) fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
     let mut links: Vec<&Link> = match &config.local {
-        Choice::Default => kernel.default_interface(family).into_iter().collect(),
+        Choice::Default => match kernel.default_interface(family) {
+            Some(link) => vec![link],
+            None => {
+                let stand_ins = kernel.stand_ins.iter().filter(|(of, _)| *of == family);
+                stand_ins.filter_map(|(_, index)| kernel.link(*index)).collect()
+            }
+        },
         Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
     };
     links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
