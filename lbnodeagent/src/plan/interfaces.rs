@@ -105,13 +105,11 @@ impl Usual {
 /// with a carrier, never the dummy.
 pub(super) fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: Family) -> Vec<&'a Link> {
     let mut links: Vec<&Link> = match &config.local {
-        Choice::Default => match kernel.default_interface(family) {
-            Some(link) => vec![link],
-            None => {
-                let stand_ins = kernel.stand_ins.iter().filter(|(of, _)| *of == family);
-                stand_ins.filter_map(|(_, index)| kernel.link(*index)).collect()
-            }
-        },
+        Choice::Default => {
+            let stand_ins = kernel.stand_ins.iter().filter(|(of, _)| *of == family);
+            let stand_ins = stand_ins.filter_map(|(_, index)| kernel.link(*index));
+            kernel.default_interface(family).into_iter().chain(stand_ins).collect()
+        }
         Choice::Matching(pattern) => kernel.links_matching(|name| pattern.is_match(name)).collect(),
     };
     links.extend(config.extra.iter().filter_map(|name| kernel.link_named(name)));
