@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
-use k8s_openapi::api::core::v1::ServiceAccount;
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Node as NodeObject, ServiceAccount};
 use kube::api::PostParams;
 use kube::{Api, Client};
 
@@ -348,9 +348,19 @@ impl Lab {
 
     /// A kubeconfig with a token of a `ServiceAccount`, a path for programs that run in the lab.
     pub async fn service_account_kubeconfig(&self, namespace: &str, name: &str) -> Result<String> {
+        let config = self.service_account_config(namespace, name, None).await?;
+        self.keep_kubeconfig(&format!("{namespace}-{name}"), &config)
+    }
+
+    /// The same with a token that names a node, as that of a Pod on it does (KEP-4193).
+    pub async fn node_kubeconfig(&self, namespace: &str, name: &str, node: &str) -> Result<String> {
+        let config = self.service_account_config(namespace, name, Some(node)).await?;
+        self.keep_kubeconfig(&format!("{namespace}-{name}-{node}"), &config)
+    }
+
+    fn keep_kubeconfig(&self, name: &str, config: &str) -> Result<String> {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let config = self.service_account_config(namespace, name).await?;
-        let path = format!("/run/lab/{namespace}-{name}.kubeconfig");
+        let path = format!("/run/lab/{name}.kubeconfig");
         // Whoever reads the one of a call before must not find it half written.
         let unfinished = self.outside(&format!("{path}.{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
         std::fs::write(&unfinished, config)
@@ -361,13 +371,31 @@ impl Lab {
 
     /// A client of the API server with the rights of a `ServiceAccount`.
     pub async fn service_account_client(&self, namespace: &str, name: &str) -> Result<Client> {
-        control_plane::client(&self.service_account_config(namespace, name).await?).await
+        control_plane::client(&self.service_account_config(namespace, name, None).await?).await
     }
 
-    async fn service_account_config(&self, namespace: &str, name: &str) -> Result<String> {
+    /// The same with a token that names a node, as that of a Pod on it does (KEP-4193).
+    pub async fn node_client(&self, namespace: &str, name: &str, node: &str) -> Result<Client> {
+        control_plane::client(&self.service_account_config(namespace, name, Some(node)).await?).await
+    }
+
+    async fn service_account_config(&self, namespace: &str, name: &str, node: Option<&str>) -> Result<String> {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
+        let bound_object_ref = match node {
+            Some(node) => {
+                let node = Api::<NodeObject>::all(self.client()).get(node).await?;
+                Some(BoundObjectReference {
+                    api_version: Some("v1".into()),
+                    kind: Some("Node".into()),
+                    name: node.metadata.name,
+                    uid: node.metadata.uid,
+                })
+            }
+            None => None,
+        };
         let request = TokenRequest {
             spec: TokenRequestSpec {
+                bound_object_ref,
                 expiration_seconds: Some(24 * 3600),
                 ..TokenRequestSpec::default()
             },
@@ -497,7 +525,7 @@ impl Lab {
             for what in [
                 "nodes,services,endpointslices,pods",
                 "events",
-                "servicegroups,lbnodeagents",
+                "servicegroups,lbnodeagents,lbnodes",
             ] {
                 let program = self.kubectl_program(["--request-timeout=5s", "get", what, "-A", "-o", "wide"]);
                 add(format!("kubectl get {what}"), self.output(ROOT, program).await);

@@ -103,7 +103,7 @@ impl Lab {
     pub async fn start_agent_with(&self, node: &str, environment: &[(&str, &str)]) -> Result<Process> {
         let node = self.node(node)?;
         let program = own_binary("lbnodeagent")?;
-        let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "lbnodeagent").await?;
+        let kubeconfig = self.node_kubeconfig(NAMESPACE, "lbnodeagent", &node.name).await?;
         let keys = wait_until("there is a memberlist key", Duration::from_secs(20), || {
             self.members_keys()
         })

@@ -1,0 +1,5 @@
+//! What strangers may do: authors of Services, hosts on the network, Pods, single nodes. Each test is an attack, and passes when
+//! nobody else notices.
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+mod admission;
