@@ -1,8 +1,9 @@
-//! The LBNode: what a node's agent says, in one object per node.
+//! The `LBNode`: what a node's agent says, in one object per node.
 //!
 //! It is named as its node and lies in the install namespace. Only that node's agent writes it, the allocator reads it; nobody
 //! has to look at it for an address to fail over. It is bounded: an agent lists at most [`MOST_VIPS`] addresses and
 //! [`MOST_MOVES`] moves, and every text is cut at [`MOST_TEXT`] bytes.
+#![allow(clippy::duplicated_attributes, reason = "two columns may have one type")]
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a block of its own")]
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -10,13 +11,13 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How many addresses an LBNode lists of each kind at most.
+/// How many addresses an `LBNode` lists of each kind at most.
 pub const MOST_VIPS: usize = 10_000;
 /// How many of the last moves it lists at most.
 pub const MOST_MOVES: usize = 50;
 /// How many bytes each text in it has at most.
 pub const MOST_TEXT: usize = 512;
-/// How often an agent writes its LBNode though nothing has changed, so that one that is silent is noticed: seconds.
+/// How often an agent writes its `LBNode` though nothing has changed, so that one that is silent is noticed: seconds.
 pub const RENEW_SECONDS: u64 = 60;
 
 /// What a node's agent says of itself. Nobody writes one by hand.
