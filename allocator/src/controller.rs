@@ -37,6 +37,7 @@ use crate::decide::{Grant, Policy, decide, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
 use crate::ipam::Access;
 use crate::ledger::{Claim, Conflict, Ledger};
+use crate::lint;
 use crate::metrics::Metrics;
 use crate::notices;
 use crate::patch::{assignment, guarded, load_balancer, withdrawal};
@@ -362,7 +363,9 @@ impl Controller {
             return;
         };
         self.note_reservations(key, &service);
-        match request::read(&service, self.settings.is_default) {
+        let reading = request::read(&service, self.settings.is_default);
+        self.remark(key, &service, &reading);
+        match reading {
             _ if external::is_leaving(&service) => self.give_back(key, &service, &notices::leaving()),
             Reading::NotOurs => {
                 self.waiting.remove(key);
@@ -374,6 +377,24 @@ impl Controller {
             Reading::Wants(request) => self.serve(&service, &request),
         }
         self.settle(key);
+    }
+
+    /// Tells the author of a Service what it says in a wrong word. What was told before this process started is no news.
+    fn remark(&mut self, key: &ServiceKey, service: &Service, reading: &Reading) {
+        let remark = match reading {
+            Reading::Wants(_) | Reading::Invalid(..) => lint::annotations(service),
+            Reading::NotOurs => lint::class(service),
+            Reading::OtherType(_) => None,
+        };
+        match remark {
+            Some(remark) if self.is_starting => self.told.entry(key.clone()).or_default().push(remark),
+            Some(remark) => self.tell_once(key, service, remark),
+            None => {
+                if let Some(told) = self.told.get_mut(key) {
+                    told.retain(|notice| notice.reason != lint::REASON);
+                }
+            }
+        }
     }
 
     fn serve(&mut self, service: &Service, request: &Request) {

@@ -14,6 +14,7 @@ pub mod groups;
 pub mod ipam;
 pub mod lease;
 pub mod ledger;
+pub mod lint;
 pub mod metrics;
 pub mod namespaces;
 pub mod notices;

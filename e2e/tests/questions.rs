@@ -90,6 +90,7 @@ fn what_the_page_of_questions_answers() -> Result<()> {
         from_inside(&lab).await?;
         source_ranges(&lab).await?;
         same_address_again(&lab).await?;
+        wrong_words(&lab).await?;
         product.allocator.check()?;
         lab.check_processes()
     })
@@ -148,6 +149,46 @@ async fn same_address_again(lab: &Lab) -> Result<()> {
     lab.apply(OBJECTS).await?;
     has_address(lab, "web", |ip| ip == "10.31.200.7").await?;
     answers(lab, "client", "10.31.200.7").await
+}
+
+/// What is asked for in a wrong word is told, and told again when it comes back.
+async fn wrong_words(lab: &Lab) -> Result<()> {
+    let told = async |service: &str, sentence: &str, times: usize| {
+        wait_until(&format!("{service} is told: {sentence}"), SOON, async || {
+            let of = format!("regarding.name={service},reason=AnnotationIgnored");
+            let path = "jsonpath={range .items[*]}{.note}{\"\\n\"}{end}";
+            let notes = lab
+                .kubectl(["get", "events.events.k8s.io", "--field-selector", &of, "-o", path])
+                .await?;
+            let count = notes.lines().filter(|note| note.contains(sentence)).count();
+            ensure!(count == times, "{count} times: {notes}");
+            Ok(())
+        })
+        .await
+    };
+    let misspelt = "nothing reads the annotation purelb.io/service-groups: is purelb.io/service-group meant?";
+    annotate(lab, "dns", "purelb.io/service-groups=routed").await?;
+    told("dns", misspelt, 1).await?;
+    annotate(lab, "dns", "purelb.io/service-groups-").await?;
+    annotate(lab, "dns", "metallb.universe.tf/address-pool=routed").await?;
+    told(
+        "dns",
+        "is MetalLB's and is not read here: use purelb.io/service-group",
+        1,
+    )
+    .await?;
+    annotate(lab, "dns", "purelb.io/service-groups=routed").await?;
+    told("dns", misspelt, 2).await?;
+    annotate(lab, "dns-tcp", "purelb.io/multi-pool=yes").await?;
+    told("dns-tcp", "it has to be \"true\" or \"false\"", 1).await?;
+    let almost = "
+apiVersion: v1
+kind: Service
+metadata: {name: almost}
+spec: {type: LoadBalancer, loadBalancerClass: purelb.io/purelbv3, ports: [{port: 80}]}
+";
+    lab.apply(almost).await?;
+    told("almost", "\"purelb.io/purelbv3\" is no class of ours", 1).await
 }
 
 async fn annotate(lab: &Lab, service: &str, annotation: &str) -> Result<String> {

@@ -14,6 +14,8 @@ use k8s_openapi::jiff::Timestamp;
 use kube::{Resource, ResourceExt};
 use serde::Deserialize;
 
+use crate::lint;
+
 /// Every annotation of ours, and of PureLB, begins with this.
 const OURS: &str = "purelb.io/";
 
@@ -48,7 +50,7 @@ struct Metadata {
 impl From<Wire> for Slim {
     fn from(wire: Wire) -> Self {
         let mut annotations = wire.metadata.annotations.unwrap_or_default();
-        annotations.retain(|key, _| key.starts_with(OURS));
+        annotations.retain(|key, _| key.starts_with(OURS) || lint::is_foreign(key));
         let metadata = ObjectMeta {
             name: wire.metadata.name,
             namespace: wire.metadata.namespace,
