@@ -53,7 +53,7 @@ impl Errand {
     }
 }
 
-/// Applies both definitions on the server's side. It needs the right to patch the two, and no other.
+/// Applies the definitions on the server's side. It needs the right to patch them, and to create those that are new.
 async fn upgrade_crds(client: Client) -> anyhow::Result<()> {
     let api: Api<CustomResourceDefinition> = Api::all(client);
     // Helm and kubectl wrote them before: theirs gives way.

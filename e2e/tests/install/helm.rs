@@ -104,6 +104,8 @@ async fn upgrade(lab: &Lab) -> Result<()> {
     lab.kubectl(["patch", "crd", "servicegroups.purelb.io", "--type=json", "-p", without])
         .await?;
     ensure!(shown().await?.is_empty(), "the definition of before has no columns");
+    // One that the version of before did not have.
+    lab.kubectl(["delete", "crd", "lbnodes.purelb.io"]).await?;
     let arguments = [
         "upgrade",
         "purelb",
@@ -120,6 +122,9 @@ async fn upgrade(lab: &Lab) -> Result<()> {
         "the definition was not upgraded: {}",
         shown().await?
     );
+    lab.kubectl(["get", "crd", "lbnodes.purelb.io"])
+        .await
+        .context("the definition that is new was not made")?;
     let left = lab.kubectl(["get", "job,clusterrole", "-A", "-o", "name"]).await?;
     ensure!(
         !left.contains("crds"),

@@ -32,6 +32,7 @@ async fn applied_once_and_again(lab: &Lab) -> Result<()> {
     for line in [
         "namespace/purelb",
         "customresourcedefinition.apiextensions.k8s.io/lbnodeagents.purelb.io",
+        "customresourcedefinition.apiextensions.k8s.io/lbnodes.purelb.io",
         "customresourcedefinition.apiextensions.k8s.io/servicegroups.purelb.io",
         "serviceaccount/allocator",
         "serviceaccount/lbnodeagent",
@@ -88,7 +89,7 @@ async fn everything_runs(lab: &Lab) -> Result<()> {
         "{shown}"
     );
     let crds = lab.kubectl(["get", "crd", "-o", "name"]).await?;
-    for name in ["lbnodeagents.purelb.io", "servicegroups.purelb.io"] {
+    for name in ["lbnodeagents.purelb.io", "lbnodes.purelb.io", "servicegroups.purelb.io"] {
         ensure!(crds.lines().any(|line| line.ends_with(name)), "{crds}");
     }
     Ok(())
