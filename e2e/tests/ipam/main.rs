@@ -93,9 +93,12 @@ impl<'a> Sides<'a> {
         Ok(())
     }
 
+    /// Deletes a Service, unless it has gone by itself meanwhile.
     async fn delete(&self, name: &str) -> Result<()> {
-        self.api.delete(name, &DeleteParams::default()).await?;
-        Ok(())
+        match self.api.delete(name, &DeleteParams::default()).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            result => Ok(result.map(drop)?),
+        }
     }
 
     async fn has(&self, name: &str, expected: &[&str]) -> Result<()> {

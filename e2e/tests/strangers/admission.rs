@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use crds::{LBNode, LBNodeSpec};
 use e2e::{Lab, Options, ProxyMode, wait_until};
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt};
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -183,6 +183,8 @@ fn an_agent_writes_the_lbnode_of_its_own_node_only_and_no_service() -> Result<()
         let (own, other) = (&lab.node("m")?.name, &lab.node("w11")?.name);
         let client = lab.node_client("purelb", "lbnodeagent", own).await?;
         let nodes = Api::<LBNode>::namespaced(client.clone(), "purelb");
+        // The garbage collector deletes what belongs to a Node that is none.
+        let uid = Api::<Node>::all(lab.client()).get(own).await?.uid().unwrap_or_default();
         let object = |name: &str, owner: Option<(&str, &str, &str)>| {
             let mut node = LBNode::new(name, LBNodeSpec::default());
             node.metadata.owner_references = owner.map(|(kind, version, name)| {
@@ -190,7 +192,7 @@ fn an_agent_writes_the_lbnode_of_its_own_node_only_and_no_service() -> Result<()
                     api_version: version.into(),
                     kind: kind.into(),
                     name: name.into(),
-                    uid: "0-0".into(),
+                    uid: uid.clone(),
                     ..OwnerReference::default()
                 }]
             });
