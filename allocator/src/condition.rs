@@ -3,8 +3,7 @@
 //! `status.conditions` of every Service we handle has one entry of type [`TYPE`]: `True` when it has what it
 //! asks for, `False` with a reason for programs and a sentence for people when it does not. It is written
 //! together with the address, or alone when there is none to write. What it says already is not said again:
-//! it is also the memory of what the Service's author was told, which a restart does not lose. A Service that
-//! has what it asks for and carries no condition (another version served it) is left as it is.
+//! it is also the memory of what the Service's author was told, which a restart does not lose.
 //!
 //! | status | reason | |
 //! |---|---|---|
@@ -17,12 +16,15 @@
 //! | `False` | `NamespaceDenied`, `AmbiguousNamespaceDefault` | the group is not for this namespace |
 //! | `False` | `ProviderUnavailable`, `ProviderRefused`, `ProviderMistaken` | who gives out the group's addresses does not answer, says no, or answers what cannot be |
 //! | `False` | `MultiPoolRefused` | multi-pool does not go with what else is asked for |
+//! | `False` | `StatusOverwritten` | another controller writes into its status, which is left alone |
 
+use std::net::IpAddr;
+
+use crds::record::{self, replacing};
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use crate::refusal::Refusal;
+use crate::refusal::{LISTED, Refusal};
 
 /// Type of the condition.
 pub const TYPE: &str = "purelb.io/Allocated";
@@ -72,6 +74,17 @@ impl Saying {
         }
     }
 
+    /// Another controller has written `others` where `ours` are to be.
+    pub fn overwritten(others: &[String], ours: &[IpAddr]) -> Self {
+        let message = overwritten(others, ours);
+        Self {
+            is_true: false,
+            reason: "StatusOverwritten",
+            cause: message.clone(),
+            message,
+        }
+    }
+
     const fn status(&self) -> &'static str {
         if self.is_true { "True" } else { "False" }
     }
@@ -83,40 +96,58 @@ impl Saying {
         })
     }
 
-    /// The Service's conditions with this one in them; others' stay as they are.
-    pub fn among_others(&self, service: &Service) -> Vec<Condition> {
-        let since = ours(service)
-            .filter(|known| known.status == self.status())
-            .map(|known| known.last_transition_time.clone());
-        let mut conditions = others(service);
-        conditions.push(Condition {
-            type_: TYPE.into(),
-            status: self.status().into(),
-            reason: self.reason.into(),
-            message: self.message.clone(),
-            last_transition_time: since.unwrap_or_else(|| Time(Timestamp::now())),
-            observed_generation: None,
-        });
-        conditions
+    /// The condition: the one that the Service has where that says so already.
+    pub fn condition(&self, service: &Service) -> Condition {
+        match ours(service) {
+            Some(known) if self.is_said(service) => known.clone(),
+            _ => replacing(service, TYPE, self.is_true, self.reason, self.message.clone()),
+        }
     }
+}
+
+/// What is said where another controller has written `others` into a status where `ours` are to be.
+pub(crate) fn overwritten(others: &[String], ours: &[IpAddr]) -> String {
+    let ours: Vec<String> = ours.iter().map(ToString::to_string).collect();
+    format!(
+        "another controller wrote {} into the status, where {} was: K3s' servicelb does so (switch it off with \
+         --disable=servicelb, or set spec.loadBalancerClass). The entry is left alone, and the address is kept for this \
+         Service: it comes back when the entry is gone",
+        some(others),
+        ours.join(" and ")
+    )
+}
+
+/// The first of many, so that a sentence stays one.
+pub(crate) fn some(texts: &[String]) -> String {
+    let more = if texts.len() > LISTED { ", …" } else { "" };
+    let texts: Vec<&str> = texts.iter().take(LISTED).map(String::as_str).collect();
+    format!("{}{more}", texts.join(", "))
 }
 
 /// Our condition of a Service.
 pub fn ours(service: &Service) -> Option<&Condition> {
-    all(service).find(|condition| condition.type_ == TYPE)
+    record::condition(service, TYPE)
 }
 
-/// The conditions of a Service that are not ours.
-pub fn others(service: &Service) -> Vec<Condition> {
-    all(service)
-        .filter(|condition| condition.type_ != TYPE)
-        .cloned()
-        .collect()
-}
-
-fn all(service: &Service) -> impl Iterator<Item = &Condition> {
-    let status = service.status.iter();
-    status.filter_map(|status| status.conditions.as_ref()).flatten()
+/// A Service's conditions with `new` in the place of those of their types and without those of the types in `gone`; others' stay.
+/// `None` where that changes nothing.
+pub fn replaced(service: &Service, new: Vec<Condition>, gone: &[&str]) -> Option<Vec<Condition>> {
+    let known = service
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    let known: Vec<&Condition> = known.collect();
+    let mut conditions: Vec<Condition> = Vec::with_capacity(known.len() + new.len());
+    for condition in known.iter().filter(|known| !gone.contains(&known.type_.as_str())) {
+        let replacement = new.iter().find(|new| new.type_ == condition.type_);
+        conditions.push(replacement.unwrap_or(condition).clone());
+    }
+    for new in new {
+        if conditions.iter().all(|known| known.type_ != new.type_) {
+            conditions.push(new);
+        }
+    }
+    (!known.iter().copied().eq(&conditions)).then_some(conditions)
 }
 
 #[cfg(test)]
@@ -124,6 +155,7 @@ mod tests {
     use super::*;
     use crate::ledger::tests::service;
     use crds::Family;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
     fn exhausted(used: u64) -> Saying {
         Saying::refused(&Refusal::Exhausted {
@@ -140,8 +172,8 @@ mod tests {
             {"type": "Other", "status": "True", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-01T00:00:00Z"}
         ]}}))
         .unwrap();
-        let conditions = saying.among_others(&object);
-        object.status.as_mut().unwrap().conditions = Some(conditions);
+        let conditions = replaced(&object, vec![saying.condition(&object)], &[]);
+        object.status.as_mut().unwrap().conditions = conditions;
         object
     }
 
@@ -161,14 +193,16 @@ mod tests {
 
     #[test]
     fn other_conditions_stay_and_the_time_is_that_of_the_last_change_of_status() {
-        let object = says(&exhausted(3));
-        assert_eq!(others(&object).len(), 1);
         let mut object = says(&exhausted(3));
         let old = Time("2026-01-01T00:00:00Z".parse().unwrap());
         object.status.as_mut().unwrap().conditions.as_mut().unwrap()[1].last_transition_time = old.clone();
-        let refused = Saying::refused(&Refusal::MultiPoolShared).among_others(&object);
+        let with = |saying: Saying| replaced(&object, vec![saying.condition(&object)], &[]);
+        let refused = with(Saying::refused(&Refusal::MultiPoolShared)).unwrap();
         assert_eq!((refused.len(), &refused[1].last_transition_time), (2, &old));
-        let assigned = Saying::assigned(&["g".into()]).among_others(&object);
+        let assigned = with(Saying::assigned(&["g".into()])).unwrap();
         assert_ne!(assigned[1].last_transition_time, old);
+        assert_eq!(with(exhausted(4)), None, "how many are in use is no news");
+        let without = replaced(&object, Vec::new(), &[TYPE]).unwrap();
+        assert_eq!((without.len(), without[0].type_.as_str()), (1, "Other"));
     }
 }

@@ -16,7 +16,8 @@ use std::net::IpAddr;
 
 use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
-use crds::service::{annotation, ingress, is_load_balancer, is_ours};
+use crds::record;
+use crds::service::{annotation, ingress, is_load_balancer};
 use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, annotations};
 use daemon::{Change, Mirror, Ready, Reporter};
 use k8s_openapi::api::core::v1::Service;
@@ -33,14 +34,15 @@ use crate::condition::Saying;
 use crate::controller::external::External;
 use crate::controller::slim::{Packed, Slim};
 use crate::controller::writes::{Granted, Part, Written};
-use crate::decide::{Grant, Policy, decide, traffic_policy};
+use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
 use crate::ipam::Access;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::lint;
 use crate::metrics::Metrics;
 use crate::notices;
-use crate::patch::{assignment, guarded, load_balancer, withdrawal};
+use crate::patch::{assignment, statement, withdrawal};
+use crate::record::{Standing, is_anothers};
 use crate::refusal::Refusal;
 use crate::request::{self, Reading, Request};
 
@@ -121,6 +123,8 @@ struct Controller {
     waiting: BTreeSet<ServiceKey>,
     /// Whether there may be room for one of them.
     made_room: bool,
+    /// Services in whose status another controller has a say.
+    foreign: HashSet<ServiceKey>,
     /// What each Service was last told, so that nothing is said twice for the same cause.
     told: HashMap<ServiceKey, Vec<Notice>>,
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
@@ -166,6 +170,7 @@ impl Controller {
             granted: HashMap::new(),
             waiting: BTreeSet::new(),
             made_room: false,
+            foreign: HashSet::new(),
             told: HashMap::new(),
             statuses: BTreeMap::new(),
             status_due: None,
@@ -244,6 +249,7 @@ impl Controller {
         self.told.remove(key);
         self.failures.remove(key);
         self.granted.remove(key);
+        self.foreign.remove(key);
         let held = self.ledger.addresses_of(key).to_vec();
         if self.ledger.release(key) {
             tracing::info!(service = %key, addresses = ?held, cause = "service deleted", "released");
@@ -286,10 +292,16 @@ impl Controller {
         if self.writing.contains_key(key) || !is_load_balancer(&service) {
             return Vec::new();
         }
-        let held = ingress(&service);
-        if held.is_empty() {
+        let standing = self.standing(&service);
+        let was_foreign = self.foreign.remove(key);
+        if standing.is_shared() {
+            self.foreign.insert(key.clone());
+        }
+        // What was taken from both the record and the status is known here still, and put back.
+        if standing == Standing::Bare && !was_foreign && !is_anothers(&service) {
             return Vec::new();
         }
+        let held = standing.in_use();
         let claim = request::claim(&service);
         let rivals = held.iter().flat_map(|ip| self.ledger.rivals(*ip, key, &claim));
         let rivals = rivals.cloned().collect();
@@ -300,15 +312,25 @@ impl Controller {
         rivals
     }
 
-    /// The addresses of a Service that an older Service, or one that is not ours, holds as well and does not
-    /// share. The older Service keeps the address. The younger one gets another in the same PATCH, so that it is
-    /// never without one. Where there is none to get, it keeps the address if all ports differ, for then both
-    /// work; where they do not it gives the address up and waits, so that it takes no traffic that is the older
-    /// Service's. In all three cases it is told.
-    fn contested(&self, key: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
+    fn standing(&self, service: &Service) -> Standing {
+        let is_served = !matches!(request::read(service, self.settings.is_default), Reading::NotOurs);
+        Standing::of(service, &self.ledger, is_served)
+    }
+
+    /// The addresses of a Service that another holds as well and does not share, who goes first: one that is not ours, one that
+    /// has it in its record where this Service is yet to be adopted, or else an older one. It keeps the address. This Service
+    /// gets another in the same PATCH, so that it is never without one. Where there is none to get, it keeps the address if all
+    /// ports differ, for then both work; where they do not it gives the address up and waits, so that it takes no traffic that
+    /// is the other's. In all three cases it is told.
+    fn contested(&self, service: &Service, key: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
+        let is_recorded = record::Granted::read(service).is_some();
         self.ledger.contested(key, claim, |rival| {
-            let is_foreign = self.service(rival).is_some_and(|service| !is_ours(&service));
-            is_foreign || self.age(rival) < self.age(key)
+            // Another controller's, or a host outside the cluster.
+            let Some(holder) = self.service(rival).filter(|_| !self.foreign.contains(rival)) else {
+                return true;
+            };
+            let recorded = record::Granted::read(&holder).is_some();
+            (recorded && !is_recorded) || (recorded == is_recorded && self.age(rival) < self.age(key))
         })
     }
 
@@ -369,11 +391,17 @@ impl Controller {
             _ if external::is_leaving(&service) => self.give_back(key, &service, &notices::leaving()),
             Reading::NotOurs => {
                 self.waiting.remove(key);
+                // Without a class it may have been ours before it was decided that those are not.
+                if is_anothers(&service) {
+                    self.disown(key, &service);
+                }
             }
             Reading::OtherType(type_) => self.give_back(key, &service, &notices::released(&type_)),
-            Reading::Invalid(key, refusal) => self.refuse(&key, &service, &refusal, None),
-            // Another controller's address, or one set by hand: it stays.
-            Reading::Wants(_) if !ingress(&service).is_empty() && !is_ours(&service) => {}
+            Reading::Invalid(..) | Reading::Wants(_) if self.foreign.contains(key) => self.stand_aside(key, &service),
+            Reading::Invalid(key, refusal) => {
+                let keeps = self.ledger.addresses_of(&key).to_vec();
+                self.refuse(&key, &service, &refusal, keeps);
+            }
             Reading::Wants(request) => self.serve(&service, &request),
         }
         self.settle(key);
@@ -401,7 +429,7 @@ impl Controller {
         let key = &request.service;
         self.heed_strangers(service, request);
         let held = self.ledger.addresses_of(key).to_vec();
-        let contested = self.contested(key, &request.claim);
+        let contested = self.contested(service, key, &request.claim);
         let mut current = held.clone();
         current.retain(|ip| !contested.contains_key(ip));
         self.forget_old_trouble(request);
@@ -413,9 +441,12 @@ impl Controller {
             Err(refusal) => {
                 self.tell_of_conflicts(key, service, &contested, &[]);
                 let mut current = held;
-                current.retain(|ip| contested.get(ip).is_none_or(|conflict| conflict.is_bearable));
+                // One that another has in its record is not adopted.
+                let is_recorded = record::Granted::read(service).is_some();
+                let is_bearable = |conflict: &Conflict| conflict.is_bearable && is_recorded;
+                current.retain(|ip| contested.get(ip).is_none_or(is_bearable));
                 let made_room = self.ledger.hold(key, &current, &request.claim);
-                self.refuse(key, service, &refusal, Some(&current));
+                self.refuse(key, service, &refusal, current);
                 if made_room {
                     self.usage_changed();
                     self.reconcile_waiting();
@@ -433,7 +464,7 @@ impl Controller {
             self.usage_changed();
         }
         self.tell_of_conflicts(key, service, &contested, &grant.addresses);
-        if let Some(patch) = assignment(service, request, &grant) {
+        if let Some(patch) = assignment(service, request.re_evaluate, &grant) {
             for remark in external::remarks(&self.ledger, request, &grant) {
                 self.tell_once(key, service, remark.clone());
             }
@@ -442,7 +473,8 @@ impl Controller {
             {
                 self.tell_once(key, service, notices::incomplete(refusal));
             }
-            if ingress(service) != grant.addresses {
+            // What is put back is no news, nor what is tried again.
+            if held != grant.addresses {
                 let group = grant.groups.first().and_then(|name| self.ledger.group(name));
                 let is_balanced = group.is_some_and(|group| group.balance_pools) && request.claim.sharing_key.is_none();
                 self.metrics.granted(&grant, is_balanced);
@@ -506,38 +538,67 @@ impl Controller {
         }
     }
 
-    /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps,
-    /// where it is known.
-    fn refuse(&mut self, key: &ServiceKey, service: &Service, refusal: &Refusal, keeps: Option<&[IpAddr]>) {
+    /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps.
+    fn refuse(&mut self, key: &ServiceKey, service: &Service, refusal: &Refusal, keeps: Vec<IpAddr>) {
         self.waiting.insert(key.clone());
         let saying = Saying::refused(refusal);
-        let withdrawn = keeps.filter(|keeps| is_ours(service) && ingress(service) != *keeps);
-        if saying.is_said(service) && withdrawn.is_none() {
-            return;
-        }
         if !saying.is_said(service) {
             let asked = annotation(service, annotations::SERVICE_GROUP);
             self.metrics.rejected(refusal, asked);
             self.tell_once(key, service, notices::refused(service, refusal));
         }
-        let mut status = json!({"conditions": saying.among_others(service)});
-        if let (Some(keeps), Some(status)) = (withdrawn, status.as_object_mut()) {
-            status.insert("loadBalancer".into(), load_balancer(keeps));
+        let keeps = keep(&self.ledger, key, keeps);
+        if let Some(patch) = statement(service, &keeps, &saying, false) {
+            self.write(key.clone(), Part::Status, patch);
         }
-        self.write(
-            key.clone(),
-            Part::Status,
-            guarded(service, &BTreeMap::new(), Some(status)),
-        );
+    }
+
+    /// Leaves a Service alone in whose status another controller has a say: writing against it would go to and fro. Where ours
+    /// were there the Service says so.
+    fn stand_aside(&mut self, key: &ServiceKey, service: &Service) {
+        match self.standing(service) {
+            Standing::Overwritten { ours, others } => {
+                self.waiting.insert(key.clone());
+                let saying = Saying::overwritten(&others, &ours);
+                if !saying.is_said(service) {
+                    self.tell_once(key, service, notices::overwritten(&others, &ours));
+                }
+                let keeps = keep(&self.ledger, key, ours);
+                if let Some(patch) = statement(service, &keeps, &saying, false) {
+                    self.write(key.clone(), Part::Status, patch);
+                }
+            }
+            Standing::Foreign(others) => {
+                self.waiting.remove(key);
+                let notice = notices::foreign(&others);
+                // Told before the restart.
+                if self.is_starting {
+                    self.told.entry(key.clone()).or_default().push(notice);
+                } else {
+                    self.tell_once(key, service, notice);
+                }
+            }
+            Standing::Bare | Standing::Ours(_) | Standing::Adopted(_) => {}
+        }
+    }
+
+    /// Takes everything of ours off a Service of another class. What its own controller gave it stays in use.
+    fn disown(&mut self, key: &ServiceKey, service: &Service) {
+        if let Some(patch) = withdrawal(service) {
+            tracing::info!(service = %key, "the annotations of another class's Service are taken off");
+            self.told.remove(key);
+            self.write(key.clone(), Part::Status, patch);
+        }
     }
 
     /// Takes everything of ours off a Service. `why` is what its author is told.
     fn give_back(&mut self, key: &ServiceKey, service: &Service, why: &Notice) {
         self.waiting.remove(key);
+        self.foreign.remove(key);
         let held = self.ledger.addresses_of(key).to_vec();
         let made_room = self.ledger.release(key);
         if let Some(patch) = withdrawal(service) {
-            if !held.is_empty() || !ingress(service).is_empty() {
+            if !ingress(service).is_empty() || !held.is_empty() || record::Granted::read(service).is_some() {
                 tracing::info!(service = %key, addresses = ?held, cause = why.message, "released");
                 self.reporter.tell(service, why);
             }

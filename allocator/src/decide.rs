@@ -15,6 +15,8 @@ use crate::request::{Request, Traffic};
 pub struct Grant {
     /// In the order of the families asked for, and within a family in that of the ranges.
     pub addresses: Vec<IpAddr>,
+    /// The group of each, `None` where no group has it any more.
+    pub origins: Vec<Option<String>>,
     /// The groups they come from, each once, in the order of the addresses.
     pub groups: Vec<String>,
     /// How the first group announces; `None` when no group holds the addresses any more.
@@ -100,21 +102,22 @@ pub fn decide(ledger: &Ledger, request: &Request, current: &[IpAddr]) -> Result<
         is_multi_pool,
         ambiguity,
         shortfall,
-        ..grant(ledger, &request.service, addresses)
+        ..keep(ledger, &request.service, addresses)
     })
 }
 
-fn grant(ledger: &Ledger, service: &ServiceKey, addresses: Vec<IpAddr>) -> Grant {
-    let mut groups: Vec<String> = Vec::new();
+/// What a Service has that keeps these addresses, whatever it asks for.
+pub fn keep(ledger: &Ledger, service: &ServiceKey, addresses: Vec<IpAddr>) -> Grant {
     let origin = |ip: &IpAddr| {
-        ledger
-            .offers()
-            .group_of(service, *ip)
-            .or_else(|| Some(ledger.pool_of(*ip)?.0))
+        let reserved = ledger.offers().group_of(service, *ip);
+        let origin = reserved.or_else(|| Some(ledger.pool_of(*ip)?.0));
+        origin.map(ToOwned::to_owned)
     };
-    for name in addresses.iter().filter_map(origin) {
-        if !groups.iter().any(|known| known == name) {
-            groups.push(name.to_owned());
+    let origins: Vec<Option<String>> = addresses.iter().map(origin).collect();
+    let mut groups: Vec<String> = Vec::new();
+    for name in origins.iter().flatten() {
+        if !groups.contains(name) {
+            groups.push(name.clone());
         }
     }
     let first = groups.first().and_then(|name| ledger.group(name));
@@ -122,6 +125,7 @@ fn grant(ledger: &Ledger, service: &ServiceKey, addresses: Vec<IpAddr>) -> Grant
         announce: first.map(|group| group.announce),
         skip_ipv6_dad: first.is_some_and(|group| group.skip_ipv6_dad),
         addresses,
+        origins,
         groups,
         is_multi_pool: false,
         ambiguity: None,

@@ -21,6 +21,7 @@ pub mod notices;
 pub mod offers;
 pub mod patch;
 pub mod pool;
+pub mod record;
 pub mod refusal;
 pub mod request;
 pub mod status;

@@ -7,6 +7,7 @@ use crds::service::{annotation, ingress};
 use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::Service;
 
+use crate::condition;
 use crate::decide::Grant;
 use crate::refusal::Refusal;
 use crate::request::Request;
@@ -89,6 +90,22 @@ pub fn conflict(ip: IpAddr, why: &Refusal, instead: &[IpAddr]) -> Notice {
     Notice::warning("AddressConflict", message)
 }
 
+/// Another controller writes into its status. `ours` are the addresses that it was given.
+pub fn overwritten(others: &[String], ours: &[IpAddr]) -> Notice {
+    Notice::warning("StatusOverwritten", condition::overwritten(others, ours))
+}
+
+/// What its status has is not ours, though its class is.
+pub fn foreign(others: &[String]) -> Notice {
+    let message = format!(
+        "Its status has {} of another controller, or written by hand, so it gets no address: switch that controller off for \
+         this Service (K3s: --disable=servicelb, or spec.loadBalancerClass), or empty status.loadBalancer. To take over the \
+         address, see \"Coming from\" in the docs",
+        condition::some(others)
+    );
+    Notice::warning("StatusOverwritten", message)
+}
+
 /// It is of another type now, and what it had is given back.
 pub fn released(type_: &str) -> Notice {
     Notice::normal("AddressReleased", format!("Service is Type {type_}, not LoadBalancer"))
@@ -166,6 +183,7 @@ mod tests {
     fn grant(addresses: &[&str], is_multi_pool: bool) -> Grant {
         Grant {
             addresses: addresses.iter().map(|text| ip(text)).collect(),
+            origins: Vec::new(),
             groups: vec!["g".into(), "h".into()],
             announce: None,
             skip_ipv6_dad: false,

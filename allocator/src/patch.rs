@@ -4,59 +4,106 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use crds::annotations;
-use crds::service::{annotation, ingress, is_ours};
+use crds::record::{self, Granted};
+use crds::service::{annotation, ingress};
 use crds::servicegroup::Announce;
+use crds::{annotations, conflict};
 use k8s_openapi::api::core::v1::Service;
 use serde_json::{Value, json};
 
 use crate::condition::{self, Saying};
 use crate::decide::Grant;
-use crate::request::Request;
+use crate::record::{foreign, is_anothers};
 
-/// The PATCH that makes a Service say what it was granted; `None` when it says so already.
-pub fn assignment(service: &Service, request: &Request, grant: &Grant) -> Option<Value> {
-    let pool_type = match grant.announce {
-        Some(Announce::Local) => Some("local"),
-        Some(Announce::Remote) => Some("remote"),
-        Some(Announce::Auto) | None => None,
-    };
-    let mut wanted: BTreeMap<&str, Option<String>> = BTreeMap::new();
-    wanted.insert(annotations::ALLOCATED_BY, Some(annotations::BRAND.to_owned()));
-    // Where no group holds the addresses any more, what is written stays.
-    if !grant.groups.is_empty() {
-        wanted.insert(annotations::ALLOCATED_FROM, Some(grant.groups.join(", ")));
-    }
-    if grant.announce.is_some() {
-        wanted.insert(annotations::POOL_TYPE, pool_type.map(ToOwned::to_owned));
-        wanted.insert(
-            annotations::SKIP_IPV6_DAD,
-            grant.skip_ipv6_dad.then(|| "true".to_owned()),
-        );
-    }
-    if request.re_evaluate {
-        wanted.insert(annotations::RE_EVALUATE, None);
-    }
-    wanted.retain(|key, value| annotation(service, key) != value.as_deref());
-    let ingress_changed = ingress(service) != grant.addresses;
+/// The annotations that only the allocator has to do with.
+const MARKS: [&str; 6] = [
+    annotations::ALLOCATED_BY,
+    annotations::ALLOCATED_FROM,
+    annotations::POOL_TYPE,
+    annotations::ANNOUNCING_IPV4,
+    annotations::ANNOUNCING_IPV6,
+    annotations::ADDRESS_CONFLICT,
+];
+/// The types of our conditions.
+const CONDITIONS: [&str; 4] = [condition::TYPE, record::GRANTED, record::ANNOUNCED, conflict::CONDITION];
+
+/// The PATCH that makes a Service say what it was granted; `None` when it says so already. `re_evaluated`: it was decided about
+/// again, as it asked.
+pub fn assignment(service: &Service, re_evaluated: bool, grant: &Grant) -> Option<Value> {
     let saying = match &grant.shortfall {
         Some(refusal) => Saying::incomplete(refusal),
         None => Saying::assigned(&grant.groups),
     };
-    // Without a condition and with all it asks for: another version served it, and there is nothing to correct.
-    let is_silent = condition::ours(service).is_none() && grant.shortfall.is_none();
-    let is_unsaid = !saying.is_said(service);
-    if wanted.is_empty() && !ingress_changed && (is_silent || !is_unsaid) {
-        return None;
+    statement(service, grant, &saying, re_evaluated)
+}
+
+/// The PATCH that makes a Service say what it has and why it has no more; `None` when it says so already.
+pub fn statement(service: &Service, grant: &Grant, saying: &Saying, re_evaluated: bool) -> Option<Value> {
+    let (mut conditions, mut gone) = (vec![saying.condition(service)], Vec::new());
+    let mut wanted: BTreeMap<&str, Option<String>> = BTreeMap::new();
+    if grant.addresses.is_empty() {
+        gone = vec![record::GRANTED, record::ANNOUNCED, conflict::CONDITION];
+        wanted.extend(MARKS.map(|mark| (mark, None)));
+        wanted.insert(annotations::SKIP_IPV6_DAD, None);
+    } else {
+        let granted = granted(service, grant);
+        conditions.push(granted.condition(service));
+        wanted.insert(annotations::ALLOCATED_BY, Some(annotations::BRAND.to_owned()));
+        let groups = granted.groups();
+        // Where no group is known any more, what is written stays.
+        if !groups.is_empty() {
+            wanted.insert(annotations::ALLOCATED_FROM, Some(groups.join(", ")));
+        }
+        let pool_type = match granted.announce {
+            Announce::Local => Some("local"),
+            Announce::Remote => Some("remote"),
+            Announce::Auto => None,
+        };
+        wanted.insert(annotations::POOL_TYPE, pool_type.map(ToOwned::to_owned));
+        if grant.announce.is_some() {
+            let skips = grant.skip_ipv6_dad.then(|| "true".to_owned());
+            wanted.insert(annotations::SKIP_IPV6_DAD, skips);
+        }
     }
+    if re_evaluated {
+        wanted.insert(annotations::RE_EVALUATE, None);
+    }
+    wanted.retain(|key, value| annotation(service, key) != value.as_deref());
     let mut status = serde_json::Map::new();
-    if ingress_changed {
+    // What another controller has written there since stays: the two would write against each other without end.
+    let is_overwritten = Granted::read(service).is_some() && !foreign(service).is_empty();
+    if ingress(service) != grant.addresses && !is_overwritten {
         status.insert("loadBalancer".into(), load_balancer(&grant.addresses));
     }
-    if is_unsaid {
-        status.insert("conditions".into(), json!(saying.among_others(service)));
+    if let Some(conditions) = condition::replaced(service, conditions, &gone) {
+        status.insert("conditions".into(), json!(conditions));
     }
-    Some(guarded(service, &wanted, (!status.is_empty()).then(|| status.into())))
+    let is_said = wanted.is_empty() && status.is_empty();
+    (!is_said).then(|| guarded(service, &wanted, (!status.is_empty()).then(|| status.into())))
+}
+
+/// The record of a grant. What no group says any more is as the record had it before.
+pub fn granted(service: &Service, grant: &Grant) -> Granted {
+    let before = Granted::read(service);
+    let known = |ip: IpAddr| {
+        let mut addresses = before.iter().flat_map(|before| &before.addresses);
+        addresses.find_map(|(known, group)| group.clone().filter(|_| *known == ip))
+    };
+    let origins = grant.origins.iter().cloned().chain(std::iter::repeat(None));
+    let addresses = grant.addresses.iter().zip(origins);
+    // A Service is adopted with how it was announced, where nobody else can say.
+    let adopted = match annotation(service, annotations::POOL_TYPE) {
+        Some("local") => Announce::Local,
+        Some("remote") => Announce::Remote,
+        _ => Announce::Auto,
+    };
+    let announce = grant.announce.or(before.as_ref().map(|before| before.announce));
+    Granted {
+        announce: announce.unwrap_or(adopted),
+        addresses: addresses
+            .map(|(ip, origin)| (*ip, origin.or_else(|| known(*ip))))
+            .collect(),
+    }
 }
 
 /// `status.loadBalancer` with these addresses.
@@ -65,31 +112,28 @@ pub fn load_balancer(addresses: &[IpAddr]) -> Value {
     json!({"ingress": if entries.is_empty() { Value::Null } else { entries.into() }})
 }
 
-/// The PATCH that takes everything of ours off a Service that is no load balancer any more; `None` when
-/// nothing of ours is on it.
+/// The PATCH that takes everything of ours off a Service that is not ours any more; `None` when nothing of ours is on it. What
+/// others wrote into its status stays.
 pub fn withdrawal(service: &Service) -> Option<Value> {
-    let is_marked = annotation(service, annotations::ALLOCATED_FROM).is_some() || condition::ours(service).is_some();
-    if !is_ours(service) && !is_marked {
+    let is_there = |key: &&str| annotation(service, key).is_some();
+    let mut gone: BTreeMap<&str, Option<String>> = MARKS.into_iter().filter(is_there).map(|key| (key, None)).collect();
+    let conditions = condition::replaced(service, Vec::new(), &CONDITIONS);
+    if gone.is_empty() && conditions.is_none() {
         return None;
     }
-    let ours = [
-        annotations::ALLOCATED_BY,
-        annotations::ALLOCATED_FROM,
-        annotations::POOL_TYPE,
-        annotations::SKIP_IPV6_DAD,
-        annotations::ANNOUNCING_IPV4,
-        annotations::ANNOUNCING_IPV6,
-    ];
-    let gone: BTreeMap<&str, Option<String>> = ours
-        .into_iter()
-        .filter(|key| annotation(service, key).is_some())
-        .map(|key| (key, None))
-        .collect();
-    Some(guarded(
-        service,
-        &gone,
-        Some(json!({"loadBalancer": load_balancer(&[]), "conditions": condition::others(service)})),
-    ))
+    if is_there(&annotations::SKIP_IPV6_DAD) {
+        gone.insert(annotations::SKIP_IPV6_DAD, None);
+    }
+    let mut status = serde_json::Map::new();
+    if let Some(conditions) = conditions {
+        status.insert("conditions".into(), json!(conditions));
+    }
+    if !is_anothers(service) {
+        let is_recorded = Granted::read(service).is_some();
+        let others = Some(foreign(service)).filter(|others| is_recorded && !others.is_empty());
+        status.insert("loadBalancer".into(), json!({"ingress": others}));
+    }
+    Some(guarded(service, &gone, (!status.is_empty()).then(|| status.into())))
 }
 
 /// A merge patch of annotations and, where given, the status. It fails with 409 when the object is no
@@ -99,5 +143,167 @@ pub fn guarded(service: &Service, annotations: &BTreeMap<&str, Option<String>>, 
     match status {
         Some(status) => json!({"metadata": metadata, "status": status}),
         None => json!({"metadata": metadata}),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::tests::ip;
+
+    fn grant(addresses: &[&str]) -> Grant {
+        Grant {
+            addresses: addresses.iter().map(|text| ip(text)).collect(),
+            origins: addresses.iter().map(|_| Some("g".into())).collect(),
+            groups: vec!["g".into()],
+            announce: Some(Announce::Local),
+            skip_ipv6_dad: true,
+            is_multi_pool: false,
+            ambiguity: None,
+            shortfall: None,
+        }
+    }
+
+    /// A merge patch (RFC 7386), as the API server applies it.
+    fn merge(target: &mut Value, patch: &Value) {
+        let Value::Object(patch) = patch else {
+            *target = patch.clone();
+            return;
+        };
+        if !target.is_object() {
+            *target = json!({});
+        }
+        let target = target.as_object_mut().unwrap();
+        for (key, value) in patch {
+            if value.is_null() {
+                target.remove(key);
+            } else {
+                merge(target.entry(key.clone()).or_insert(Value::Null), value);
+            }
+        }
+    }
+
+    fn patched(service: &Service, patch: &Value) -> Service {
+        let mut object = serde_json::to_value(service).unwrap();
+        merge(&mut object, patch);
+        serde_json::from_value(object).unwrap()
+    }
+
+    fn plain() -> Service {
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "default", "name": "web", "annotations": {"a": "b", "purelb.io/service-group": "g"}},
+            "spec": {"type": "LoadBalancer"},
+            "status": {"conditions": [{
+                "type": "other.io/Other", "status": "True", "reason": "R", "message": "m",
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+            }]},
+        }))
+        .unwrap()
+    }
+
+    fn assigned() -> Service {
+        let patch = assignment(&plain(), false, &grant(&["10.0.0.1", "fd00::1"])).unwrap();
+        assert!(patch["status"]["loadBalancer"].is_object() && patch["status"]["conditions"].is_array());
+        patched(&plain(), &patch)
+    }
+
+    #[test]
+    fn the_address_the_record_and_the_annotations_are_one_patch_and_are_not_written_twice() {
+        let assigned = assigned();
+        let record = Granted::read(&assigned).unwrap();
+        assert_eq!((record.announce, record.groups()), (Announce::Local, vec!["g"]));
+        assert_eq!(ingress(&assigned), [ip("10.0.0.1"), ip("fd00::1")]);
+        assert_eq!(assignment(&assigned, false, &grant(&["10.0.0.1", "fd00::1"])), None);
+    }
+
+    #[test]
+    fn whatever_is_taken_off_or_changed_is_put_back() {
+        let assigned = assigned();
+        let ours = [
+            annotations::ALLOCATED_BY,
+            annotations::ALLOCATED_FROM,
+            annotations::POOL_TYPE,
+            annotations::SKIP_IPV6_DAD,
+        ];
+        let forms = ours.iter().flat_map(|key| [(*key, None), (*key, Some("forged"))]);
+        let spoils = forms.map(|(key, value)| json!({"metadata": {"annotations": {key: value}}}));
+        let spoils = spoils.chain([
+            json!({"metadata": {"annotations": null}}),
+            json!({"status": {"loadBalancer": null}}),
+            json!({"status": {"loadBalancer": {"ingress": [{"ip": "fd00::1"}]}}}),
+            json!({"status": {"conditions": null}}),
+            json!({"status": null}),
+        ]);
+        for spoil in spoils {
+            let spoiled = patched(&assigned, &spoil);
+            let patch = assignment(&spoiled, false, &grant(&["10.0.0.1", "fd00::1"])).unwrap();
+            let mended = patched(&spoiled, &patch);
+            assert_eq!(ingress(&mended), ingress(&assigned), "{spoil}");
+            assert_eq!(Granted::read(&mended), Granted::read(&assigned), "{spoil}");
+            assert!(condition::ours(&mended).is_some(), "{spoil}");
+            for key in ours {
+                assert_eq!(annotation(&mended, key), annotation(&assigned, key), "{spoil}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_another_controller_wrote_into_the_status_is_not_overwritten() {
+        let others = json!({"status": {"loadBalancer": {"ingress": [{"hostname": "lb.example.org"}]}}});
+        let overwritten = patched(
+            &assigned(),
+            &merged(&others, &json!({"metadata": {"annotations": null}})),
+        );
+        let grant = grant(&["10.0.0.1", "fd00::1"]);
+        let saying = Saying::overwritten(&["lb.example.org".into()], &grant.addresses);
+        let patch = statement(&overwritten, &grant, &saying, false).unwrap();
+        assert!(patch["status"]["loadBalancer"].is_null(), "{patch}");
+        let told = patched(&overwritten, &patch);
+        assert_eq!(annotation(&told, annotations::ALLOCATED_BY), Some("PureLB"));
+        assert_eq!(Granted::read(&told), Granted::read(&assigned()));
+        assert_eq!(statement(&told, &grant, &saying, false), None);
+    }
+
+    fn merged(one: &Value, other: &Value) -> Value {
+        let mut both = one.clone();
+        both["metadata"] = other["metadata"].clone();
+        both
+    }
+
+    #[test]
+    fn a_withdrawal_takes_off_every_annotation_and_condition_of_ours_and_nothing_else() {
+        let marks = MARKS.map(|key| (key, "x"));
+        let marks: BTreeMap<&str, &str> = marks
+            .into_iter()
+            .chain([(annotations::SKIP_IPV6_DAD, "true")])
+            .collect();
+        let mut conditions = assigned().status.unwrap().conditions.unwrap();
+        let more = |type_: &str| record::replacing(&plain(), type_, true, "R", "m".into());
+        conditions.extend([more(record::ANNOUNCED), more(conflict::CONDITION)]);
+        let full = patched(
+            &assigned(),
+            &json!({"metadata": {"annotations": marks}, "status": {"conditions": conditions}}),
+        );
+        for (class, type_, left) in [
+            (None, "ClusterIP", Vec::new()),
+            // Its status is the other controller's.
+            (Some("example.org/lb"), "LoadBalancer", ingress(&full)),
+        ] {
+            let full = patched(&full, &json!({"spec": {"type": type_, "loadBalancerClass": class}}));
+            let bare = patched(&full, &withdrawal(&full).unwrap());
+            assert_eq!(bare.metadata.annotations, plain().metadata.annotations);
+            assert_eq!(
+                bare.status.as_ref().unwrap().conditions,
+                plain().status.unwrap().conditions
+            );
+            assert_eq!(ingress(&bare), left);
+            assert_eq!(withdrawal(&bare), None);
+            // Each of them alone is taken off, too.
+            for key in MARKS {
+                let marked = patched(&bare, &json!({"metadata": {"annotations": {key: "x"}}}));
+                let bare = patched(&marked, &withdrawal(&marked).unwrap());
+                assert_eq!(annotation(&bare, key), None);
+            }
+        }
     }
 }

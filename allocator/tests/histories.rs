@@ -11,13 +11,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use allocator::decide::{Grant, decide};
+use allocator::condition::Saying;
+use allocator::decide::{Grant, decide, keep};
 use allocator::groups::{GroupKey, Verdict, judge};
 use allocator::ledger::Ledger;
-use allocator::patch::{assignment, load_balancer, withdrawal};
+use allocator::patch::{assignment, statement, withdrawal};
+use allocator::record::Standing;
 use allocator::refusal::Refusal;
 use allocator::request::{self, Reading, Request};
-use crds::service::{ingress, is_load_balancer, is_ours};
+use crds::record::Granted;
+use crds::service::{ingress, is_load_balancer};
 use crds::{Family, ServiceGroup, ServiceKey};
 use k8s_openapi::api::core::v1::Service;
 use proptest::prelude::*;
@@ -39,6 +42,18 @@ enum Step {
         who: u8,
     },
     ReEvaluate {
+        who: u8,
+    },
+    /// Its manifest replaces it, without what the allocator wrote into its annotations.
+    Replace {
+        who: u8,
+    },
+    /// Somebody writes into its annotations what only the allocator does.
+    Forge {
+        who: u8,
+    },
+    /// Somebody takes its address out of its status.
+    ClearStatus {
         who: u8,
     },
     /// A group is created or changed.
@@ -102,6 +117,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => (0..8u8).prop_map(|who| Step::Delete { who }),
         1 => (0..8u8).prop_map(|who| Step::ChangeType { who }),
         1 => (0..8u8).prop_map(|who| Step::ReEvaluate { who }),
+        1 => (0..8u8).prop_map(|who| Step::Replace { who }),
+        1 => (0..8u8).prop_map(|who| Step::Forge { who }),
+        1 => (0..8u8).prop_map(|who| Step::ClearStatus { who }),
         3 => (0..3u8, pools).prop_map(|(name, pools)| Step::Group { name, pools }),
         1 => (0..3u8).prop_map(|name| Step::RemoveGroup { name }),
         2 => Just(Step::Restart),
@@ -110,6 +128,12 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..80)
 }
 
+/// What the allocator writes into annotations for people.
+const WRITTEN: [&str; 3] = [
+    "purelb.io/allocated-by",
+    "purelb.io/allocated-from",
+    "purelb.io/pool-type",
+];
 const GROUPS: [&str; 3] = ["default", "a", "b"];
 
 fn v4(last: u8) -> IpAddr {
@@ -245,10 +269,11 @@ impl World {
         let Some(service) = self.services.get(key).filter(|service| is_load_balancer(service)) else {
             return Vec::new();
         };
-        let (held, claim) = (ingress(service), request::claim(service));
-        if held.is_empty() {
+        let standing = Standing::of(service, &self.ledger, true);
+        if standing == Standing::Bare {
             return Vec::new();
         }
+        let (held, claim) = (standing.in_use(), request::claim(service));
         let rivals = held.iter().flat_map(|ip| self.ledger.rivals(*ip, key, &claim));
         let rivals = rivals.cloned().collect();
         self.ledger.hold(key, &held, &claim);
@@ -321,7 +346,7 @@ impl World {
                     self.waiting.insert(key.clone(), grant.shortfall.clone().unwrap());
                 }
                 let made_room = self.ledger.hold(key, &grant.addresses, &request.claim);
-                if let Some(patch) = assignment(service, request, &grant) {
+                if let Some(patch) = assignment(service, request.re_evaluate, &grant) {
                     self.patch(key, &patch);
                 }
                 Ok(made_room)
@@ -335,8 +360,9 @@ impl World {
                     .filter(|ip| contested.get(ip).is_none_or(|conflict| conflict.is_bearable))
                     .collect();
                 let made_room = self.ledger.hold(key, &keeps, &request.claim);
-                if is_ours(service) && ingress(service) != keeps {
-                    self.patch(key, &json!({"status": {"loadBalancer": load_balancer(&keeps)}}));
+                let keeps = keep(&self.ledger, key, keeps);
+                if let Some(patch) = statement(service, &keeps, &Saying::refused(&refusal), false) {
+                    self.patch(key, &patch);
                 }
                 self.waiting.insert(key.clone(), refusal);
                 Ok(made_room)
@@ -541,6 +567,14 @@ impl World {
                 Vec::new()
             };
             prop_assert_eq!(self.ledger.addresses_of(key), &says[..], "{}", key);
+            let recorded = Granted::read(service)
+                .map(|granted| granted.addresses)
+                .unwrap_or_default();
+            let recorded: Vec<IpAddr> = recorded.into_iter().map(|(ip, _)| ip).collect();
+            prop_assert_eq!(recorded, says, "the record of {}", key);
+            let by = crds::service::annotation(service, "purelb.io/allocated-by");
+            let is_served = !self.ledger.addresses_of(key).is_empty();
+            prop_assert_eq!(by, is_served.then_some("PureLB"), "{}", key);
         }
         for name in GROUPS {
             for family in [Family::V4, Family::V6] {
@@ -580,6 +614,22 @@ impl World {
         Ok(())
     }
 
+    /// Somebody spoils what the allocator wrote into a Service, which takes no address away.
+    fn spoiled(&mut self, key: &ServiceKey, spoil: fn(&mut Service)) -> Result<(), TestCaseError> {
+        let Some(service) = self.services.get_mut(key) else {
+            return Ok(());
+        };
+        let before = ingress(service);
+        spoil(service);
+        let mut keys = self.adopt(key);
+        keys.push(key.clone());
+        self.reconcile(&keys)?;
+        if !self.loses_writes {
+            prop_assert_eq!(ingress(&self.services[key]), before, "{}", key);
+        }
+        Ok(())
+    }
+
     fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
         let of = |who: u8| ServiceKey::new("default", format!("s{who}"));
         match step {
@@ -612,6 +662,19 @@ impl World {
                 annotations.insert("purelb.io/re-evaluate".into(), "true".into());
                 self.reconcile(&[of(*who)])
             }
+            Step::Replace { who } => self.spoiled(&of(*who), |service| {
+                let annotations = service.metadata.annotations.get_or_insert_default();
+                annotations.retain(|key, _| !WRITTEN.contains(&key.as_str()));
+            }),
+            Step::Forge { who } => self.spoiled(&of(*who), |service| {
+                let annotations = service.metadata.annotations.get_or_insert_default();
+                annotations.extend(WRITTEN.map(|key| (key.to_owned(), "PureLB".to_owned())));
+            }),
+            Step::ClearStatus { who } => self.spoiled(&of(*who), |service| {
+                if let Some(status) = &mut service.status {
+                    status.load_balancer = None;
+                }
+            }),
             Step::Group { name, pools } => {
                 self.set_group(GROUPS[usize::from(*name)], pools);
                 self.judge();

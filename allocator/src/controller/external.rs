@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use crds::ServiceKey;
 use crds::event::Notice;
-use crds::service::{RESERVED, allocated_from, ingress, is_ours, reserved_in};
+use crds::record::Granted;
+use crds::service::{RESERVED, allocated_from, ingress, reserved_in};
 use crds::servicegroup::{Group, Source};
 use k8s_openapi::api::core::v1::Service;
 use serde_json::json;
@@ -154,12 +155,18 @@ impl Controller {
             self.ledger.offers_mut().account_mut(key, group);
         }
         let has_any = !self.external.providers.is_empty() || reserved_in(service).next().is_some();
-        if !has_any || !is_ours(service) {
+        let granted = Granted::read(service);
+        if !has_any || (granted.is_none() && self.foreign.contains(key)) {
             return;
         }
-        for ip in ingress(service) {
+        // Without a record it is adopted, if it has any.
+        let (addresses, from): (Vec<IpAddr>, Vec<&str>) = match &granted {
+            Some(granted) => (granted.addresses.iter().map(|(ip, _)| *ip).collect(), granted.groups()),
+            None => (ingress(service), allocated_from(service).collect()),
+        };
+        for ip in addresses {
             let is_own = self.ledger.pool_of(ip);
-            let is_own = is_own.is_some_and(|(group, _)| allocated_from(service).any(|name| name == group));
+            let is_own = is_own.is_some_and(|(group, _)| from.contains(&group));
             if is_own || self.ledger.offers().group_of(key, ip).is_some() {
                 continue;
             }
@@ -168,7 +175,7 @@ impl Controller {
                 let is_reserved = reserved_in(service).any(|group| group == *name);
                 is_reserved || self.ledger.group(name).is_some_and(Group::is_elsewhere)
             };
-            if let Some(group) = allocated_from(service).find(is_elsewhere) {
+            if let Some(group) = from.iter().copied().find(is_elsewhere) {
                 let account = self.ledger.offers_mut().account_mut(key, group);
                 account.addresses.push(ip);
                 account.is_clear = false;

@@ -32,6 +32,10 @@ impl Controller {
     fn groups_changed(&mut self) {
         if self.is_started && self.judge_groups() {
             self.usage_changed();
+            // Addresses that no group had may lie in one now: then their Services are adopted.
+            for key in self.foreign.clone() {
+                self.adopt(&key);
+            }
             // Also those that have all they asked for: with multi-pool a new range is one more address.
             self.reconcile_all();
         }

@@ -133,8 +133,8 @@ impl Packed {
     }
 }
 
-/// What a Service grows by when it gets its address: annotations, a condition, the address.
-const ROOM: usize = 352;
+/// What a Service grows by when it gets its address: annotations, two conditions, the address.
+const ROOM: usize = 512;
 /// Lengths are multiples of this, so that one that has grown fits where another was.
 const STEP: usize = 256;
 

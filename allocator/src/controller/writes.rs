@@ -3,8 +3,9 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crds::event::Notice;
-use crds::service::{annotation, ingress, is_ours};
+use crds::event::{ALLOCATOR, Notice};
+use crds::record;
+use crds::service::{annotation, ingress};
 use crds::{ServiceKey, annotations};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
@@ -47,7 +48,11 @@ impl Controller {
         let api: Api<Slim> = Api::namespaced(self.client.clone(), &key.namespace);
         let sender = self.sender.clone();
         self.spawn(async move {
-            let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+            let params = PatchParams {
+                field_manager: Some(ALLOCATOR.into()),
+                ..PatchParams::default()
+            };
+            let patch = Patch::Merge(patch);
             let patched = match part {
                 Part::Status => api.patch_status(&key.name, &params, &patch).await,
                 Part::Spec => api.patch(&key.name, &params, &patch).await,
@@ -79,15 +84,17 @@ impl Controller {
                 let Some(known) = self.service(&key) else {
                     return self.settle(&key);
                 };
-                let (service, again) = match written {
-                    Written::Done(service) => (service, again),
-                    Written::Outrun(service) => (service, true),
+                let (service, again, is_done) = match written {
+                    Written::Done(service) => (service, again, true),
+                    Written::Outrun(service) => (service, true, false),
                 };
                 // Another of the same name has come meanwhile.
                 if known.metadata.uid != service.0.metadata.uid {
                     return self.service_changed(&key);
                 }
-                self.assigned(&key, &service.0);
+                if is_done {
+                    self.assigned(&key, &service.0);
+                }
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
                     self.service_changed(&key);
@@ -122,7 +129,7 @@ impl Controller {
         else {
             return;
         };
-        if !is_ours(service) {
+        if record::Granted::read(service).is_none() {
             return;
         }
         let pool = annotation(service, annotations::ALLOCATED_FROM).unwrap_or_default();
