@@ -20,6 +20,7 @@
 
 use std::net::IpAddr;
 
+use crds::event::{LONGEST, cut};
 use crds::record::{self, replacing};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -40,49 +41,39 @@ pub struct Saying {
 }
 
 impl Saying {
+    /// As long as an event is at most: what a Service asks for is repeated in it.
+    fn new(is_true: bool, reason: &'static str, message: &str, cause: &str) -> Self {
+        Self {
+            is_true,
+            reason,
+            message: cut(message, LONGEST),
+            cause: cut(cause, LONGEST),
+        }
+    }
+
     /// It has what it asks for, from these groups.
     pub fn assigned(groups: &[String]) -> Self {
         let message = match groups {
             [] => "addresses of a pool that is gone".to_owned(),
             groups => format!("from pool {}", groups.join(", ")),
         };
-        Self {
-            is_true: true,
-            reason: "Assigned",
-            cause: message.clone(),
-            message,
-        }
+        Self::new(true, "Assigned", &message, &message)
     }
 
     /// It has a part of what it asks for.
     pub fn incomplete(shortfall: &Refusal) -> Self {
-        Self {
-            is_true: true,
-            reason: "Incomplete",
-            message: shortfall.to_string(),
-            cause: shortfall.cause(),
-        }
+        Self::new(true, "Incomplete", &shortfall.to_string(), &shortfall.cause())
     }
 
     /// It does not have what it asks for.
     pub fn refused(refusal: &Refusal) -> Self {
-        Self {
-            is_true: false,
-            reason: refusal.word(),
-            message: refusal.to_string(),
-            cause: refusal.cause(),
-        }
+        Self::new(false, refusal.word(), &refusal.to_string(), &refusal.cause())
     }
 
     /// Another controller has written `others` where `ours` are to be.
     pub fn overwritten(others: &[String], ours: &[IpAddr]) -> Self {
         let message = overwritten(others, ours);
-        Self {
-            is_true: false,
-            reason: "StatusOverwritten",
-            cause: message.clone(),
-            message,
-        }
+        Self::new(false, "StatusOverwritten", &message, &message)
     }
 
     const fn status(&self) -> &'static str {
@@ -189,6 +180,22 @@ mod tests {
         assert!(!Saying::refused(&unknown).is_said(&object));
         assert!(!Saying::assigned(&["g".into()]).is_said(&object));
         assert!(!exhausted(3).is_said(&Service::default()));
+    }
+
+    #[test]
+    fn a_sentence_about_a_long_request_is_cut_and_known_again() {
+        let refused = |group: &str| {
+            Saying::refused(&Refusal::UnknownGroup {
+                group: group.into(),
+                known: vec!["a".into()],
+            })
+        };
+        let long = refused(&"é".repeat(60_000));
+        let object = says(&long);
+        let message = &object.status.as_ref().unwrap().conditions.as_ref().unwrap()[1].message;
+        assert!((LONGEST - 4..=LONGEST).contains(&message.len()), "{}", message.len());
+        assert!(long.is_said(&object));
+        assert!(!refused("h").is_said(&object));
     }
 
     #[test]

@@ -18,8 +18,8 @@ use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer};
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, annotations};
-use daemon::{Change, Mirror, Ready, Reporter};
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
+use daemon::{Change, Mirror, Ready, Reporter, Selection};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
@@ -32,7 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::condition::Saying;
 use crate::controller::external::External;
-use crate::controller::slim::{Packed, Slim};
+use crate::controller::slim::Packed;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
@@ -76,8 +76,8 @@ enum Input {
 /// When the input streams end.
 pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &Ready) -> anyhow::Result<()> {
     let (sender, mut inputs) = mpsc::unbounded_channel();
-    daemon::watch(Api::all(client.clone()), &sender, Input::Service);
-    daemon::watch(Api::all(client.clone()), &sender, Input::Group);
+    daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Service);
+    daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Group);
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
         let flush = controller.status_due;
@@ -543,7 +543,8 @@ impl Controller {
         self.waiting.insert(key.clone());
         let saying = Saying::refused(refusal);
         if !saying.is_said(service) {
-            let asked = annotation(service, annotations::SERVICE_GROUP);
+            let asked =
+                annotation(service, annotations::SERVICE_GROUP).filter(|asked| self.ledger.group(asked).is_some());
             self.metrics.rejected(refusal, asked);
             self.tell_once(key, service, notices::refused(service, refusal));
         }

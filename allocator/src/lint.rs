@@ -3,61 +3,17 @@
 //! None of it is an error, since a Service may carry annotations of anybody, and each has an effect that its author does not
 //! expect: an address from another group than the one meant. So the author is told, once, in one event.
 
-use crds::annotations as keys;
+use crds::annotations::{self as keys, FOREIGN, OURS, WRITTEN_BY_AUTHORS};
 use crds::event::Notice;
 use k8s_openapi::api::core::v1::Service;
 
 /// Reason of the event.
 pub const REASON: &str = "AnnotationIgnored";
-/// How keys of ours begin.
-const OURS: &str = "purelb.io/";
-/// Keys that authors write.
-const WRITTEN_BY_AUTHORS: [&str; 9] = [
-    keys::SERVICE_GROUP,
-    keys::ADDRESSES,
-    keys::ALLOW_SHARED_IP,
-    keys::ALLOW_LOCAL,
-    keys::MULTI_POOL,
-    keys::RE_EVALUATE,
-    keys::SKIP_IPV6_DAD,
-    keys::NODE_AFFINITY,
-    keys::ANNOUNCE_WITHOUT_ENDPOINTS,
-];
-/// Keys that the programs write.
-const WRITTEN_BY_US: [&str; 6] = [
-    keys::ALLOCATED_BY,
-    keys::ALLOCATED_FROM,
-    keys::POOL_TYPE,
-    keys::ANNOUNCING_IPV4,
-    keys::ANNOUNCING_IPV6,
-    keys::ADDRESS_CONFLICT,
-];
-/// Keys of other load balancers, whose they are, and the key of ours that asks for the same.
-const FOREIGN: [(&str, &str, &str); 13] = [
-    ("metallb.io/address-pool", "MetalLB", keys::SERVICE_GROUP),
-    ("metallb.io/loadBalancerIPs", "MetalLB", keys::ADDRESSES),
-    ("metallb.io/allow-shared-ip", "MetalLB", keys::ALLOW_SHARED_IP),
-    ("metallb.universe.tf/address-pool", "MetalLB", keys::SERVICE_GROUP),
-    ("metallb.universe.tf/loadBalancerIPs", "MetalLB", keys::ADDRESSES),
-    ("metallb.universe.tf/allow-shared-ip", "MetalLB", keys::ALLOW_SHARED_IP),
-    ("kube-vip.io/loadbalancerIPs", "kube-vip", keys::ADDRESSES),
-    ("lbipam.cilium.io/ips", "Cilium", keys::ADDRESSES),
-    ("lbipam.cilium.io/sharing-key", "Cilium", keys::ALLOW_SHARED_IP),
-    ("io.cilium/lb-ipam-ips", "Cilium", keys::ADDRESSES),
-    ("io.cilium/lb-ipam-sharing-key", "Cilium", keys::ALLOW_SHARED_IP),
-    ("projectcalico.org/loadBalancerIPs", "Calico", keys::ADDRESSES),
-    ("projectcalico.org/ipv4pools", "Calico", keys::SERVICE_GROUP),
-];
 /// How alike two keys are of which one is taken for the other: 1 is the same.
 const ALIKE: f64 = 0.8;
 /// How many remarks an event has at most, and how many bytes of a key or value it repeats.
 const MOST: usize = 5;
 const MOST_TEXT: usize = 80;
-
-/// Whether a key is of another load balancer and asks for something that a key of ours asks for too.
-pub fn is_foreign(key: &str) -> bool {
-    FOREIGN.iter().any(|(foreign, ..)| *foreign == key)
-}
 
 /// What is to be told about the annotations of a Service of ours; `None` where all is well.
 pub fn annotations(service: &Service) -> Option<Notice> {
@@ -97,7 +53,7 @@ pub fn class(service: &Service) -> Option<Notice> {
 }
 
 fn unknown(key: &str) -> Option<String> {
-    if WRITTEN_BY_AUTHORS.contains(&key) || WRITTEN_BY_US.contains(&key) {
+    if keys::known(key).is_some() {
         return None;
     }
     let nearest = WRITTEN_BY_AUTHORS
@@ -115,6 +71,12 @@ fn unknown(key: &str) -> Option<String> {
 
 /// A value of a known key that means nothing, so that it has no effect or another one than its author may think.
 fn meaningless(key: &str, value: &str) -> Option<String> {
+    if WRITTEN_BY_AUTHORS.contains(&key) && keys::is_too_long(value) {
+        return Some(format!(
+            "{key} is longer than {} bytes: only as much of it is read",
+            keys::LONGEST
+        ));
+    }
     let expected = match key {
         keys::MULTI_POOL | keys::RE_EVALUATE | keys::ANNOUNCE_WITHOUT_ENDPOINTS => {
             (!matches!(value, "true" | "false")).then_some("\"true\" or \"false\"")
@@ -196,6 +158,7 @@ mod tests {
 
     #[test]
     fn a_value_that_means_nothing_is_told_with_what_it_has_to_be() {
+        let long = "x".repeat(2_000);
         for (key, value, expected) in [
             ("multi-pool", "yes", "it has to be \"true\" or \"false\""),
             ("multi-pool", "True", "it has to be \"true\" or \"false\""),
@@ -203,6 +166,8 @@ mod tests {
             ("announce-without-endpoints", "no", "it has to be \"true\" or \"false\""),
             ("node-affinity", "endpoints", "it has to be \"service-endpoints\""),
             ("allow-local", "false", "externalTrafficPolicy Local stays"),
+            ("allow-shared-ip", &long, "is longer than 1024 bytes"),
+            ("service-group", &long, "is longer than 1024 bytes"),
         ] {
             let told = told(&json!({format!("purelb.io/{key}"): value})).unwrap();
             assert!(told.contains(expected) && told.contains(key), "{told}");
@@ -212,7 +177,6 @@ mod tests {
     #[test]
     fn keys_of_other_load_balancers_are_told_with_ours() {
         for (key, _, ours) in FOREIGN {
-            assert!(is_foreign(key));
             let told = told(&json!({key: "x"})).unwrap();
             assert!(told.contains(key) && told.ends_with(&format!("use {ours}")), "{told}");
         }

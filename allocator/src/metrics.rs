@@ -240,7 +240,8 @@ impl Metrics {
         self.forget_groups();
     }
 
-    /// A Service does not get what it asks for, which is news. `asked` is the group it names.
+    /// A Service does not get what it asks for, which is news. `asked` is the group it names, where there is such a group: authors
+    /// of Services must not make series.
     pub fn rejected(&self, refusal: &Refusal, asked: Option<&str>) {
         let pool = match refusal {
             Refusal::UnknownGroup { .. } => "<unknown>",

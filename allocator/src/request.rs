@@ -141,9 +141,7 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
                 .any(|key| annotation(service, key).is_some()),
         },
         claim: Claim {
-            sharing_key: annotation(service, annotations::ALLOW_SHARED_IP)
-                .filter(|key| !key.is_empty())
-                .map(ToOwned::to_owned),
+            sharing_key: sharing_key(service),
             ports: ports(spec),
         },
         remarks,
@@ -153,11 +151,16 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
 /// The claim of a Service that holds addresses whatever else it asks for.
 pub fn claim(service: &Service) -> Claim {
     Claim {
-        sharing_key: annotation(service, annotations::ALLOW_SHARED_IP)
-            .filter(|key| !key.is_empty())
-            .map(ToOwned::to_owned),
+        sharing_key: sharing_key(service),
         ports: service.spec.as_ref().map(ports).unwrap_or_default(),
     }
+}
+
+/// Two keys that are too long may differ in what was not read of them.
+fn sharing_key(service: &Service) -> Option<String> {
+    annotation(service, annotations::ALLOW_SHARED_IP)
+        .filter(|key| !key.is_empty() && !annotations::is_too_long(key))
+        .map(ToOwned::to_owned)
 }
 
 fn ports(spec: &ServiceSpec) -> Ports {

@@ -10,6 +10,10 @@ pub const ALLOCATOR: &str = "purelb-allocator";
 /// `reportingController` of the node agents' events.
 pub const LBNODEAGENT: &str = "purelb-lbnodeagent";
 
+/// How long a sentence for people may be, in bytes: the API server refuses longer ones in events, and those in conditions repeat
+/// what authors of Services wrote.
+pub const LONGEST: usize = 1024;
+
 /// Whether an event tells of the usual or asks for attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -26,7 +30,7 @@ pub struct Notice {
     pub kind: Kind,
     /// A word in `UpperCamelCase` for programs.
     pub reason: &'static str,
-    /// A sentence for people. The API server refuses more than 1 KiB, so [`Notice::event`] cuts it there.
+    /// A sentence for people. The API server refuses more than [`LONGEST`] bytes, so [`Notice::event`] cuts it there.
     pub message: String,
 }
 
@@ -68,7 +72,7 @@ impl Notice {
             },
             action: Some(self.reason.into()),
             reason: Some(self.reason.into()),
-            note: Some(cut(&self.message, 1024)),
+            note: Some(cut(&self.message, LONGEST)),
             type_: Some(
                 match self.kind {
                     Kind::Normal => "Normal",
@@ -86,7 +90,7 @@ impl Notice {
 }
 
 /// `text`, cut at a character boundary to at most `bytes` bytes.
-fn cut(text: &str, bytes: usize) -> String {
+pub fn cut(text: &str, bytes: usize) -> String {
     text.get(..text.floor_char_boundary(bytes))
         .unwrap_or_default()
         .to_owned()

@@ -15,12 +15,14 @@ pub mod pool;
 pub mod record;
 pub mod service;
 pub mod servicegroup;
+pub mod slim;
 
 pub use lbnode::{LBNode, LBNodeSpec, LBNodeStatus};
 pub use lbnodeagent::{LBNodeAgent, LBNodeAgentSpec};
 pub use pool::{AddressRange, Aggregation, Family, Pool, PoolError};
 pub use service::ServiceKey;
 pub use servicegroup::{Announce, ServiceGroup, ServiceGroupSpec, ServiceGroupStatus};
+pub use slim::Slim;
 
 /// The API group of both resources.
 pub const API_GROUP: &str = "purelb.io";

@@ -20,7 +20,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use report::{CONCURRENCY, Reporter};
-pub use watch::{Change, Keep, Key, Mirror, version, watch};
+pub use watch::{Change, Keep, Key, Mirror, Selection, version, watch};
 
 /// Flags both processes have.
 #[derive(Args, Clone, Debug)]

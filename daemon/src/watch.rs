@@ -9,29 +9,76 @@ use kube::api::Api;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Resource, ResourceExt};
 use smol_str::SmolStr;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+
+/// Objects in a page of a listing. An object may have 1.5 MiB, a page is in memory twice while it is read, and who
+/// writes objects decides how large they are: with this many a page stays below 50 MiB.
+const PAGE: u32 = 16;
+
+/// One listing at a time: the pages of several would be in memory together.
+static LISTING: Semaphore = Semaphore::const_new(1);
+
+/// Which objects of a kind are watched; all by default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Selection {
+    /// A field selector, as the API server knows them.
+    pub fields: Option<&'static str>,
+    /// A label selector.
+    pub labels: Option<&'static str>,
+}
+
+impl Selection {
+    /// Services of type LoadBalancer (the API server selects by type from Kubernetes 1.31 on). Quotas limit these;
+    /// Services of other types anybody has.
+    pub const LOAD_BALANCERS: Self = Self {
+        fields: Some("spec.type=LoadBalancer"),
+        labels: None,
+    };
+
+    fn config(self) -> watcher::Config {
+        watcher::Config {
+            field_selector: self.fields.map(ToOwned::to_owned),
+            label_selector: self.labels.map(ToOwned::to_owned),
+            page_size: Some(PAGE),
+            ..watcher::Config::default()
+        }
+    }
+}
 
 /// Watches a kind and sends its events, wrapped, for as long as someone listens. It recovers by itself;
-/// the parts of objects that nothing here reads are dropped.
-pub fn watch<K, Input>(api: Api<K>, inputs: &mpsc::UnboundedSender<Input>, wrap: fn(watcher::Event<K>) -> Input)
-where
+/// the parts of objects that nothing here reads are dropped. An object that is selected no longer is deleted to it.
+pub fn watch<K, Input>(
+    api: Api<K>,
+    selection: Selection,
+    inputs: &mpsc::UnboundedSender<Input>,
+    wrap: fn(watcher::Event<K>) -> Input,
+) where
     K: Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug + Send + 'static,
     Input: Send + 'static,
 {
-    let events = watcher(api, watcher::Config::default())
+    let events = watcher(api, selection.config())
         .modify(|object| object.managed_fields_mut().clear())
         .default_backoff();
-    tokio::spawn(forward(events, inputs.clone(), wrap));
+    tokio::spawn(forward(events, &LISTING, inputs.clone(), wrap));
 }
 
 async fn forward<K, Input>(
     events: impl Stream<Item = Result<watcher::Event<K>, watcher::Error>>,
+    listing: &Semaphore,
     inputs: mpsc::UnboundedSender<Input>,
     wrap: fn(watcher::Event<K>) -> Input,
 ) {
     let mut events = std::pin::pin!(events);
     let mut is_interrupted = false;
+    let mut turn = None;
     while let Some(event) = events.next().await {
+        // The first page is asked for when the stream is looked at again after `Init`. A listing that fails begins
+        // anew.
+        match event {
+            Ok(watcher::Event::Init) => turn = listing.acquire().await.ok(),
+            Ok(watcher::Event::InitApply(_)) => {}
+            Ok(_) | Err(_) => drop(turn.take()),
+        }
         match event {
             Ok(event) => {
                 is_interrupted = false;
@@ -171,8 +218,8 @@ fn key_of<K: Resource>(object: &K) -> Key {
     (namespace.into(), object.name_any().into())
 }
 
-/// The resourceVersion as a number: those of one kind are comparable (KEP-5504), whether of one object or of several; 0 where
-/// it is none.
+/// The resourceVersion as a number: those of one kind are comparable (KEP-5504), whether of one object or of several; 0
+/// where it is none.
 pub fn version<K: Resource>(object: &K) -> u64 {
     object
         .meta()
@@ -220,6 +267,35 @@ mod tests {
         apply(Init);
         apply(InitApply(object("b", 2)));
         assert_eq!(apply(InitDone), ["gone a", "gone c"]);
+    }
+
+    #[tokio::test]
+    async fn one_kind_is_listed_after_the_other_and_one_whose_listing_fails_lets_the_other_go_first() {
+        let listing: &'static Semaphore = Box::leak(Box::new(Semaphore::new(1)));
+        let (sender, mut seen) = mpsc::unbounded_channel();
+        let kind = |name: &'static str, wrap: fn(watcher::Event<ConfigMap>) -> (&'static str, bool)| {
+            let (events, source) = mpsc::unbounded_channel();
+            let source = futures::stream::unfold(source, async |mut source| Some((source.recv().await?, source)));
+            tokio::spawn(forward(source, listing, sender.clone(), wrap));
+            move |event| events.send(event).unwrap_or_else(|_| panic!("{name} has ended"))
+        };
+        let first = kind("first", |event| ("first", matches!(event, Init)));
+        let second = kind("second", |event| ("second", matches!(event, Init)));
+        first(Ok(Init));
+        assert_eq!(seen.recv().await, Some(("first", true)));
+        second(Ok(Init));
+        first(Ok(InitApply(object("a", 1))));
+        assert_eq!(seen.recv().await, Some(("first", false)));
+        tokio::task::yield_now().await;
+        assert!(seen.try_recv().is_err(), "the second waits");
+        first(Err(watcher::Error::NoResourceVersion));
+        first(Ok(Init));
+        assert_eq!(seen.recv().await, Some(("second", true)));
+        second(Ok(InitDone));
+        assert_eq!(seen.recv().await, Some(("second", false)));
+        assert_eq!(seen.recv().await, Some(("first", true)));
+        second(Ok(Apply(object("b", 2))));
+        assert_eq!(seen.recv().await, Some(("second", false)), "what is listed goes on");
     }
 
     #[test]

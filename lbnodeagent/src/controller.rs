@@ -21,8 +21,7 @@ use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
 use crds::lbnodeagent::LocalConfig;
 use crds::{Family, LBNodeAgent, ServiceKey};
-use daemon::{Ready, Reporter};
-use k8s_openapi::api::core::v1::Service;
+use daemon::{Ready, Reporter, Selection};
 use kube::Client;
 use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
@@ -39,7 +38,7 @@ use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
 use crate::notices;
-use crate::picture::{Cluster, Seen};
+use crate::picture::{self, Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Place, Plan, User};
 use crate::presence::Presence;
 use crate::routing::{self as daemons, Cause as Unadvertised};
@@ -83,7 +82,7 @@ const RETRY: Duration = Duration::from_secs(1);
 #[expect(clippy::large_enum_variant, reason = "moved once per watch event")]
 enum Input {
     Seen(Seen),
-    Annotated(ServiceKey, Box<kube::Result<Service>>),
+    Annotated(ServiceKey, Box<kube::Result<crds::Slim>>),
     Asked(Vec<Place>, io::Result<BTreeMap<IpAddr, Mac>>),
 }
 
@@ -200,13 +199,18 @@ pub async fn run(
 }
 
 fn watch_all(client: &Client, namespace: &str, inputs: &mpsc::UnboundedSender<Input>) {
-    daemon::watch(Api::all(client.clone()), inputs, |e| Input::Seen(Seen::Service(e)));
-    daemon::watch(Api::all(client.clone()), inputs, |e| Input::Seen(Seen::Node(e)));
-    daemon::watch(Api::all(client.clone()), inputs, |e| Input::Seen(Seen::Slice(e)));
-    daemon::watch(Api::namespaced(client.clone(), namespace), inputs, |e| {
+    let all = Selection::default();
+    daemon::watch(Api::all(client.clone()), Selection::LOAD_BALANCERS, inputs, |e| {
+        Input::Seen(Seen::Service(e))
+    });
+    daemon::watch(Api::all(client.clone()), all, inputs, |e| Input::Seen(Seen::Node(e)));
+    daemon::watch(Api::all(client.clone()), picture::SLICES, inputs, |e| {
+        Input::Seen(Seen::Slice(e))
+    });
+    daemon::watch(Api::namespaced(client.clone(), namespace), all, inputs, |e| {
         Input::Seen(Seen::Group(e))
     });
-    daemon::watch(Api::namespaced(client.clone(), namespace), inputs, |e| {
+    daemon::watch(Api::namespaced(client.clone(), namespace), all, inputs, |e| {
         Input::Seen(Seen::Agent(e))
     });
 }
@@ -302,11 +306,11 @@ impl<'a> Agent<'a> {
         Self {
             reporter: Reporter::new(client.clone(), LBNODEAGENT, &settings.node),
             client,
+            cluster: Cluster::of(&settings.node),
             settings,
             links,
             peers,
             sender,
-            cluster: Cluster::default(),
             started: Instant::now(),
             is_settled: false,
             is_first: true,
@@ -350,8 +354,15 @@ impl<'a> Agent<'a> {
                 self.links.metrics.client.updates.inc();
                 let is_node = matches!(seen, Seen::Node(_));
                 self.cluster.see(seen);
+                let ended = self.cluster.ended();
+                for node in &ended.nodes {
+                    self.links.metrics.node_gone(node, &self.settings.node);
+                }
+                for service in &ended.services {
+                    self.links.metrics.service_gone(service);
+                }
                 if is_node {
-                    let peers = self.cluster.peers(&self.settings.node);
+                    let peers = self.cluster.peers();
                     self.peers.send_if_modified(|known| {
                         let is_news = *known != peers;
                         *known = peers;
@@ -637,8 +648,7 @@ impl<'a> Agent<'a> {
 
     /// The configuration of this node. What is wrong with an LBNodeAgent is told to its author.
     fn config(&mut self) -> Option<NodeConfig> {
-        let labels = self.cluster.labels(&self.settings.node);
-        let (chosen, mut bad) = config::select(self.cluster.agents(), &labels);
+        let (chosen, mut bad) = config::select(self.cluster.agents(), self.cluster.labels());
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
         let selector = match chosen {
             Some(agent) if config::is_catch_all(agent) => Selector::Default,

@@ -97,6 +97,9 @@ impl Selector {
     ];
 }
 
+/// Stands for a node's name that is no existing Node's: what is written in a Service must not make series.
+pub const UNKNOWN: &str = "<unknown>";
+
 /// The node agent's metrics. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
@@ -277,6 +280,20 @@ impl Metrics {
         self.steals.get_or_create(&labels).inc();
     }
 
+    /// A node is gone, and with it the series that name it. `this` is this node.
+    pub fn node_gone(&self, node: &str, this: &str) {
+        self.steals.remove(&Steal {
+            from: node.to_owned(),
+            to: this.to_owned(),
+        });
+    }
+
+    /// A Service has no address of ours any more: its series end.
+    pub fn service_gone(&self, service: &ServiceKey) {
+        let service = service.to_string();
+        self.winner_changes.remove(&OfService { service });
+    }
+
     /// Another node announces an address of a Service than before.
     pub fn winner_changed(&self, service: &ServiceKey) {
         let service = service.to_string();
@@ -348,5 +365,23 @@ mod tests {
             assert!(text.contains(&format!("\n{line}\n")), "{line}\n{text}");
         }
         assert!(!text.contains("default/a"), "{text}");
+    }
+
+    #[test]
+    fn series_end_with_what_they_tell_of() {
+        let metrics = Metrics::default();
+        let count = || {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &metrics.registry()).unwrap();
+            text.lines().filter(|line| !line.starts_with('#')).count()
+        };
+        let before = count();
+        let key = ServiceKey::new("default", "a");
+        metrics.winner_changed(&key);
+        metrics.stolen("m", "w11");
+        assert_eq!(count(), before + 2);
+        metrics.service_gone(&key);
+        metrics.node_gone("m", "w11");
+        assert_eq!(count(), before);
     }
 }

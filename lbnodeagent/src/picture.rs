@@ -2,6 +2,9 @@
 //!
 //! Objects are read once, when they change. Owns no connection: watch events come in, values are looked at.
 
+mod node;
+mod slice;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -9,9 +12,8 @@ use std::sync::Arc;
 use crds::service::{allocated_from, annotation, ingress, is_load_balancer, is_ours, is_traffic_local};
 use crds::servicegroup::Group;
 use crds::{Announce, Family, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
-use daemon::{Change, Mirror};
-use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use daemon::{Change, Keep, Mirror, Selection};
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use kube::ResourceExt;
 use kube::runtime::watcher;
 use smol_str::SmolStr;
@@ -25,42 +27,88 @@ use crate::plan::{Announced, User};
 #[expect(clippy::large_enum_variant, reason = "moved once per watch event")]
 pub enum Seen {
     /// A Service.
-    Service(watcher::Event<Service>),
+    Service(watcher::Event<crds::Slim>),
     /// A ServiceGroup of the install namespace.
     Group(watcher::Event<ServiceGroup>),
     /// An LBNodeAgent of the install namespace.
     Agent(watcher::Event<LBNodeAgent>),
     /// A Node.
-    Node(watcher::Event<Node>),
+    Node(watcher::Event<node::Slim>),
     /// An EndpointSlice.
-    Slice(watcher::Event<EndpointSlice>),
+    Slice(watcher::Event<slice::Slim>),
 }
 
-/// The label that ties an EndpointSlice to its Service (KEP-752).
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// The EndpointSlices that matter: no load balancer is headless. kube-proxy leaves out the same.
+pub const SLICES: Selection = Selection {
+    fields: None,
+    labels: Some("!service.kubernetes.io/headless"),
+};
 
-/// The label of nodes that load balancers leave out, whatever its value (KEP-1143).
-const EXCLUDED: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
-/// The taint of a node that is about to be deleted, for which load balancers leave it out too (KEP-3458).
-const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
+/// A Service as it is kept.
+#[derive(Clone, Debug)]
+struct KeptService(Arc<Service>);
+
+impl From<crds::Slim> for KeptService {
+    fn from(crds::Slim(mut service): crds::Slim) -> Self {
+        service.spec = service.spec.map(|spec| ServiceSpec {
+            type_: spec.type_,
+            cluster_ips: spec.cluster_ips,
+            external_traffic_policy: spec.external_traffic_policy,
+            load_balancer_class: spec.load_balancer_class,
+            ..ServiceSpec::default()
+        });
+        Self(Arc::new(service))
+    }
+}
+
+impl Keep<crds::Slim> for KeptService {
+    fn version(&self) -> u64 {
+        daemon::version(self.0.as_ref())
+    }
+}
 
 /// The API server's side of the picture.
 #[derive(Debug, Default)]
 pub struct Cluster {
-    services: Mirror<Service>,
+    /// Name of this node.
+    this: String,
+    services: Mirror<crds::Slim, KeptService>,
     groups: Mirror<ServiceGroup>,
     agents: Mirror<LBNodeAgent>,
-    nodes: Mirror<Node>,
-    slices: Mirror<EndpointSlice>,
+    nodes: Mirror<node::Slim, Arc<node::Kept>>,
+    slices: Mirror<slice::Slim, Arc<slice::Kept>>,
     announced: BTreeMap<ServiceKey, Announced>,
     valid_groups: BTreeMap<String, Group>,
     /// Addresses of nodes and of the API server, which nobody may announce.
     reserved: BTreeMap<IpAddr, User>,
-    /// Nodes with usable endpoints, by Service and slice. A slice without usable endpoints is left out.
-    endpoints: BTreeMap<ServiceKey, BTreeMap<String, Usable>>,
+    /// This node's labels.
+    labels: BTreeMap<String, String>,
+    /// The nodes that exist, as slices name them.
+    names: BTreeMap<slice::NodeId, SmolStr>,
+    /// Slices with usable endpoints, by Service and name.
+    endpoints: BTreeMap<ServiceKey, BTreeMap<SmolStr, Arc<slice::Kept>>>,
+    /// What ended since it was last asked for.
+    ended: Ended,
+}
+
+/// Nodes that are gone, and Services that have no address of ours any more: what is remembered of them ends too.
+#[derive(Debug, Default)]
+pub struct Ended {
+    /// The nodes' names.
+    pub nodes: Vec<SmolStr>,
+    /// The Services.
+    pub services: Vec<ServiceKey>,
 }
 
 impl Cluster {
+    /// What is known at first, for the agent of this node.
+    pub fn of(this: &str) -> Self {
+        Self {
+            this: this.to_owned(),
+            ..Self::default()
+        }
+    }
+
     /// Whether everything has been listed once.
     pub const fn is_ready(&self) -> bool {
         self.services.is_ready()
@@ -82,7 +130,8 @@ impl Cluster {
 
     /// The Service itself, to report on.
     pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
-        self.services.get(&(key.namespace.clone(), key.name.clone()))
+        let kept = self.services.get(&(key.namespace.clone(), key.name.clone()));
+        kept.map(|kept| &kept.0)
     }
 
     /// Addresses that nobody may announce: those of nodes and of the API server.
@@ -93,13 +142,13 @@ impl Cluster {
     fn reserve(&mut self) {
         self.reserved.clear();
         for node in self.nodes.objects().values() {
-            self.reserved.extend(reported_ips(node).map(|ip| (ip, User::Node)));
+            let ips = node.internal.iter().chain(&node.external);
+            self.reserved.extend(ips.map(|ip| (*ip, User::Node)));
         }
         // Written by the API servers alone: whoever may write it leads all of the cluster's traffic astray anyway.
         if let Some(slice) = self.slices.get(&("default".into(), "kubernetes".into())) {
-            let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
-            let ips = addresses.filter_map(|text| text.parse().ok());
-            self.reserved.extend(ips.map(|ip| (ip, User::ApiServer)));
+            let ips = slice.usable.addresses.iter();
+            self.reserved.extend(ips.map(|ip| (*ip, User::ApiServer)));
         }
     }
 
@@ -108,36 +157,43 @@ impl Cluster {
         self.agents.objects().values().map(AsRef::as_ref)
     }
 
-    /// A node's labels.
-    pub fn labels(&self, node: &str) -> BTreeMap<String, String> {
-        let node = self.nodes.get(&(SmolStr::default(), node.into()));
-        node.map(|node| node.labels().clone()).unwrap_or_default()
+    /// This node's labels.
+    pub const fn labels(&self) -> &BTreeMap<String, String> {
+        &self.labels
     }
 
-    /// Whether a node is to carry no load balancer's traffic: its label says so (KEP-1143), or it is about to be deleted
-    /// (KEP-3458). A cordon does not: it is about new Pods.
+    /// What is known of a Node.
+    pub fn node(&self, name: &str) -> Option<&node::Kept> {
+        self.nodes.get(&(SmolStr::default(), name.into())).map(AsRef::as_ref)
+    }
+
+    /// All Nodes, by name.
+    pub fn nodes(&self) -> impl Iterator<Item = (&str, &node::Kept)> {
+        let nodes = self.nodes.objects().iter();
+        nodes.map(|((_, name), node)| (name.as_str(), node.as_ref()))
+    }
+
+    /// Whether a node is to carry no load balancer's traffic.
     pub fn is_excluded(&self, node: &str) -> bool {
-        let Some(node) = self.nodes.get(&(SmolStr::default(), node.into())) else {
-            return false;
-        };
-        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
-        node.labels().contains_key(EXCLUDED) || taints.into_iter().any(|taint| taint.key == TO_BE_DELETED)
+        self.node(node).is_some_and(|node| node.is_excluded)
     }
 
     /// A node's InternalIPs.
     pub fn addresses_of(&self, node: &str) -> Vec<IpAddr> {
-        let node = self.nodes.get(&(SmolStr::default(), node.into()));
-        node.map(|node| internal_ips(node)).unwrap_or_default()
+        self.node(node).map(|node| node.internal.to_vec()).unwrap_or_default()
     }
 
     /// The other nodes and their InternalIPs.
-    pub fn peers(&self, this: &str) -> Peers {
-        self.nodes
-            .objects()
-            .values()
-            .filter(|node| node.name_any() != this)
-            .map(|node| (node.name_any(), internal_ips(node)))
+    pub fn peers(&self) -> Peers {
+        let others = self.nodes().filter(|(name, _)| *name != self.this);
+        others
+            .map(|(name, node)| (name.to_owned(), node.internal.to_vec()))
             .collect()
+    }
+
+    /// What ended since this was last asked.
+    pub fn ended(&mut self) -> Ended {
+        std::mem::take(&mut self.ended)
     }
 
     /// Takes in a watch event.
@@ -157,73 +213,136 @@ impl Cluster {
                 }
             }
             Seen::Agent(event) => _ = self.agents.apply(event),
-            Seen::Node(event) => {
-                if !self.nodes.apply(event).is_empty() {
-                    self.reserve();
-                }
-            }
-            Seen::Slice(event) => {
-                let changes = self.slices.apply(event);
-                let is_api_server = |change: &Change<Arc<EndpointSlice>>| match change {
-                    Change::Set(key, _) | Change::Gone(key, _) => key.0 == "default" && key.1 == "kubernetes",
-                    Change::Ready => false,
-                };
-                if changes.iter().any(is_api_server) {
-                    self.reserve();
-                }
-                for change in changes {
-                    self.slice_changed(change);
-                }
-            }
+            Seen::Node(event) => self.node_event(event),
+            Seen::Slice(event) => self.slice_event(event),
         }
     }
 
     /// Takes in the answer to a write, which may be newer than what the watch has told.
-    pub fn service_written(&mut self, service: Service) {
+    pub fn service_written(&mut self, service: crds::Slim) {
         if let Some(change) = self.services.set(service) {
             self.service_changed(change);
         }
     }
 
-    fn service_changed(&mut self, change: Change<Arc<Service>>) {
+    fn service_changed(&mut self, change: Change<KeptService>) {
         match change {
             Change::Set(key, service) => {
                 let key = ServiceKey::new(key.0, key.1);
-                match announced(&service) {
+                match announced(&service.0) {
                     Some(announced) => {
                         self.announced.insert(key.clone(), announced);
                         self.endpoints_changed(&key);
                     }
-                    None => _ = self.announced.remove(&key),
+                    None => self.withdrawn(key),
                 }
             }
-            Change::Gone(key, _) => _ = self.announced.remove(&ServiceKey::new(key.0, key.1)),
+            Change::Gone(key, _) => self.withdrawn(ServiceKey::new(key.0, key.1)),
             Change::Ready => {}
         }
     }
 
-    fn slice_changed(&mut self, change: Change<Arc<EndpointSlice>>) {
-        let (slice, is_gone) = match change {
-            Change::Set(_, slice) => (slice, false),
-            Change::Gone(_, slice) => (slice, true),
-            Change::Ready => return,
-        };
-        let Some(service) = slice.labels().get(SERVICE_NAME) else {
-            return;
-        };
-        let key = ServiceKey::new(slice.namespace().unwrap_or_default(), service);
-        let of_service = self.endpoints.entry(key.clone()).or_default();
-        match usable_nodes(&slice).filter(|_| !is_gone) {
-            Some(nodes) => _ = of_service.insert(slice.name_any(), nodes),
-            None => _ = of_service.remove(&slice.name_any()),
+    fn withdrawn(&mut self, key: ServiceKey) {
+        if self.announced.remove(&key).is_some() {
+            self.ended.services.push(key);
         }
-        if of_service.is_empty() {
-            self.endpoints.remove(&key);
+    }
+
+    fn node_event(&mut self, event: watcher::Event<node::Slim>) {
+        let labels = match &event {
+            watcher::Event::Apply(node) | watcher::Event::InitApply(node) if node.name_any() == self.this => {
+                Some(node.labels().clone())
+            }
+            _ => None,
+        };
+        let mut is_known = true;
+        let changes = self.nodes.apply(event);
+        if !changes.is_empty() {
+            self.reserve();
         }
-        self.endpoints_changed(&key);
+        for change in changes {
+            match change {
+                Change::Set((_, name), _) => {
+                    if let Some(labels) = labels.as_ref().filter(|_| name == self.this) {
+                        self.labels.clone_from(labels);
+                    }
+                    is_known &= self.names.insert(slice::NodeId::of(&name), name).is_some();
+                }
+                Change::Gone((_, name), _) => {
+                    if name == self.this {
+                        self.labels.clear();
+                    }
+                    self.names.remove(&slice::NodeId::of(&name));
+                    self.ended.nodes.push(name);
+                    is_known = false;
+                }
+                Change::Ready => {}
+            }
+        }
+        if !is_known {
+            let keys: Vec<ServiceKey> = self.announced.keys().cloned().collect();
+            for key in keys {
+                self.endpoints_changed(&key);
+            }
+        }
+    }
+
+    /// The Service whose slice this is may be another one than before.
+    fn slice_event(&mut self, event: watcher::Event<slice::Slim>) {
+        let before = match &event {
+            watcher::Event::Apply(slice) | watcher::Event::InitApply(slice) => {
+                let key = (slice.namespace().unwrap_or_default().into(), slice.name_any().into());
+                self.slices.get(&key).and_then(|kept| kept.service.clone())
+            }
+            _ => None,
+        };
+        let changes = self.slices.apply(event);
+        let is_api_server = |change: &Change<_>| match change {
+            Change::Set(key, _) | Change::Gone(key, _) => slice::is_api_servers(&key.0, &key.1),
+            Change::Ready => false,
+        };
+        if changes.iter().any(is_api_server) {
+            self.reserve();
+        }
+        for change in changes {
+            match change {
+                Change::Set((namespace, name), slice) => {
+                    if let Some(before) = before.as_ref().filter(|before| slice.service.as_ref() != Some(before)) {
+                        self.slice_gone(&ServiceKey::new(namespace.clone(), before.clone()), &name);
+                    }
+                    let Some(service) = slice.service.clone() else { continue };
+                    let key = ServiceKey::new(namespace, service);
+                    if slice.usable.is_any {
+                        self.endpoints.entry(key.clone()).or_default().insert(name, slice);
+                        self.endpoints_changed(&key);
+                    } else {
+                        self.slice_gone(&key, &name);
+                    }
+                }
+                Change::Gone((namespace, name), slice) => {
+                    if let Some(service) = slice.service.clone() {
+                        self.slice_gone(&ServiceKey::new(namespace, service), &name);
+                    }
+                }
+                Change::Ready => {}
+            }
+        }
+    }
+
+    fn slice_gone(&mut self, key: &ServiceKey, slice: &SmolStr) {
+        if let Some(slices) = self.endpoints.get_mut(key) {
+            slices.remove(slice);
+            if slices.is_empty() {
+                self.endpoints.remove(key);
+            }
+        }
+        self.endpoints_changed(key);
     }
 
     fn endpoints_changed(&mut self, key: &ServiceKey) {
+        if !self.announced.contains_key(key) {
+            return;
+        }
         let nodes = self.endpoint_nodes(key);
         let has_endpoints = self.endpoints.contains_key(key);
         if let Some(announced) = self.announced.get_mut(key) {
@@ -236,28 +355,16 @@ impl Cluster {
     /// kube-proxy (KEP-1669), but for all nodes, so that traffic has moved elsewhere before the endpoint ends.
     fn endpoint_nodes(&self, key: &ServiceKey) -> BTreeSet<String> {
         let slices = || self.endpoints.get(key).into_iter().flat_map(BTreeMap::values);
-        let ready: BTreeSet<String> = slices().flat_map(|slice| &slice.ready).cloned().collect();
-        if ready.is_empty() {
-            return slices().flat_map(|slice| &slice.serving).cloned().collect();
+        let named = |id: &slice::NodeId| self.names.get(id).map(ToString::to_string);
+        if slices().all(|slice| slice.usable.ready.is_empty()) {
+            let serving = slices().flat_map(|slice| &slice.usable.serving);
+            return serving.filter_map(named).collect();
         }
-        ready
+        slices()
+            .flat_map(|slice| &slice.usable.ready)
+            .filter_map(named)
+            .collect()
     }
-}
-
-/// Nodes with endpoints of a slice.
-#[derive(Debug, Default)]
-struct Usable {
-    /// That are ready.
-    ready: BTreeSet<String>,
-    /// That serve while they terminate (KEP-1672).
-    serving: BTreeSet<String>,
-}
-
-/// The addresses of a node in its status, whichever they are.
-fn reported_ips(node: &Node) -> impl Iterator<Item = IpAddr> {
-    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    let addresses = addresses.filter(|address| matches!(&*address.type_, "InternalIP" | "ExternalIP"));
-    addresses.filter_map(|address| address.address.parse().ok())
 }
 
 /// A Service's part in the picture; `None` when it has no addresses of ours.
@@ -292,34 +399,6 @@ fn announced(service: &Service) -> Option<Announced> {
     })
 }
 
-/// Nodes of a slice with endpoints that traffic may go to; `None` where it has no such endpoint. One outside the cluster is
-/// on no node.
-fn usable_nodes(slice: &EndpointSlice) -> Option<Usable> {
-    let mut usable = Usable::default();
-    let mut is_any = false;
-    for endpoint in &slice.endpoints {
-        let conditions = endpoint.conditions.as_ref();
-        let nodes = if conditions.and_then(|c| c.ready).unwrap_or(true) {
-            &mut usable.ready
-        } else if conditions.and_then(|c| c.serving).unwrap_or(false) {
-            &mut usable.serving
-        } else {
-            continue;
-        };
-        is_any = true;
-        nodes.extend(endpoint.node_name.clone());
-    }
-    is_any.then_some(usable)
-}
-
-fn internal_ips(node: &Node) -> Vec<IpAddr> {
-    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    addresses
-        .filter(|address| address.type_ == "InternalIP")
-        .filter_map(|address| address.address.parse().ok())
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,13 +426,17 @@ mod tests {
         assert_eq!(announced(&service("PureLB", "ClusterIP", "Cluster")), None);
     }
 
+    fn see_node(cluster: &mut Cluster, node: serde_json::Value) {
+        cluster.see(Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap())));
+    }
+
     #[test]
     fn a_node_is_excluded_by_its_label_or_the_autoscalers_taint_and_not_by_a_cordon() {
         let mut cluster = Cluster::default();
         for (name, labels, spec, expected) in [
             ("plain", json!({"a": "b"}), json!({}), false),
-            ("labelled", json!({EXCLUDED: ""}), json!({}), true),
-            ("labelled false", json!({EXCLUDED: "false"}), json!({}), true),
+            ("labelled", json!({node::EXCLUDED: ""}), json!({}), true),
+            ("labelled false", json!({node::EXCLUDED: "false"}), json!({}), true),
             (
                 "cordoned",
                 json!({}),
@@ -363,58 +446,112 @@ mod tests {
             (
                 "scaled down",
                 json!({}),
-                json!({"taints": [{"key": TO_BE_DELETED, "effect": "NoSchedule"}]}),
+                json!({"taints": [{"key": node::TO_BE_DELETED, "effect": "NoSchedule"}]}),
                 true,
             ),
         ] {
-            let node = json!({"metadata": {"name": name, "labels": labels}, "spec": spec});
-            cluster.see(Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap())));
+            see_node(
+                &mut cluster,
+                json!({"metadata": {"name": name, "labels": labels}, "spec": spec}),
+            );
             assert_eq!(cluster.is_excluded(name), expected, "{name}");
         }
         assert!(!cluster.is_excluded("unknown"));
     }
 
     #[test]
-    fn endpoints_that_terminate_count_where_none_is_ready_and_all_leave_with_their_slice() {
-        let slice = |name: &str, conditions: serde_json::Value, node: &str| -> EndpointSlice {
-            serde_json::from_value(json!({
-                "metadata": {"namespace": "default", "name": name, "labels": {SERVICE_NAME: "web"}},
-                "addressType": "IPv4",
-                "endpoints": [{"addresses": ["10.244.0.1"], "conditions": conditions, "nodeName": node}],
-            }))
-            .unwrap()
-        };
+    fn labels_are_those_of_this_node_and_go_with_it() {
+        let mut cluster = Cluster::of("w11");
+        let node = |name: &str, label: &str| json!({"metadata": {"name": name, "labels": {"rack": label}}});
+        see_node(&mut cluster, node("m", "1"));
+        assert!(cluster.labels().is_empty());
+        see_node(&mut cluster, node("w11", "2"));
+        assert_eq!(cluster.labels()["rack"], "2");
+        see_node(&mut cluster, node("w11", "3"));
+        assert_eq!(cluster.labels()["rack"], "3");
+        let gone = serde_json::from_value(node("w11", "3")).unwrap();
+        cluster.see(Seen::Node(watcher::Event::Delete(gone)));
+        assert!(cluster.labels().is_empty());
+    }
+
+    fn slice(name: &str, service: &str, conditions: &serde_json::Value, node: &str) -> slice::Slim {
+        serde_json::from_value(json!({
+            "metadata": {"namespace": "default", "name": name, "labels": {"kubernetes.io/service-name": service}},
+            "addressType": "IPv4",
+            "endpoints": [{"addresses": ["10.244.0.1"], "conditions": conditions, "nodeName": node}],
+        }))
+        .unwrap()
+    }
+
+    /// A Service `web` that is announced, and these nodes.
+    fn announced_on(nodes: &[&str]) -> Cluster {
         let mut cluster = Cluster::default();
-        cluster.see(Seen::Service(watcher::Event::Apply(service(
-            "PureLB",
-            "LoadBalancer",
-            "Local",
-        ))));
-        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
-            "a",
-            json!({}),
-            "unknown-is-ready",
-        ))));
-        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
-            "b",
-            json!({"ready": false, "serving": true}),
-            "serving",
-        ))));
-        cluster.see(Seen::Slice(watcher::Event::Apply(slice(
-            "c",
-            json!({"ready": false}),
-            "unready",
-        ))));
-        let nodes = |cluster: &Cluster| {
-            let announced = cluster.announced().values().next().unwrap();
-            announced.endpoint_nodes.iter().cloned().collect::<Vec<_>>()
-        };
-        assert_eq!(nodes(&cluster), ["unknown-is-ready"]);
-        cluster.see(Seen::Slice(watcher::Event::Delete(slice(
-            "a",
-            json!({}),
-            "unknown-is-ready",
-        ))));
-        assert_eq!(nodes(&cluster), ["serving"]);
+        for name in nodes {
+            see_node(&mut cluster, json!({"metadata": {"name": name}}));
+        }
+        let service = crds::Slim(service("PureLB", "LoadBalancer", "Local"));
+        cluster.see(Seen::Service(watcher::Event::Apply(service)));
+        cluster
+    }
+
+    fn endpoint_nodes(cluster: &Cluster) -> Vec<&str> {
+        let announced = cluster.announced().values().next().unwrap();
+        announced.endpoint_nodes.iter().map(String::as_str).collect()
+    }
+
+    #[test]
+    fn endpoints_that_terminate_count_where_none_is_ready_and_all_leave_with_their_slice() {
+        let mut cluster = announced_on(&["unknown-is-ready", "serving", "unready"]);
+        let ready = || slice("a", "web", &json!({}), "unknown-is-ready");
+        let mut apply = |slice| cluster.see(Seen::Slice(watcher::Event::Apply(slice)));
+        apply(ready());
+        apply(slice("b", "web", &json!({"ready": false, "serving": true}), "serving"));
+        apply(slice("c", "web", &json!({"ready": false}), "unready"));
+        assert_eq!(endpoint_nodes(&cluster), ["unknown-is-ready"]);
+        cluster.see(Seen::Slice(watcher::Event::Delete(ready())));
+        assert_eq!(endpoint_nodes(&cluster), ["serving"]);
+    }
+
+    #[test]
+    fn a_slice_that_changes_its_service_leaves_the_one_it_had() {
+        let has_endpoints = |cluster: &Cluster| cluster.announced().values().next().unwrap().has_endpoints;
+        for (name, after) in [
+            ("another Service", json!({"kubernetes.io/service-name": "other"})),
+            ("none", json!({})),
+        ] {
+            let mut cluster = announced_on(&["m"]);
+            let mut apply = |slice| cluster.see(Seen::Slice(watcher::Event::Apply(slice)));
+            apply(slice("a", "web", &json!({}), "m"));
+            let moved = json!({"metadata": {"namespace": "default", "name": "a", "labels": after},
+                "endpoints": [{"nodeName": "m"}]});
+            apply(serde_json::from_value(moved).unwrap());
+            assert!(!has_endpoints(&cluster), "{name}");
+            assert_eq!(endpoint_nodes(&cluster), [""; 0], "{name}");
+            let mut apply = |slice| cluster.see(Seen::Slice(watcher::Event::Apply(slice)));
+            apply(slice("a", "web", &json!({}), "m"));
+            assert!(has_endpoints(&cluster), "{name}, and back");
+        }
+    }
+
+    #[test]
+    fn endpoints_count_on_nodes_that_exist_whichever_is_heard_of_first() {
+        let mut cluster = announced_on(&["m"]);
+        cluster.see(Seen::Slice(watcher::Event::Apply(slice("a", "web", &json!({}), "w11"))));
+        assert_eq!(endpoint_nodes(&cluster), [""; 0]);
+        assert!(cluster.announced().values().next().unwrap().has_endpoints);
+        see_node(&mut cluster, json!({"metadata": {"name": "w11"}}));
+        assert_eq!(endpoint_nodes(&cluster), ["w11"]);
+        let gone = serde_json::from_value(json!({"metadata": {"name": "w11"}})).unwrap();
+        cluster.see(Seen::Node(watcher::Event::Delete(gone)));
+        assert_eq!(endpoint_nodes(&cluster), [""; 0]);
+    }
+
+    #[test]
+    fn a_service_that_changed_its_type_is_deleted_to_a_watch_of_load_balancers_and_its_addresses_end() {
+        let mut cluster = announced_on(&["m"]);
+        let gone = crds::Slim(service("PureLB", "ClusterIP", "Local"));
+        cluster.see(Seen::Service(watcher::Event::Delete(gone)));
+        assert!(cluster.announced().is_empty());
+        assert_eq!(cluster.ended().services, [ServiceKey::new("default", "web")]);
     }
 }

@@ -1,121 +1,14 @@
-//! What is kept of a Service: with ten thousand of them, the parts that nothing here reads are most of the memory, and so
-//! is the room that a struct with all fields of the API takes.
+//! What is kept of a Service: with ten thousand of them, the room that a struct with all fields of the API takes is most of
+//! the memory.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crds::Slim;
 use crds::service::ingress;
 use daemon::Keep;
-use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
-use kube::{Resource, ResourceExt};
-use serde::Deserialize;
-
-use crate::lint;
-
-/// Every annotation of ours, and of PureLB, begins with this.
-const OURS: &str = "purelb.io/";
-
-/// A Service with what a decision needs, as it comes from the API server. It is read only: what is sent names what it
-/// changes, so that nothing is lost.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(from = "Wire")]
-pub(super) struct Slim(pub(super) Service);
-
-/// What is read of the answer: managed fields alone would be ten times as much as all of this.
-#[derive(Deserialize)]
-struct Wire {
-    #[serde(default)]
-    metadata: Metadata,
-    spec: Option<ServiceSpec>,
-    status: Option<ServiceStatus>,
-}
-
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-struct Metadata {
-    name: Option<String>,
-    namespace: Option<String>,
-    uid: Option<String>,
-    resource_version: Option<String>,
-    creation_timestamp: Option<Time>,
-    deletion_timestamp: Option<Time>,
-    finalizers: Option<Vec<String>>,
-    annotations: Option<BTreeMap<String, String>>,
-}
-
-impl From<Wire> for Slim {
-    fn from(wire: Wire) -> Self {
-        let mut annotations = wire.metadata.annotations.unwrap_or_default();
-        annotations.retain(|key, _| key.starts_with(OURS) || lint::is_foreign(key));
-        let metadata = ObjectMeta {
-            name: wire.metadata.name,
-            namespace: wire.metadata.namespace,
-            uid: wire.metadata.uid,
-            resource_version: wire.metadata.resource_version,
-            creation_timestamp: wire.metadata.creation_timestamp,
-            deletion_timestamp: wire.metadata.deletion_timestamp,
-            finalizers: wire.metadata.finalizers,
-            annotations: Some(annotations).filter(|left| !left.is_empty()),
-            ..ObjectMeta::default()
-        };
-        let spec = wire.spec.map(|spec| ServiceSpec {
-            type_: spec.type_,
-            cluster_ip: spec.cluster_ip,
-            external_traffic_policy: spec.external_traffic_policy,
-            ip_families: spec.ip_families,
-            ip_family_policy: spec.ip_family_policy,
-            load_balancer_class: spec.load_balancer_class,
-            load_balancer_ip: spec.load_balancer_ip,
-            ports: spec.ports.map(|ports| {
-                let slim = ports.into_iter().map(|port| ServicePort {
-                    port: port.port,
-                    protocol: port.protocol,
-                    ..ServicePort::default()
-                });
-                slim.collect()
-            }),
-            ..ServiceSpec::default()
-        });
-        Self(Service {
-            metadata,
-            spec,
-            status: wire.status,
-        })
-    }
-}
-
-impl Resource for Slim {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        Service::kind(&())
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        Service::group(&())
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        Service::version(&())
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        Service::plural(&())
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.0.metadata
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.0.metadata
-    }
-}
+use kube::ResourceExt;
 
 /// A Service as it is kept: as JSON, which takes a third of the room, and some microseconds to read.
 #[derive(Clone, Debug)]

@@ -6,12 +6,11 @@ use std::time::Duration;
 use crds::event::{ALLOCATOR, Notice};
 use crds::record;
 use crds::service::{annotation, ingress};
-use crds::{ServiceKey, annotations};
+use crds::{ServiceKey, Slim, annotations};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::Value;
 
-use super::slim::Slim;
 use super::{Controller, Input};
 
 /// First wait before a failed write is tried again; it doubles up to [`RETRY_MAX`].

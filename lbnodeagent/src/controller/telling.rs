@@ -21,6 +21,7 @@ use crate::conflict::Finding;
 use crate::election;
 use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
+use crate::metrics::UNKNOWN;
 use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
 use crate::notices;
@@ -145,7 +146,8 @@ impl Agent<'_> {
             let entries = announcing::entries(service, Family::of(ip));
             let before = entries.get(&ip).map(|(other, _)| other).filter(|other| *other != node);
             if let Some(other) = before {
-                self.links.metrics.stolen(other, node);
+                let known = self.cluster.node(other).map(|_| other.as_str());
+                self.links.metrics.stolen(known.unwrap_or(UNKNOWN), node);
             }
             notices::local(node, ip, interface, before.map(String::as_str))
         } else {
@@ -253,7 +255,7 @@ impl Agent<'_> {
             let now = Instant::now();
             let claims = own.iter().filter(|(_, interface)| interface.is_some());
             self.claimed.extend(claims.map(|(ip, _)| ((key.clone(), *ip), now)));
-            let api: Api<Service> = Api::namespaced(self.client.clone(), &key.namespace);
+            let api: Api<crds::Slim> = Api::namespaced(self.client.clone(), &key.namespace);
             let sender = self.sender.clone();
             tokio::spawn(async move {
                 let result = api

@@ -1,0 +1,359 @@
+//! A Service reduced, while it is read, to what the two programs need of it.
+//!
+//! Whoever may create Services decides how many there are and what is in them: what nobody here looks at must cost
+//! no memory, neither for the moment that a page of a listing is read nor for as long as the Service is there.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use kube::Resource;
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::annotations::{self, FOREIGN, OURS};
+use crate::service::{is_load_balancer, reserved_in};
+
+/// How many annotations are read by their key only.
+const TOLD: usize = 8;
+/// How much is read of an annotation of a Service that is no load balancer, in bytes.
+const LEFT_OF_A_VALUE: usize = 64;
+
+/// A Service with what decisions need. It is read only: what is sent names what it changes, so that nothing is lost.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(from = "Wire")]
+pub struct Slim(pub Service);
+
+/// What is read of the answer: managed fields alone would be ten times as much as all of this.
+#[derive(Deserialize)]
+struct Wire {
+    #[serde(default)]
+    metadata: Metadata,
+    spec: Option<Spec>,
+    status: Option<ServiceStatus>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Metadata {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    creation_timestamp: Option<Time>,
+    deletion_timestamp: Option<Time>,
+    finalizers: Option<Vec<String>>,
+    #[serde(deserialize_with = "read_annotations")]
+    annotations: BTreeMap<String, String>,
+}
+
+impl From<Wire> for Slim {
+    fn from(wire: Wire) -> Self {
+        let mut service = Service {
+            metadata: ObjectMeta {
+                name: wire.metadata.name,
+                namespace: wire.metadata.namespace,
+                uid: wire.metadata.uid,
+                resource_version: wire.metadata.resource_version,
+                creation_timestamp: wire.metadata.creation_timestamp,
+                deletion_timestamp: wire.metadata.deletion_timestamp,
+                finalizers: wire.metadata.finalizers,
+                annotations: Some(wire.metadata.annotations).filter(|read| !read.is_empty()),
+                ..ObjectMeta::default()
+            },
+            spec: wire.spec.map(ServiceSpec::from),
+            status: wire.status,
+        };
+        if !is_load_balancer(&service) {
+            shrink(&mut service);
+        }
+        Self(service)
+    }
+}
+
+/// Leaves of a Service of another type what tells that it was a load balancer of ours, and is to be given back by it.
+/// Of these anybody may have as many as they like.
+fn shrink(service: &mut Service) {
+    let is_reserved = reserved_in(service).next().is_some();
+    // Others' finalizers are written back together with ours.
+    service.metadata.finalizers = service.metadata.finalizers.take().filter(|_| is_reserved);
+    for value in service.metadata.annotations.iter_mut().flat_map(BTreeMap::values_mut) {
+        value.truncate(value.floor_char_boundary(LEFT_OF_A_VALUE));
+        value.shrink_to_fit();
+    }
+    service.spec = service.spec.take().map(|spec| ServiceSpec {
+        type_: spec.type_,
+        cluster_ip: spec.cluster_ip,
+        cluster_ips: spec.cluster_ips,
+        ..ServiceSpec::default()
+    });
+}
+
+/// The part of a Service's spec that is read.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    r#type: Option<String>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<String>,
+    #[serde(rename = "clusterIPs")]
+    cluster_ips: Option<Vec<String>>,
+    external_traffic_policy: Option<String>,
+    ip_families: Option<Vec<String>>,
+    ip_family_policy: Option<String>,
+    load_balancer_class: Option<String>,
+    #[serde(rename = "loadBalancerIP")]
+    load_balancer_ip: Option<Address>,
+    ports: Option<Vec<Port>>,
+}
+
+#[derive(Deserialize)]
+struct Port {
+    port: i32,
+    protocol: Option<String>,
+}
+
+/// `spec.loadBalancerIP`, which the API server takes at any length. It is read like `purelb.io/addresses`.
+#[derive(Deserialize)]
+#[serde(from = "Cow<str>")]
+struct Address(String);
+
+impl From<Cow<'_, str>> for Address {
+    fn from(text: Cow<'_, str>) -> Self {
+        Self(annotations::cut(annotations::ADDRESSES, &text))
+    }
+}
+
+impl From<Spec> for ServiceSpec {
+    fn from(spec: Spec) -> Self {
+        let port = |port: Port| ServicePort {
+            port: port.port,
+            protocol: port.protocol,
+            ..ServicePort::default()
+        };
+        Self {
+            type_: spec.r#type,
+            cluster_ip: spec.cluster_ip,
+            cluster_ips: spec.cluster_ips,
+            external_traffic_policy: spec.external_traffic_policy,
+            ip_families: spec.ip_families,
+            ip_family_policy: spec.ip_family_policy,
+            load_balancer_class: spec.load_balancer_class,
+            load_balancer_ip: spec.load_balancer_ip.map(|Address(text)| text),
+            ports: spec.ports.map(|ports| ports.into_iter().map(port).collect()),
+            ..Self::default()
+        }
+    }
+}
+
+impl Resource for Slim {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        Service::kind(&())
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        Service::group(&())
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        Service::version(&())
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        Service::plural(&())
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.0.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.0.metadata
+    }
+}
+
+/// Reads the annotations that are [known](annotations::known), each [cut](annotations::cut) to what is read of it, and
+/// of others that are told to their author some keys.
+fn read_annotations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Map;
+
+    impl<'de> Visitor<'de> for Map {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("annotations")
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(BTreeMap::new())
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut read = BTreeMap::new();
+            let mut told = 0;
+            while let Some(key) = map.next_key_seed(KeyOf)? {
+                if let Key::Known(key) = key {
+                    read.insert(key.to_owned(), map.next_value_seed(ValueOf(key))?);
+                    continue;
+                }
+                map.next_value::<IgnoredAny>()?;
+                if let Key::Told(key) = key
+                    && told < TOLD
+                {
+                    told += 1;
+                    read.insert(key, String::new());
+                }
+            }
+            Ok(read)
+        }
+    }
+
+    deserializer.deserialize_any(Map)
+}
+
+/// The key of an annotation.
+enum Key {
+    /// Its value is read.
+    Known(&'static str),
+    /// That it is there is told to the Service's author.
+    Told(String),
+    /// It is nobody's here.
+    Other,
+}
+
+struct KeyOf;
+
+impl<'de> DeserializeSeed<'de> for KeyOf {
+    type Value = Key;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for KeyOf {
+    type Value = Key;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the key of an annotation")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        let is_told = || text.starts_with(OURS) || FOREIGN.iter().any(|(foreign, ..)| *foreign == text);
+        Ok(match annotations::known(text) {
+            Some(known) => Key::Known(known),
+            None if is_told() => Key::Told(text.to_owned()),
+            None => Key::Other,
+        })
+    }
+}
+
+/// The value of this annotation.
+struct ValueOf(&'static str);
+
+impl<'de> DeserializeSeed<'de> for ValueOf {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for ValueOf {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the value of an annotation")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<String, E> {
+        Ok(annotations::cut(self.0, text))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::annotation;
+    use serde_json::json;
+
+    fn slim(value: serde_json::Value) -> Service {
+        let Slim(service) = serde_json::from_value(value).unwrap();
+        service
+    }
+
+    #[test]
+    fn only_known_annotations_are_read_and_none_beyond_its_length() {
+        let long = "x".repeat(200_000);
+        let service = slim(json!({
+            "metadata": {"name": "web", "labels": {"a": long}, "annotations": {
+                "other.io/any": long,
+                annotations::SERVICE_GROUP: long,
+                annotations::ALLOW_SHARED_IP: "key",
+                annotations::ANNOUNCING_IPV4: long,
+            }},
+            "spec": {"type": "LoadBalancer", "loadBalancerIP": long, "externalIPs": [long], "selector": {"a": long},
+                "ports": [{"port": 80, "name": long}]},
+        }));
+        assert_eq!(annotation(&service, "other.io/any"), None);
+        assert_eq!(annotation(&service, annotations::ALLOW_SHARED_IP), Some("key"));
+        let asked = annotation(&service, annotations::SERVICE_GROUP).unwrap();
+        assert!(annotations::is_too_long(asked) && asked.len() < annotations::LONGEST + 10);
+        let announced = annotation(&service, annotations::ANNOUNCING_IPV4).unwrap();
+        assert!(announced.len() < annotations::LONGEST_WRITTEN + 10);
+        assert!(serde_json::to_vec(&service).unwrap().len() < 12_000);
+    }
+
+    #[test]
+    fn of_keys_that_are_told_to_the_author_some_are_left_and_no_values() {
+        let unknown = |n: usize| (format!("{OURS}unknown-{n}"), json!("x".repeat(1000)));
+        let foreign = ("metallb.io/address-pool".to_owned(), json!("x"));
+        let many: serde_json::Map<_, _> = (0..1000).map(unknown).collect();
+        let some: serde_json::Map<_, _> = [unknown(1), foreign].into_iter().collect();
+        for (annotations, expected) in [(many, TOLD), (some, 2)] {
+            let service = slim(json!({"metadata": {"annotations": annotations}, "spec": {"type": "LoadBalancer"}}));
+            let left = service.metadata.annotations.unwrap();
+            assert_eq!(left.len(), expected);
+            assert!(left.values().all(String::is_empty));
+        }
+    }
+
+    #[test]
+    fn a_service_of_another_type_costs_no_more_than_its_marks_however_much_is_in_it() {
+        let long = "x".repeat(20_000);
+        let annotations: serde_json::Map<_, _> = annotations::WRITTEN_BY_AUTHORS
+            .iter()
+            .chain(&annotations::WRITTEN_BY_US)
+            .map(|key| ((*key).to_owned(), json!(long)))
+            .collect();
+        let ports: Vec<_> = (1..10_000)
+            .map(|port| json!({"port": port, "protocol": "TCP"}))
+            .collect();
+        let whole = |finalizers: &[&str]| {
+            json!({
+                "metadata": {"annotations": annotations, "finalizers": finalizers},
+                "spec": {"type": "ClusterIP", "clusterIP": "None", "loadBalancerIP": long, "ports": ports},
+            })
+        };
+        let service = slim(whole(&["example.org/a", "example.org/b"]));
+        let length = serde_json::to_vec(&service).unwrap().len();
+        assert!(length < 2_000, "{length}");
+        assert_eq!(service.metadata.finalizers, None);
+        assert!(annotation(&service, annotations::ALLOCATED_BY).is_some());
+        let reserved = slim(whole(&["example.org/a", "ipam.purelb.io/e"]));
+        assert_eq!(reserved.metadata.finalizers.unwrap().len(), 2, "both are written back");
+    }
+
+    #[test]
+    fn a_service_without_annotations_reads() {
+        for metadata in [json!({}), json!({"annotations": null}), json!({"annotations": {}})] {
+            assert_eq!(slim(json!({"metadata": metadata})).metadata.annotations, None);
+        }
+    }
+}
