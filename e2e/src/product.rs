@@ -11,6 +11,7 @@ use kube::Api;
 use crate::anchor::ROOT;
 use crate::kubernetes::{self, own_binary};
 use crate::lab::Lab;
+use crate::limit::MemoryLimit;
 use crate::pods;
 use crate::process::{Output, Process, Program};
 use crate::wait::wait_until;
@@ -77,6 +78,20 @@ impl Lab {
     /// Starts an allocator as the Pod `name` of several, in the one network namespace they share here: only the one named
     /// `allocator` serves metrics, on port 7472.
     pub async fn start_replica(&self, name: &str, environment: &[(&str, &str)]) -> Result<Process> {
+        self.launch_allocator(name, environment, None).await
+    }
+
+    /// Starts the allocator under a limit of memory.
+    pub async fn start_allocator_within(&self, limit: &MemoryLimit) -> Result<Process> {
+        self.launch_allocator(ALLOCATOR_NS, &[], Some(limit)).await
+    }
+
+    async fn launch_allocator(
+        &self,
+        name: &str,
+        environment: &[(&str, &str)],
+        limit: Option<&MemoryLimit>,
+    ) -> Result<Process> {
         let program = own_binary("allocator")?;
         let kubeconfig = self.service_account_kubeconfig(NAMESPACE, "allocator").await?;
         pods::wire_allocator(self, ALLOCATOR_NS)
@@ -91,7 +106,24 @@ impl Lab {
             ("DEFAULT_ANNOUNCER", "PureLB"),
         ];
         let environment: Vec<(&str, &str)> = own.iter().chain(environment).copied().collect();
-        self.start_process(ALLOCATOR_NS, name, [program.to_string_lossy().as_ref()], &environment)
+        self.launch(ALLOCATOR_NS, name, &program, &environment, limit).await
+    }
+
+    async fn launch(
+        &self,
+        ns: &str,
+        name: &str,
+        program: &Path,
+        environment: &[(&str, &str)],
+        limit: Option<&MemoryLimit>,
+    ) -> Result<Process> {
+        let program = program.to_string_lossy();
+        let Some(limit) = limit else {
+            return self.start_process(ns, name, [program.as_ref()], environment);
+        };
+        let process = self.start_process(ns, name, MemoryLimit::argv(&program), environment)?;
+        limit.admit(&process).await?;
+        Ok(process)
     }
 
     /// Starts the node agent in a node's own network namespace, once there is a key for it.
@@ -101,6 +133,20 @@ impl Lab {
 
     /// The same, with more in its environment, or something else.
     pub async fn start_agent_with(&self, node: &str, environment: &[(&str, &str)]) -> Result<Process> {
+        self.launch_agent(node, environment, None).await
+    }
+
+    /// The same, under a limit of memory.
+    pub async fn start_agent_within(&self, node: &str, limit: &MemoryLimit) -> Result<Process> {
+        self.launch_agent(node, &[], Some(limit)).await
+    }
+
+    async fn launch_agent(
+        &self,
+        node: &str,
+        environment: &[(&str, &str)],
+        limit: Option<&MemoryLimit>,
+    ) -> Result<Process> {
         let node = self.node(node)?;
         let program = own_binary("lbnodeagent")?;
         let kubeconfig = self.node_kubeconfig(NAMESPACE, "lbnodeagent", &node.name).await?;
@@ -117,12 +163,8 @@ impl Lab {
         ];
         let keys = keys.iter().map(|(name, key)| (*name, key.as_str()));
         let environment: Vec<(&str, &str)> = own.into_iter().chain(keys).chain(environment.iter().copied()).collect();
-        self.start_process(
-            &node.ns,
-            &format!("lbnodeagent-{}", node.ns),
-            [program.to_string_lossy().as_ref()],
-            &environment,
-        )
+        let name = format!("lbnodeagent-{}", node.ns);
+        self.launch(&node.ns, &name, &program, &environment, limit).await
     }
 
     /// The agents' common keys, which a kubelet would hand them from the Secret: the variables and what they say.

@@ -3,4 +3,5 @@
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 mod admission;
+mod memory;
 mod record;
