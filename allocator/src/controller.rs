@@ -152,7 +152,12 @@ impl Controller {
             life,
             is_starting: false,
             is_started: false,
-            reporter: Reporter::new(client.clone(), ALLOCATOR, &settings.instance),
+            reporter: Reporter::new(
+                client.clone(),
+                ALLOCATOR,
+                &settings.instance,
+                metrics.client.events_dropped.clone(),
+            ),
             client,
             settings,
             sender,

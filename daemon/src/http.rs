@@ -58,6 +58,8 @@ pub struct ClientMetrics {
     pub updates: Counter,
     /// Requests of ours that the API server refused or did not answer.
     pub update_errors: Counter,
+    /// Events that were never written.
+    pub events_dropped: Counter,
     /// 1 once the configuration was read.
     pub config_loaded: Gauge,
 }
@@ -72,6 +74,11 @@ impl ClientMetrics {
             "update_errors",
             "Requests that the API server refused or did not answer",
             self.update_errors.clone(),
+        );
+        client.register(
+            "events_dropped",
+            "Events that the API server refused, or that gave way to newer ones while it was out of reach",
+            self.events_dropped.clone(),
         );
         client.register(
             "config_loaded_bool",

@@ -3,8 +3,10 @@
 //! Nothing here knows what an allocator or a node agent does.
 
 mod http;
+mod pace;
 mod report;
 mod watch;
+mod write;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -19,8 +21,10 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use http::{ClientMetrics, Listen, Ready, serve};
+pub use pace::{LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
 pub use report::{CONCURRENCY, Reporter};
 pub use watch::{Change, Keep, Key, Mirror, Selection, version, watch};
+pub use write::{WriteError, send};
 
 /// Flags both processes have.
 #[derive(Args, Clone, Debug)]
@@ -88,23 +92,30 @@ impl Common {
     /// # Errors
     /// When the kubeconfig does not read, or outside a Pod without one.
     pub async fn client(&self) -> anyhow::Result<Client> {
-        Ok(self.client_and_server().await?.0)
+        Ok(Client::try_from(self.config().await?)?)
     }
 
-    /// A client for the API server, and the server's address where it is not given by name.
+    /// A client that sends each request once, and the server's address where it is not given by name. The usual client tries
+    /// again by itself when the API server has too much to do, many times and from five milliseconds on: who writes with this
+    /// one has a [`Pace`].
     ///
     /// # Errors
     /// When the kubeconfig does not read, or outside a Pod without one.
-    pub async fn client_and_server(&self) -> anyhow::Result<(Client, Option<IpAddr>)> {
-        let config = match &self.kubeconfig {
-            Some(path) => from_file(path).await?,
-            None => Config::infer()
-                .await
-                .context("no API server: set --kubeconfig, or run in a Pod with a ServiceAccount")?,
-        };
+    pub async fn bare_client_and_server(&self) -> anyhow::Result<(Client, Option<IpAddr>)> {
+        let mut config = self.config().await?;
+        config.default_retry = false;
         let host = config.cluster_url.host().unwrap_or_default();
         let server = host.trim_matches(['[', ']']).parse().ok();
         Ok((Client::try_from(config)?, server))
+    }
+
+    async fn config(&self) -> anyhow::Result<Config> {
+        match &self.kubeconfig {
+            Some(path) => from_file(path).await,
+            None => Config::infer()
+                .await
+                .context("no API server: set --kubeconfig, or run in a Pod with a ServiceAccount"),
+        }
     }
 }
 

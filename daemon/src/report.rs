@@ -1,72 +1,265 @@
 //! Events on objects, written beside the caller.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crds::event::Notice;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{Api, PostParams};
+use kube::api::PostParams;
+use kube::core::Request;
 use kube::{Client, Resource};
-use tokio::sync::Semaphore;
+use prometheus_client::metrics::counter::Counter;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use crate::pace::Pace;
+use crate::write::{WriteError, send};
 
 /// Requests under way at once: enough to hide the API server's latency, few enough to leave it room. Each is a
 /// connection, with a quarter of a MiB of buffers.
 pub const CONCURRENCY: usize = 16;
 
-/// Waits between attempts to write an event while the API server is out of reach: half a minute in all.
-const RETRIES: [Duration; 5] = [
-    Duration::from_secs(1),
-    Duration::from_secs(2),
-    Duration::from_secs(4),
-    Duration::from_secs(8),
-    Duration::from_secs(15),
-];
+/// How many events wait at most, as while the API server is away; the oldest give way. One takes about a kilobyte.
+const MOST_WAITING: usize = 5_000;
 
 /// Writes events. Cheap to clone.
 #[derive(Clone)]
 pub struct Reporter {
-    client: Client,
     controller: &'static str,
     instance: Arc<str>,
-    slots: Arc<Semaphore>,
+    queue: Arc<Queue>,
+}
+
+/// Events that wait to be written.
+#[derive(Debug, Default)]
+struct Queue {
+    events: Mutex<VecDeque<Event>>,
+    has_more: Notify,
+    /// Those that gave way to newer ones, or that the API server refused.
+    dropped: Counter,
+}
+
+impl Queue {
+    fn put(&self, event: Event) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.len() >= MOST_WAITING {
+            events.pop_front();
+            self.dropped.inc();
+        }
+        events.push_back(event);
+        drop(events);
+        self.has_more.notify_one();
+    }
+
+    /// One that is to be tried again: it is older than all that wait.
+    fn put_back(&self, event: Event) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.len() >= MOST_WAITING {
+            self.dropped.inc();
+        } else {
+            events.push_front(event);
+        }
+    }
+
+    fn take(&self) -> Option<Event> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    async fn next(&self) -> Event {
+        loop {
+            if let Some(event) = self.take() {
+                return event;
+            }
+            self.has_more.notified().await;
+        }
+    }
 }
 
 impl Reporter {
     /// A reporter that signs as `controller` (what `kubectl describe` shows under From) and `instance`,
-    /// the name of the Pod or node.
-    pub fn new(client: Client, controller: &'static str, instance: &str) -> Self {
+    /// the name of the Pod or node. `dropped` counts events that were never written.
+    pub fn new(client: Client, controller: &'static str, instance: &str, dropped: Counter) -> Self {
+        let queue = Arc::new(Queue {
+            dropped,
+            ..Queue::default()
+        });
+        tokio::spawn(write_all(client, queue.clone()));
         Self {
-            client,
             controller,
             instance: instance.into(),
-            slots: Arc::new(Semaphore::new(CONCURRENCY)),
+            queue,
         }
     }
 
-    /// Tells the author of an object. Tried again for half a minute while the API server is out of reach;
+    /// Tells the author of an object. Tried again while the API server is out of reach or has too much to do;
     /// what it refuses is logged, since the objects themselves carry everything that matters.
     pub fn tell<K: Resource<DynamicType = ()>>(&self, object: &K, notice: &Notice) {
         let regarding: ObjectReference = object.object_ref(&());
-        let event = notice.event(regarding, self.controller, &self.instance);
-        let namespace = event.metadata.namespace.clone().unwrap_or_default();
-        let api: Api<Event> = Api::namespaced(self.client.clone(), &namespace);
-        let slots = self.slots.clone();
-        tokio::spawn(async move {
-            let mut waits = RETRIES.into_iter();
-            loop {
-                let result = {
-                    let _slot = slots.acquire().await;
-                    api.create(&PostParams::default(), &event).await
-                };
-                let Err(error) = result else { return };
-                let wait = waits.next().filter(|_| !matches!(error, kube::Error::Api(_)));
-                let Some(wait) = wait else {
-                    tracing::warn!(event = ?event.metadata.name, %error, "event not written");
-                    return;
-                };
-                tokio::time::sleep(wait).await;
+        self.queue.put(notice.event(regarding, self.controller, &self.instance));
+    }
+}
+
+/// Writes what comes, many at once. While that fails, one at a time, at the pace for writes. Never returns.
+async fn write_all(client: Client, queue: Arc<Queue>) {
+    let mut pace = Pace::default();
+    let mut next_at = Instant::now();
+    let mut writing = JoinSet::new();
+    loop {
+        let most = if pace.is_failing() { 1 } else { CONCURRENCY };
+        let next = async {
+            tokio::time::sleep_until(next_at).await;
+            queue.next().await
+        };
+        tokio::select! {
+            event = next, if writing.len() < most => {
+                _ = writing.spawn(write(client.clone(), event));
             }
-        });
+            Some(done) = writing.join_next() => match done {
+                Ok((_, Ok(()))) => _ = pace.succeeded(),
+                // Its first attempt arrived, and the answer did not.
+                Ok((_, Err(error))) if error.code() == Some(409) => _ = pace.succeeded(),
+                Ok((event, Err(error))) if error.is_passing() => {
+                    queue.put_back(event);
+                    // Those that failed together have failed once.
+                    if next_at <= Instant::now() {
+                        let pause = pace.failed(&error);
+                        next_at = Instant::now() + pause.wait;
+                        if pause.is_news {
+                            tracing::warn!(%error, "events not written, will try again");
+                        }
+                    }
+                }
+                Ok((event, Err(error))) => {
+                    queue.dropped.inc();
+                    tracing::warn!(event = ?event.metadata.name, %error, "event not written");
+                }
+                Err(error) => tracing::error!(%error, "an event got lost"),
+            },
+        }
+    }
+}
+
+async fn write(client: Client, event: Event) -> (Event, Result<(), WriteError>) {
+    let path = Event::url_path(&(), event.metadata.namespace.as_deref());
+    let body = serde_json::to_vec(&event).unwrap_or_default();
+    let request = Request::new(path).create(&PostParams::default(), body);
+    let result = send::<serde::de::IgnoredAny>(&client, request).await;
+    (event, result.map(|_| ()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use axum::Router;
+    use axum::http::StatusCode;
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use kube::Config;
+    use tokio::net::TcpListener;
+
+    /// An API server that has too much to do until it is told otherwise.
+    #[derive(Default)]
+    struct Server {
+        is_well: AtomicBool,
+        refused: AtomicUsize,
+        written: AtomicUsize,
+    }
+
+    async fn serve(server: Arc<Server>, listener: TcpListener) {
+        let answer = move || async move {
+            if server.is_well.load(Ordering::SeqCst) {
+                server.written.fetch_add(1, Ordering::SeqCst);
+                return (StatusCode::CREATED, [("retry-after", "0")], "{}");
+            }
+            server.refused.fetch_add(1, Ordering::SeqCst);
+            (
+                StatusCode::TOO_MANY_REQUESTS,
+                [("retry-after", "1")],
+                "too many requests",
+            )
+        };
+        axum::serve(listener, Router::new().fallback(answer)).await.unwrap();
+    }
+
+    fn reporter(address: std::net::SocketAddr, dropped: &Counter) -> Reporter {
+        let mut config = Config::new(format!("http://{address}").parse().unwrap());
+        config.default_retry = false;
+        Reporter::new(Client::try_from(config).unwrap(), "test", "node", dropped.clone())
+    }
+
+    fn object() -> ConfigMap {
+        let mut object = ConfigMap::default();
+        object.metadata.namespace = Some("default".into());
+        object.metadata.name = Some("web".into());
+        object
+    }
+
+    async fn all_written(server: &Server, expected: usize) {
+        for _ in 0..600 {
+            if server.written.load(Ordering::SeqCst) == expected {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("{} of {expected} written", server.written.load(Ordering::SeqCst));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_server_that_has_too_much_to_do_is_asked_seldom_and_gets_all_events_when_it_is_well() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = Arc::new(Server::default());
+        tokio::spawn(serve(server.clone(), listener));
+        let dropped = Counter::default();
+        let reporter = reporter(address, &dropped);
+        for number in 0..200 {
+            reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
+        }
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let refused = server.refused.load(Ordering::SeqCst);
+        assert!(
+            (1..=CONCURRENCY + 4).contains(&refused),
+            "{refused} requests in three seconds"
+        );
+        server.is_well.store(true, Ordering::SeqCst);
+        all_written(&server, 200).await;
+        assert_eq!(dropped.get(), 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn events_of_a_time_without_a_server_are_written_when_there_is_one() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let dropped = Counter::default();
+        let reporter = reporter(address, &dropped);
+        for number in 0..50 {
+            reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let server = Arc::new(Server::default());
+        server.is_well.store(true, Ordering::SeqCst);
+        tokio::spawn(serve(server.clone(), TcpListener::bind(address).await.unwrap()));
+        all_written(&server, 50).await;
+        assert_eq!(dropped.get(), 0);
+    }
+
+    #[test]
+    fn the_oldest_of_too_many_events_give_way_and_are_counted() {
+        let queue = Queue::default();
+        let event = |number: usize| Event {
+            note: Some(number.to_string()),
+            ..Event::default()
+        };
+        for number in 0..MOST_WAITING + 10 {
+            queue.put(event(number));
+        }
+        queue.put_back(event(0));
+        assert_eq!(queue.dropped.get(), 11);
+        assert_eq!(queue.take().and_then(|event| event.note).as_deref(), Some("10"));
     }
 }

@@ -103,6 +103,21 @@ fn an_address_of_a_foreign_host_is_not_announced_and_the_service_gets_another() 
         })
         .await?;
 
+        // Made anew under its name, it is told again.
+        let warned = async || {
+            let uid = get(&lab, "pinned", "{.metadata.uid}").await?;
+            let of = format!("regarding.uid={uid},reason=AddressConflict");
+            let events = lab
+                .kubectl(["get", "events.v1.events.k8s.io", "-o", "name", "--field-selector", &of])
+                .await?;
+            ensure!(!events.trim().is_empty(), "no event");
+            Ok(())
+        };
+        wait_until("an event says so", SOON, warned).await?;
+        lab.kubectl(["delete", "service", "pinned"]).await?;
+        lab.apply(&service("pinned", pinned)).await?;
+        wait_until("an event says so of the new one", SOON, warned).await?;
+
         // The host gives it up.
         lab.exec("client", ["ip", "address", "del", "10.31.200.9/16", "dev", "eth0"])
             .await?;

@@ -9,9 +9,10 @@ mod counting;
 mod handing;
 mod introducing;
 mod routing;
+mod saying;
 mod telling;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -19,12 +20,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use crds::event::{LBNODEAGENT, Notice};
+use crds::lbnode::{LBNodeStatus, RoutingDaemon};
 use crds::lbnodeagent::LocalConfig;
 use crds::{Family, LBNodeAgent, ServiceKey};
-use daemon::{Ready, Reporter, Selection};
+use daemon::{Ready, Reporter, Selection, WriteError, Writes};
 use kube::Client;
 use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::config::{self, ConfigError, NodeConfig};
@@ -33,6 +36,7 @@ use crate::greeting::{self, Held};
 use crate::handover::Handover;
 use crate::isolation::{self, Evidence, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
+use crate::lbnode::{self, Memory};
 use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
 use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
@@ -44,6 +48,7 @@ use crate::presence::Presence;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
 use crate::steadiness::{Others, Steadiness};
+use crate::told::Told;
 
 /// What the agent is told at start.
 #[derive(Clone, Debug)]
@@ -78,11 +83,13 @@ const OVERRULED: Duration = Duration::from_secs(5);
 const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long an agent that ends waits for its last word to be written.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 #[expect(clippy::large_enum_variant, reason = "moved once per watch event")]
 enum Input {
     Seen(Seen),
-    Annotated(ServiceKey, Box<kube::Result<crds::Slim>>),
+    Annotated(ServiceKey, Box<Result<crds::Slim, WriteError>>),
     Asked(Vec<Place>, io::Result<BTreeMap<IpAddr, Mac>>),
 }
 
@@ -135,6 +142,7 @@ pub async fn run(
         peers,
         sender,
     );
+    let writing = agent.start_writing();
     let mut announcing = std::pin::pin!(greeting::keep_announcing(
         agent.links.announcer.clone(),
         agent.held.subscribe(),
@@ -142,10 +150,11 @@ pub async fn run(
         greeting::Times::SHIPPED
     ));
     let (unadvertised, mut not_advertised) = watch::channel(BTreeMap::new());
+    let (sessions, mut sessions_seen) = (agent.sessions.clone(), agent.sessions.subscribe());
     if let Some(daemon) = agent.settings.routing_daemon.clone() {
         let (routed, metrics) = (agent.routed.subscribe(), agent.links.metrics.clone());
         // Beside this loop, which a long answer must not hold up.
-        tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, metrics));
+        tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
     }
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
@@ -160,6 +169,7 @@ pub async fn run(
             Ok(()) = heard.changed() => {}
             Ok(()) = api_reachable.changed() => {}
             Ok(()) = not_advertised.changed() => {}
+            Ok(()) = sessions_seen.changed() => {}
             () = kernel.changed() => {}
             () = watcher.taken_over() => {
                 tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
@@ -192,8 +202,7 @@ pub async fn run(
         agent.unadvertised = not_advertised.borrow_and_update().clone();
         agent.reconcile(&members).await?;
     }
-    agent.withdraw().await;
-    drop(agent);
+    agent.leave(writing).await;
     members.leave().await;
     Ok(())
 }
@@ -284,14 +293,24 @@ struct Agent<'a> {
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// What is known of addresses that were never announced.
     findings: Findings,
-    /// Services whose annotation is being written.
-    annotating: BTreeSet<ServiceKey>,
+    /// The writes of Services' annotations.
+    annotating: Writes<ServiceKey>,
     /// Who announces each VIP as far as this node knows, itself included.
     owners: BTreeMap<IpAddr, String>,
     /// When this node last wrote that it announces an address, while it does.
     claimed: BTreeMap<(ServiceKey, IpAddr), Instant>,
+    /// What the LBNode says of sessions.
+    sessions: watch::Sender<Option<RoutingDaemon>>,
+    /// The LBNodeAgent in use, and what is wrong with it.
+    configuration: Option<String>,
+    problem: Option<String>,
+    /// What the LBNode is to say.
+    saying: watch::Sender<Option<LBNodeStatus>>,
+    /// The Node that the LBNode belongs to.
+    owner: watch::Sender<Option<lbnode::Owner>>,
+    memory: Memory,
     /// What was last said of an LBNodeAgent, by its title, and of a Service's address.
-    told: HashMap<(String, String), Notice>,
+    told: Told,
     wake_at: Option<Instant>,
 }
 
@@ -304,7 +323,12 @@ impl<'a> Agent<'a> {
         sender: mpsc::UnboundedSender<Input>,
     ) -> Self {
         Self {
-            reporter: Reporter::new(client.clone(), LBNODEAGENT, &settings.node),
+            reporter: Reporter::new(
+                client.clone(),
+                LBNODEAGENT,
+                &settings.node,
+                links.metrics.client.events_dropped.clone(),
+            ),
             client,
             cluster: Cluster::of(&settings.node),
             settings,
@@ -340,10 +364,16 @@ impl<'a> Agent<'a> {
             handover: Handover::default(),
             lingering: BTreeMap::new(),
             findings: Findings::default(),
-            annotating: BTreeSet::new(),
+            annotating: Writes::default(),
             owners: BTreeMap::new(),
             claimed: BTreeMap::new(),
-            told: HashMap::new(),
+            sessions: watch::Sender::new(None),
+            configuration: None,
+            problem: None,
+            saying: watch::Sender::new(None),
+            owner: watch::Sender::new(None),
+            memory: Memory::default(),
+            told: Told::default(),
             wake_at: None,
         }
     }
@@ -368,22 +398,31 @@ impl<'a> Agent<'a> {
                         *known = peers;
                         is_news
                     });
+                    let node = &self.settings.node;
+                    let uid = self.cluster.uid(node);
+                    self.owner.send_replace(uid.map(|uid| lbnode::Owner {
+                        node: node.clone(),
+                        uid: uid.to_owned(),
+                    }));
                 }
             }
             Input::Asked(asked, answer) => self.answered(&asked, answer),
             Input::Annotated(key, result) => {
-                self.annotating.remove(&key);
+                let is_news = self
+                    .annotating
+                    .done(&key, result.as_ref().as_ref().err(), self.started.elapsed());
                 if result.is_err() {
                     self.claimed.retain(|(claimed, _), _| *claimed != key);
                 }
                 match *result {
                     Ok(service) => self.cluster.service_written(service),
-                    // Someone else changed it first, or it is gone: the watch tells, and we look again.
-                    Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => {}
+                    // Someone else changed it first, or it is gone: the watch tells.
+                    Err(error) if matches!(error.code(), Some(404 | 409)) => {}
                     Err(error) => {
                         self.links.metrics.client.update_errors.inc();
-                        tracing::warn!(service = %key, %error, "annotation not written, will try again");
-                        self.wake_in(RETRY);
+                        if is_news {
+                            tracing::warn!(service = %key, %error, "annotation not written, will try again");
+                        }
                     }
                 }
             }
@@ -443,7 +482,7 @@ impl<'a> Agent<'a> {
     async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
         let began = Instant::now();
         let Some(config) = self.config() else {
-            return self.idle().await;
+            return self.idle(living).await;
         };
         let mut snapshot = self.with_dummy(&config).await?;
         let mut own = self.cluster.addresses_of(&self.settings.node);
@@ -523,11 +562,12 @@ impl<'a> Agent<'a> {
             self.wake_in(wait);
         }
         let is_first = std::mem::take(&mut self.is_first);
-        self.report(&plan, &snapshot, &config, &applied, |address| {
+        let failed = self.report(&plan, &snapshot, &config, &applied, |address| {
             is_first && held.contains(&(address.link, address.ip))
         });
         self.count_takeovers(&takeovers, began);
         self.annotate(&plan);
+        self.say(living, &snapshot, Some(&config), &plan, &failed);
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
             is_starting: false,
@@ -617,7 +657,7 @@ impl<'a> Agent<'a> {
     }
 
     /// No LBNodeAgent applies to this node: it holds nothing and says so.
-    async fn idle(&mut self) -> anyhow::Result<()> {
+    async fn idle(&mut self, living: &Living) -> anyhow::Result<()> {
         self.introduced = None;
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
@@ -643,6 +683,7 @@ impl<'a> Agent<'a> {
         if let Some(name) = self.dummy.take() {
             self.links.kernel.remove_dummy(&name).await?;
         }
+        self.say(living, &snapshot, None, &Plan::default(), &BTreeMap::new());
         Ok(())
     }
 
@@ -681,34 +722,42 @@ impl<'a> Agent<'a> {
             None if self.last_right.as_ref().is_some_and(|(title, _)| !is_there(title)) => kept(),
             None => None,
         };
-        // What is right again, or gone, is told anew if it comes back.
-        let is_wrong = |(title, reason): &(String, String)| {
-            let mut told = told.iter();
-            told.any(|(agent, notice)| notice.reason == reason && config::title(agent) == *title)
+        self.configuration = config.as_ref().and(chosen.map(config::title));
+        let wrong = told
+            .iter()
+            .find(|(agent, _)| Some(config::title(agent)) == chosen.map(config::title));
+        self.problem = match wrong {
+            Some((agent, notice)) => Some(format!("LBNodeAgent {}: {}", config::title(agent), notice.message)),
+            None if config.is_none() => Some(
+                "no LBNodeAgent applies to this node, so it announces nothing. Create one without a nodeSelector, or with one \
+                 that matches the node's labels"
+                    .to_owned(),
+            ),
+            None => None,
         };
-        let slots = self
+        // What is right again, or gone, is told anew if it comes back.
+        let is_wrong = |title: &str, reason: &str| {
+            let mut told = told.iter();
+            told.any(|(agent, notice)| notice.reason == reason && config::title(agent) == title)
+        };
+        let right = self
             .told
-            .keys()
-            .filter(|slot| notices::OF_CONFIGURATION.contains(&&*slot.1));
-        let right: Vec<(String, String)> = slots.filter(|slot| !is_wrong(slot)).cloned().collect();
-        for slot in right {
-            self.told.remove(&slot);
-            if let Some(agent) = self.cluster.agents().find(|agent| config::title(agent) == slot.0) {
+            .retain(|title, reason| !notices::OF_CONFIGURATION.contains(&reason) || is_wrong(title, reason));
+        for title in right {
+            if let Some(agent) = self.cluster.agents().find(|agent| config::title(agent) == title) {
                 self.reporter.tell(agent, &notices::configured(&self.settings.node));
             }
         }
         for (agent, notice) in told {
-            self.tell_once(config::title(&agent), &agent, notice);
+            self.tell_once(&config::title(&agent), &agent, &notice);
         }
         config
     }
 
-    fn tell_once<K: kube::Resource<DynamicType = ()>>(&mut self, about: String, object: &K, notice: Notice) {
-        let slot = (about, notice.reason.to_owned());
-        if self.told.get(&slot) != Some(&notice) {
-            tracing::warn!(about = slot.0, reason = notice.reason, message = %notice.message, "told");
-            self.reporter.tell(object, &notice);
-            self.told.insert(slot, notice);
+    fn tell_once<K: kube::Resource<DynamicType = ()>>(&mut self, about: &str, object: &K, notice: &Notice) {
+        if self.told.is_news(about, object.meta().uid.as_deref(), notice) {
+            tracing::warn!(about, reason = notice.reason, message = %notice.message, "told");
+            self.reporter.tell(object, notice);
         }
     }
 
@@ -758,6 +807,14 @@ impl<'a> Agent<'a> {
             }
         }
         self.lingering = lingering;
+    }
+
+    /// Withdraws, and waits until the last word is written, though not for long.
+    async fn leave(mut self, writing: JoinHandle<()>) {
+        self.withdraw().await;
+        self.say_farewell();
+        drop(self);
+        let _ = tokio::time::timeout(LAST_WORD, writing).await;
     }
 
     /// Says that this node leaves, gives the others time to take over, and takes everything off.

@@ -57,7 +57,7 @@ async fn run() -> anyhow::Result<()> {
     let metrics = Metrics::default();
     metrics.gossip.record();
     flags.common.start_log_with(metrics.gossip.layer())?;
-    let (client, api_server) = flags.common.client_and_server().await?;
+    let (client, api_server) = flags.common.bare_client_and_server().await?;
     let second = flags
         .second_gossip_key
         .iter()

@@ -27,7 +27,7 @@ pub fn routed(node: &str, ip: IpAddr, interface: &str) -> Notice {
 /// The kernel did not take an address.
 pub fn failed(node: &str, ip: IpAddr, interface: &str, error: &str) -> Notice {
     let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
-    Notice::warning("AnnouncementFailed", message)
+    Notice::warning(FAILED, message)
 }
 
 /// A host outside the cluster has an address that is announced here. `mac` is its Ethernet address.
@@ -36,8 +36,14 @@ pub fn shared(node: &str, ip: IpAddr, interface: &str, mac: &str) -> Notice {
         "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of the \
          traffic goes there. Take the address off that host, or give the Service another"
     );
-    Notice::warning("AddressConflict", message)
+    Notice::warning(ADDRESS_CONFLICT, message)
 }
+
+/// The reason of events about an address that the kernel refuses.
+pub const FAILED: &str = "AnnouncementFailed";
+
+/// The reason of events about an address that a host outside the cluster has.
+pub const ADDRESS_CONFLICT: &str = "AddressConflict";
 
 /// Reason of the event about an address that nobody may announce.
 pub const ADDRESS_IN_USE: &str = "AddressInUse";

@@ -178,6 +178,11 @@ impl Cluster {
         self.node(node).is_some_and(|node| node.is_excluded)
     }
 
+    /// A node's uid.
+    pub fn uid(&self, node: &str) -> Option<&str> {
+        self.node(node)?.uid.as_deref()
+    }
+
     /// A node's InternalIPs.
     pub fn addresses_of(&self, node: &str) -> Vec<IpAddr> {
         self.node(node).map(|node| node.internal.to_vec()).unwrap_or_default()

@@ -23,7 +23,7 @@ use crate::neighbor::frame::Mac;
 use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
 use interfaces::Offers;
-pub use interfaces::{Usual, macs, subnets};
+pub use interfaces::{Usual, macs, offered, subnets};
 use vip::Vip;
 
 /// A Service with addresses of ours.
@@ -204,8 +204,11 @@ pub enum Verdict {
 pub enum Reason {
     /// Its group is local, and no living node has its subnet.
     NoSubnet,
-    /// Its traffic policy is Local, and no endpoint is here; or it has none at all, and is to be announced only with one.
+    /// Its traffic policy is Local, and no node that could announce it has an endpoint; or it has none at all, and is to be
+    /// announced only with one.
     NoEndpoint,
+    /// Its traffic policy is Local, and endpoints are on other nodes, which route it.
+    EndpointElsewhere,
     /// This node carries no VIPs.
     Withdrawn,
     /// The dummy interface is missing.
@@ -216,6 +219,22 @@ pub enum Reason {
     LinkDown,
     /// It is in use in the cluster.
     InUse(User),
+}
+
+impl Reason {
+    /// As a word for programs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::NoSubnet => "NoSubnet",
+            Self::NoEndpoint => "NoEndpoint",
+            Self::EndpointElsewhere => "EndpointElsewhere",
+            Self::Withdrawn => "Withdrawn",
+            Self::NoDummy => "NoInterface",
+            Self::Isolated => "Isolated",
+            Self::LinkDown => "LinkDown",
+            Self::InUse(_) => "AddressInUse",
+        }
+    }
 }
 
 /// What uses an address that nobody may announce, whoever gave it to a Service.
@@ -461,7 +480,13 @@ fn routed(picture: &Picture<'_>, of: &Vip<'_>, prefix_len: u8) -> Verdict {
         return Verdict::Nobody(Reason::Withdrawn);
     }
     if !of.is_routed_by(picture.node) {
-        return Verdict::Nobody(Reason::NoEndpoint);
+        let mut others = picture.candidates.iter().filter(|(_, other)| !other.is_withdrawn);
+        let is_elsewhere = others.any(|(name, _)| of.is_routed_by(name));
+        return Verdict::Nobody(if is_elsewhere {
+            Reason::EndpointElsewhere
+        } else {
+            Reason::NoEndpoint
+        });
     }
     let Some(link) = picture.kernel.link_named(&picture.config.dummy) else {
         return Verdict::Nobody(Reason::NoDummy);
@@ -827,14 +852,14 @@ mod tests {
                 service(true, &[0]),
                 service(false, &[1]),
                 &*other(0),
-                "nobody NoEndpoint",
+                "nobody EndpointElsewhere",
             ),
             (
                 "both are",
                 service(true, &[0, 2]),
                 service(true, &[1, 2]),
                 &*other(2),
-                "nobody NoEndpoint",
+                "nobody EndpointElsewhere",
             ),
             (
                 "both are, of different nodes",
@@ -848,7 +873,7 @@ mod tests {
                 service(true, &[]),
                 service(true, &[2]),
                 &*other(2),
-                "nobody NoEndpoint",
+                "nobody EndpointElsewhere",
             ),
             (
                 "one has none, the other does not mind",

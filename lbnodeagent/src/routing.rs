@@ -16,6 +16,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crds::Family;
+use crds::lbnode::RoutingDaemon;
 use ipnet::IpNet;
 
 pub use look::keep_looking;
@@ -87,6 +88,51 @@ pub struct Session {
     pub family: Family,
     /// The prefixes it sends, or in the daemon's words how far it is from being established.
     pub sends: Result<BTreeSet<IpNet>, String>,
+}
+
+/// The state of a session that carries routes (RFC 4271).
+const ESTABLISHED: &str = "Established";
+
+/// What is said of a daemon and its sessions. `before` is what was said last: a session that is still down keeps the words of
+/// then, since they change all the time.
+pub fn shown(kind: Kind, state: &Result<Vec<Session>, String>, before: Option<&RoutingDaemon>) -> RoutingDaemon {
+    let name = kind.to_string();
+    let sessions = match state {
+        Ok(sessions) => sessions,
+        Err(why) => {
+            let known = before.and_then(|before| before.problem.clone());
+            return RoutingDaemon {
+                name,
+                problem: Some(known.unwrap_or_else(|| why.clone())),
+                sessions: Vec::new(),
+            };
+        }
+    };
+    let mut states: BTreeMap<&str, &str> = BTreeMap::new();
+    for session in sessions {
+        let state = session.sends.as_ref().map_or_else(String::as_str, |_| ESTABLISHED);
+        let known = states.entry(&session.neighbor).or_insert(state);
+        if state == ESTABLISHED {
+            *known = state;
+        }
+    }
+    let said = |neighbor: &str| {
+        let before = before.into_iter().flat_map(|before| &before.sessions);
+        let mut down = before.filter(|session| session.state != ESTABLISHED);
+        down.find(|session| session.neighbor == neighbor)
+    };
+    let sessions = states.into_iter().map(|(neighbor, state)| crds::lbnode::Session {
+        neighbor: neighbor.to_owned(),
+        state: match said(neighbor) {
+            Some(said) if state != ESTABLISHED => said.state.clone(),
+            _ => state.to_owned(),
+        },
+    });
+    RoutingDaemon {
+        name,
+        problem: None,
+        sessions: sessions.collect(),
+    }
 }
 
 /// Why no route to an address is advertised.
@@ -243,6 +289,31 @@ mod tests {
             family,
             sends: sends.map(nets).map_err(str::to_owned),
         }
+    }
+
+    #[test]
+    fn a_session_that_is_down_is_said_once_whatever_it_tries() {
+        let (v4, v6) = (Family::V4, Family::V6);
+        let states = |shown: &RoutingDaemon| {
+            let states = shown
+                .sessions
+                .iter()
+                .map(|session| format!("{} {}", session.neighbor, session.state));
+            states.collect::<Vec<_>>()
+        };
+        let first = shown(
+            Kind::Bird,
+            &Ok(vec![session("r", v4, Err("Active")), session("s", v4, Ok(""))]),
+            None,
+        );
+        assert_eq!(states(&first), ["r Active", "s Established"]);
+        let then = Ok(vec![session("r", v4, Err("Connect")), session("s", v4, Err("Idle"))]);
+        assert_eq!(states(&shown(Kind::Bird, &then, Some(&first))), ["r Active", "s Idle"]);
+        let up = Ok(vec![session("r", v4, Err("Connect")), session("r", v6, Ok(""))]);
+        assert_eq!(states(&shown(Kind::Bird, &up, Some(&first))), ["r Established"]);
+        let away = shown(Kind::Frr, &Err("connection refused".into()), None);
+        assert_eq!(away.problem.as_deref(), Some("connection refused"));
+        assert_eq!(shown(Kind::Frr, &Err("no such file".into()), Some(&away)), away);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::Agent;
@@ -100,7 +101,7 @@ impl Agent<'_> {
     }
 
     /// After the addresses are here.
-    pub(super) fn count_takeovers(&self, takeovers: &[Takeover], began: Instant) {
+    pub(super) fn count_takeovers(&mut self, takeovers: &[Takeover], began: Instant) {
         for takeover in takeovers {
             let since = match takeover.cause {
                 Cause::Silent => takeover
@@ -114,6 +115,8 @@ impl Agent<'_> {
             let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
             tracing::info!(vip = %takeover.ip, from, cause, milliseconds, "taken over");
             self.links.metrics.taken_over(takeover.cause, since.elapsed());
+            let silence = (takeover.cause == Cause::Silent).then(|| since.elapsed());
+            self.memory.moved(Timestamp::now(), takeover.ip, from, cause, silence);
         }
     }
 

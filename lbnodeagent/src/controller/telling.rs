@@ -9,8 +9,11 @@ use crds::conflict::{self, Conflict};
 use crds::event::Notice;
 use crds::service::{annotation, ingress};
 use crds::{Announce, Family, ServiceKey};
+use daemon::Turn;
 use k8s_openapi::api::core::v1::Service;
-use kube::api::{Api, Patch, PatchParams};
+use kube::Resource;
+use kube::api::{Patch, PatchParams};
+use kube::core::Request;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -21,6 +24,7 @@ use crate::conflict::Finding;
 use crate::election;
 use crate::greeting::Held;
 use crate::kernel::{Added, Applied, Change, Snapshot, VipAddress};
+use crate::lbnode::MANAGER;
 use crate::metrics::UNKNOWN;
 use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
@@ -31,8 +35,8 @@ use crate::plan::{Placed, Plan, Reason, Verdict};
 const CONTESTED: Duration = Duration::from_secs(10);
 
 impl Agent<'_> {
-    /// Tells neighbours and users what changed. `is_adopted`: the address was there when this process
-    /// started, which is no news.
+    /// Tells neighbours and users what changed, and returns what the kernel refused. `is_adopted`: the address was there
+    /// when this process started, which is no news.
     pub(super) fn report(
         &mut self,
         plan: &Plan,
@@ -40,7 +44,7 @@ impl Agent<'_> {
         config: &NodeConfig,
         applied: &[Applied],
         is_adopted: impl Fn(&VipAddress) -> bool,
-    ) {
+    ) -> BTreeMap<IpAddr, String> {
         let mut failed: BTreeMap<IpAddr, String> = BTreeMap::new();
         let mut added: BTreeSet<(u32, IpAddr)> = BTreeSet::new();
         for step in applied {
@@ -81,6 +85,7 @@ impl Agent<'_> {
         for (_, target) in held.iter().filter(moved) {
             self.greet(config, *target);
         }
+        self.forget_what_is_over(plan, &failed);
         let mut greeted: BTreeSet<IpAddr> = held.iter().filter(moved).map(|(ip, _)| *ip).collect();
         for ((key, ip), verdict) in &plan.verdicts {
             let (placed, is_local) = match verdict {
@@ -94,15 +99,12 @@ impl Agent<'_> {
                     // All nodes see it: one of them says it.
                     let members = self.members_before.iter().map(String::as_str);
                     if election::owner(members, *ip).is_none_or(|first| first == self.settings.node) {
-                        self.tell_of_address(key, *ip, notices::in_use(*ip, *user));
+                        self.tell_of_address(key, *ip, &notices::in_use(*ip, *user));
                     }
                     continue;
                 }
                 Verdict::Unclear(_) | Verdict::Other(_) | Verdict::Nobody(_) => continue,
             };
-            if !self.told.is_empty() {
-                self.told.remove(&(about(key, *ip), notices::ADDRESS_IN_USE.to_owned()));
-            }
             if let Some(error) = failed.get(ip) {
                 self.tell_failure(key, *ip, &placed.interface, error);
                 continue;
@@ -123,6 +125,7 @@ impl Agent<'_> {
         }
         self.announcing = now_announcing;
         self.tell_advertising(plan, &failed);
+        failed
     }
 
     /// Tells the neighbours on a link where an address is now. Before each round it is verified that this node still
@@ -160,31 +163,55 @@ impl Agent<'_> {
 
     fn tell_failure(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, error: &str) {
         let notice = notices::failed(&self.settings.node, ip, interface, error);
-        self.tell_of_address(key, ip, notice);
+        self.tell_of_address(key, ip, &notice);
     }
 
     fn tell_conflict(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, mac: Mac) {
         let message = format!("{} (interface {interface})", self.conflict(mac).sentence(ip));
-        self.tell_of_address(key, ip, Notice::warning("AddressConflict", message));
+        self.tell_of_address(key, ip, &Notice::warning(notices::ADDRESS_CONFLICT, message));
     }
 
     /// Tells once of a stranger that has an address announced here, and again if it comes back.
     fn tell_shared(&mut self, key: &ServiceKey, ip: IpAddr, placed: &Placed) {
-        let Some(Finding::Taken(mac)) = self.findings.of(placed.address.link, ip) else {
-            // Of thousands of addresses hardly one was ever told of.
-            if !self.told.is_empty() {
-                self.told.remove(&(about(key, ip), "AddressConflict".to_owned()));
-            }
+        if let Some(Finding::Taken(mac)) = self.findings.of(placed.address.link, ip) {
+            let notice = notices::shared(&self.settings.node, ip, &placed.interface, &frame::shown(mac));
+            self.tell_of_address(key, ip, &notice);
+        }
+    }
+
+    /// Forgets what was told of addresses that no Service has any more, and of troubles that are over.
+    fn forget_what_is_over(&mut self, plan: &Plan, failed: &BTreeMap<IpAddr, String>) {
+        // Of thousands of addresses hardly one was ever told of.
+        if self.told.is_empty() {
             return;
-        };
-        let notice = notices::shared(&self.settings.node, ip, &placed.interface, &frame::shown(mac));
-        self.tell_of_address(key, ip, notice);
+        }
+        let verdicts = plan.verdicts.iter();
+        let verdicts: BTreeMap<String, (IpAddr, &Verdict)> = verdicts
+            .map(|((key, ip), verdict)| (about(key, *ip), (*ip, verdict)))
+            .collect();
+        let findings = &self.findings;
+        self.told.retain(|about, reason| {
+            if notices::OF_CONFIGURATION.contains(&reason) {
+                return true;
+            }
+            match verdicts.get(about) {
+                Some((ip, Verdict::Local(placed) | Verdict::Routed(placed))) => match reason {
+                    notices::FAILED => failed.contains_key(ip),
+                    notices::ADDRESS_CONFLICT => {
+                        matches!(findings.of(placed.address.link, *ip), Some(Finding::Taken(_)))
+                    }
+                    _ => false,
+                },
+                Some(_) => true,
+                None => false,
+            }
+        });
     }
 
     /// Tells the author of a Service once what is wrong with an address of it.
-    fn tell_of_address(&mut self, key: &ServiceKey, ip: IpAddr, notice: Notice) {
+    fn tell_of_address(&mut self, key: &ServiceKey, ip: IpAddr, notice: &Notice) {
         if let Some(service) = self.cluster.service(key).cloned() {
-            self.tell_once(about(key, ip), service.as_ref(), notice);
+            self.tell_once(&about(key, ip), service.as_ref(), notice);
         }
     }
 
@@ -225,10 +252,8 @@ impl Agent<'_> {
             }
             wanted.entry(key.clone()).or_default().insert(*ip, own);
         }
+        self.annotating.retain(|key| self.cluster.service(key).is_some());
         for (key, own) in wanted {
-            if self.annotating.contains(&key) {
-                continue;
-            }
             let Some(service) = self.cluster.service(&key) else {
                 continue;
             };
@@ -251,16 +276,27 @@ impl Agent<'_> {
                 let conditions = conflict::conditions(service, conflicts);
                 patch.insert("status".into(), json!({"conditions": conditions}));
             }
-            self.annotating.insert(key.clone());
+            match self.annotating.begin(&key, self.started.elapsed()) {
+                Turn::Now => {}
+                Turn::In(wait) => {
+                    self.wake_in(wait);
+                    continue;
+                }
+                // This is called again when one is done.
+                Turn::Later => continue,
+            }
             let now = Instant::now();
             let claims = own.iter().filter(|(_, interface)| interface.is_some());
             self.claimed.extend(claims.map(|(ip, _)| ((key.clone(), *ip), now)));
-            let api: Api<crds::Slim> = Api::namespaced(self.client.clone(), &key.namespace);
-            let sender = self.sender.clone();
+            let (client, sender) = (self.client.clone(), self.sender.clone());
             tokio::spawn(async move {
-                let result = api
-                    .patch_status(&key.name, &PatchParams::default(), &Patch::Merge(patch))
-                    .await;
+                let params = PatchParams {
+                    field_manager: Some(MANAGER.into()),
+                    ..PatchParams::default()
+                };
+                let services = Request::new(Service::url_path(&(), Some(&key.namespace)));
+                let request = services.patch_subresource("status", &key.name, &params, &Patch::Merge(patch));
+                let result = daemon::send(&client, request).await;
                 let _ = sender.send(Input::Annotated(key, Box::new(result)));
             });
         }

@@ -43,6 +43,7 @@ struct Wire {
 #[serde(rename_all = "camelCase", default)]
 struct Metadata {
     name: Option<String>,
+    uid: Option<String>,
     resource_version: Option<String>,
     labels: Option<BTreeMap<String, String>>,
 }
@@ -86,6 +87,7 @@ impl From<Wire> for Slim {
         Self {
             metadata: ObjectMeta {
                 name: wire.metadata.name,
+                uid: wire.metadata.uid,
                 resource_version: wire.metadata.resource_version,
                 labels: wire.metadata.labels,
                 ..ObjectMeta::default()
@@ -137,6 +139,8 @@ impl Resource for Slim {
 #[derive(Debug)]
 pub struct Kept {
     version: u64,
+    /// Its uid.
+    pub uid: Option<Box<str>>,
     /// Whether it is to carry no load balancer's traffic: its label says so (KEP-1143), or it is about to be deleted
     /// (KEP-3458). A cordon does not: it is about new Pods.
     pub is_excluded: bool,
@@ -152,6 +156,7 @@ impl From<Slim> for Arc<Kept> {
     fn from(slim: Slim) -> Self {
         Self::new(Kept {
             version: daemon::version(&slim),
+            uid: slim.metadata.uid.as_deref().map(Into::into),
             is_excluded: slim.is_to_be_deleted || slim.labels().contains_key(EXCLUDED),
             internal: slim.internal,
             external: slim.external,

@@ -119,18 +119,25 @@ pub(super) fn interfaces<'a>(kernel: &'a Snapshot, config: &NodeConfig, family: 
     links
 }
 
+/// The interfaces whose subnets this node can announce, by name, each with the node's own addresses there.
+pub fn offered(kernel: &Snapshot, config: &NodeConfig) -> BTreeMap<String, BTreeSet<IpNet>> {
+    let mut offered: BTreeMap<String, BTreeSet<IpNet>> = BTreeMap::new();
+    for family in [Family::V4, Family::V6] {
+        for link in interfaces(kernel, config, family) {
+            let subnets = kernel.usable_subnets(link.index).into_iter();
+            let own = subnets.map(|subnet| kernel.own_address_in(link.index, subnet).unwrap_or(subnet));
+            let mut own = own.filter(|net| Family::of(net.addr()) == family).peekable();
+            if own.peek().is_some() {
+                offered.entry(link.name.clone()).or_default().extend(own);
+            }
+        }
+    }
+    offered
+}
+
 /// The subnets this node can announce, each with this node's own address there: what it tells the others.
 pub fn subnets(kernel: &Snapshot, config: &NodeConfig) -> BTreeSet<IpNet> {
-    let of = |family| {
-        interfaces(kernel, config, family)
-            .into_iter()
-            .flat_map(|link| {
-                let subnets = kernel.usable_subnets(link.index).into_iter();
-                subnets.map(|subnet| kernel.own_address_in(link.index, subnet).unwrap_or(subnet))
-            })
-            .filter(move |net| Family::of(net.addr()) == family)
-    };
-    of(Family::V4).chain(of(Family::V6)).collect()
+    offered(kernel, config).into_values().flatten().collect()
 }
 
 /// The Ethernet addresses at which this node's own addresses in these subnets are reached.

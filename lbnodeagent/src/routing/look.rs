@@ -11,7 +11,9 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Cause, Daemon, Kind, Session, Settled, bird, frr, judge};
+use crds::lbnode::RoutingDaemon;
+
+use super::{Cause, Daemon, Kind, Session, Settled, bird, frr, judge, shown};
 use crate::metrics::Metrics;
 
 /// How often the daemon is asked while there are addresses to advertise, and how long it has to answer.
@@ -22,11 +24,12 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const LONGEST: u64 = 32 * 1024 * 1024;
 
 /// Asks about the addresses held as long as there are any, counts what is not advertised, and publishes the causes when they
-/// become others. Never returns.
+/// become others, and the daemon's sessions likewise. Never returns.
 pub async fn keep_looking(
     daemon: Daemon,
     mut held: watch::Receiver<BTreeSet<IpAddr>>,
     causes: watch::Sender<BTreeMap<IpAddr, Cause>>,
+    sessions: watch::Sender<Option<RoutingDaemon>>,
     metrics: Metrics,
 ) {
     let started = Instant::now();
@@ -40,10 +43,17 @@ pub async fn keep_looking(
             let answer = timeout(TIMEOUT, ask(&daemon)).await;
             let state = answer.unwrap_or_else(|_| Err("no answer within five seconds".to_owned()));
             has_answered |= state.is_ok();
-            if state.is_err() && !has_answered && !is_meant_here(&daemon.socket) {
-                vips.iter().map(|ip| (*ip, None)).collect()
-            } else {
+            let is_meant_here = state.is_ok() || has_answered || is_meant_here(&daemon.socket);
+            sessions.send_if_modified(|known| {
+                let now = is_meant_here.then(|| shown(daemon.kind, &state, known.as_ref()));
+                let is_news = *known != now;
+                *known = now;
+                is_news
+            });
+            if is_meant_here {
                 judge(&vips, &state)
+            } else {
+                vips.iter().map(|ip| (*ip, None)).collect()
             }
         };
         let causes_now = settled.look(started.elapsed(), found).cloned();

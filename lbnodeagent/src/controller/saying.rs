@@ -1,0 +1,78 @@
+//! What this node says in its LBNode.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use k8s_openapi::jiff::Timestamp;
+use tokio::task::JoinHandle;
+
+use super::Agent;
+use crate::config::NodeConfig;
+use crate::kernel::Snapshot;
+use crate::lbnode::{self, State};
+use crate::members::Living;
+use crate::plan::{Plan, Verdict};
+
+impl Agent<'_> {
+    /// Starts to write what is said. The task ends with the last word, some time after this agent has ended.
+    pub(super) fn start_writing(&self) -> JoinHandle<()> {
+        let from = lbnode::Writing {
+            status: self.saying.subscribe(),
+            owner: self.owner.subscribe(),
+            errors: self.links.metrics.client.update_errors.clone(),
+        };
+        let (namespace, node) = (self.settings.namespace.clone(), self.settings.node.clone());
+        tokio::spawn(lbnode::keep_writing(self.client.clone(), namespace, node, from))
+    }
+
+    /// Says what was decided and done. Does nothing where that is what was said.
+    pub(super) fn say(
+        &mut self,
+        living: &Living,
+        kernel: &Snapshot,
+        config: Option<&NodeConfig>,
+        plan: &Plan,
+        failed: &BTreeMap<IpAddr, String>,
+    ) {
+        let verdicts = plan.verdicts.iter();
+        let local =
+            verdicts.filter(|((_, ip), verdict)| matches!(verdict, Verdict::Local(_)) && !failed.contains_key(ip));
+        let local: BTreeSet<IpAddr> = local.map(|((_, ip), _)| *ip).collect();
+        self.memory.announcing(Timestamp::now(), &local);
+        let status = lbnode::status(&State {
+            node: &self.settings.node,
+            members: living.keys().map(String::as_str).collect(),
+            configuration: self.configuration.as_deref(),
+            problem: self.problem.clone(),
+            is_withdrawn: self.cluster.is_excluded(&self.settings.node),
+            config,
+            kernel,
+            plan,
+            services: self.cluster.announced(),
+            failed,
+            unadvertised: &self.unadvertised,
+            daemon: self.settings.routing_daemon.as_ref(),
+            routing: self.sessions.borrow().as_ref(),
+            memory: &self.memory,
+        });
+        self.saying.send_if_modified(|said| {
+            let is_news = said.as_ref() != Some(&status);
+            *said = Some(status);
+            is_news
+        });
+    }
+
+    /// Says at the end that this node announces nothing any more.
+    pub(super) fn say_farewell(&self) {
+        self.saying.send_modify(|said| {
+            if let Some(said) = said {
+                said.withdrawn = true;
+                (said.local, said.routed) = (0, 0);
+                said.announcing.clear();
+                said.conflicts.clear();
+                said.unannounced.clear();
+                said.unadvertised.clear();
+            }
+        });
+    }
+}
