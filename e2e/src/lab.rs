@@ -116,6 +116,8 @@ impl Lab {
             .clone()
             .unwrap_or_else(|| std::thread::current().name().unwrap_or("lab").to_owned());
         let name = name.replace("::", "-").replace('/', "-");
+        // Three kubelets with their Pods leave two processors nothing for another three: what one measures would be the other.
+        let _turn = options.kubelets.then(turn).transpose()?;
         let logs = LogDirectory::claim(&name)?;
         let thread = std::thread::Builder::new().name(name);
         std::thread::scope(|scope| {
@@ -554,6 +556,16 @@ fn directory_name(path: &Path) -> String {
 struct LogDirectory {
     path: PathBuf,
     _lock: File,
+}
+
+/// Waits for its turn among the labs with kubelets; it is over when the file is closed.
+fn turn() -> Result<File> {
+    let base = kubernetes::log_directory()?;
+    std::fs::create_dir_all(&base).with_context(|| format!("making {}", base.display()))?;
+    let path = base.join(".kubelets.lock");
+    let turn = File::create(&path).with_context(|| format!("making {}", path.display()))?;
+    turn.lock().context("waiting for another lab with kubelets")?;
+    Ok(turn)
 }
 
 impl LogDirectory {
