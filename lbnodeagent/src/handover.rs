@@ -24,6 +24,9 @@ pub const TIMEOUT: Duration = Duration::from_mins(5);
 const REFRESH: Duration = Duration::from_secs(100);
 /// How long a node whose agent has left may take to have one again.
 const ABSENCE: Duration = Duration::from_mins(1);
+/// How long it may be silent before it counts as dead. A watch is right within a tenth of a second nearly always; where it is wrong,
+/// as about a node too busy to answer, every open connection would be let go for nothing.
+const SILENCE: Duration = Duration::from_secs(1);
 /// An address may move more than once in this time, as when all agents are upgraded in a row. Then whoever had it for longer has more of
 /// its connections.
 const BRIEF: Duration = Duration::from_mins(1);
@@ -49,6 +52,8 @@ struct Known {
     is_leaving: bool,
     /// Since when it is no member.
     missed: Option<Duration>,
+    /// Since when it is silent.
+    silent: Option<Duration>,
 }
 
 /// Who owned an address from when on, at which address of its own. Times here are [`HEARSAY`] ahead, which is the room for what was
@@ -130,6 +135,7 @@ impl Handover {
             former,
             is_leaving,
             missed: None,
+            silent: None,
         };
         self.known.insert(vip, known);
     }
@@ -147,9 +153,15 @@ impl Handover {
                     known.missed.get_or_insert(now);
                 }
             }
+            if heard.get(node) == Some(&Verdict::Silent) {
+                known.silent.get_or_insert(now);
+            } else {
+                known.silent = None;
+            }
+            let is_heard = known.silent.is_none_or(|at| now.saturating_sub(at) < SILENCE);
             let is_back_in_time = known.missed.is_none_or(|at| now.saturating_sub(at) < ABSENCE);
             let is_around = known.missed.is_none() || (known.is_leaving && is_back_in_time);
-            is_around && heard.get(node) != Some(&Verdict::Silent)
+            is_around && is_heard
         });
     }
 
@@ -197,7 +209,9 @@ impl Handover {
         let told = self.told.as_ref().filter(|told| !told.is_empty());
         let refresh = told.map(|_| (self.told_at + REFRESH).saturating_sub(now));
         let missed = self.known.values().filter_map(|known| known.missed);
-        let over = missed.map(|at| (at + ABSENCE).saturating_sub(now));
+        let silent = self.known.values().filter_map(|known| known.silent);
+        let ends = missed.map(|at| at + ABSENCE).chain(silent.map(|at| at + SILENCE));
+        let over = ends.map(|end| end.saturating_sub(now));
         refresh.into_iter().chain(over).min()
     }
 }
@@ -303,8 +317,16 @@ mod tests {
                 false,
                 true,
                 Some(Verdict::Silent),
-                SECOND,
+                SILENCE,
                 false,
+            ),
+            (
+                "one that is silent for a moment",
+                false,
+                true,
+                Some(Verdict::Silent),
+                SILENCE / 2,
+                true,
             ),
             ("one that vanished", false, false, None, Duration::ZERO, false),
             ("one that left", true, false, None, SECOND, true),
@@ -321,7 +343,7 @@ mod tests {
                 true,
                 false,
                 Some(Verdict::Silent),
-                SECOND,
+                SILENCE,
                 false,
             ),
             (
@@ -340,12 +362,24 @@ mod tests {
                 Living::new()
             };
             let heard = verdict.map(|verdict| (watched("a"), verdict)).into_iter().collect();
-            handover.look(NOW, &members, &Verdicts::new());
+            handover.look(NOW, &members, &heard);
             handover.look(NOW + after, &members, &heard);
             let news = handover.news(NOW + after, &held);
             assert_eq!(news.is_some(), expected, "{name}");
             assert_eq!(handover.watches().next().is_some(), expected && !present, "{name}");
         }
+    }
+
+    #[test]
+    fn one_that_was_silent_for_a_moment_counts_on() {
+        let (mut handover, held) = started(false);
+        let members = living(&[("a", false)]);
+        let silent = Verdicts::from([(watched("a"), Verdict::Silent)]);
+        handover.look(NOW, &members, &silent);
+        assert_eq!(handover.wake_in(NOW), Some(SILENCE));
+        handover.look(NOW + SILENCE / 2, &members, &Verdicts::new());
+        handover.look(NOW + SILENCE * 2, &members, &silent);
+        assert!(handover.news(NOW + SILENCE * 2, &held).is_some());
     }
 
     #[test]
