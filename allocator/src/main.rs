@@ -49,7 +49,7 @@ async fn main() -> anyhow::Result<()> {
         return errand.run(client, &flags.common.namespace).await;
     }
     let metrics = Metrics::default();
-    let ready = daemon::serve(&flags.common.listen, None, metrics.registry()).await?;
+    let ready = daemon::serve(&flags.common.listen, None, metrics.registry(), &client).await?;
     let settings = Settings {
         namespace: flags.common.namespace,
         is_default: flags.default_announcer == crds::annotations::BRAND,

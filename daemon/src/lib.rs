@@ -5,6 +5,8 @@
 mod http;
 mod pace;
 mod report;
+mod review;
+mod tls;
 mod watch;
 mod write;
 

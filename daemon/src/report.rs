@@ -155,40 +155,40 @@ mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::Duration;
 
-    use axum::Router;
-    use axum::http::StatusCode;
+    use http::{Request, Response, StatusCode};
     use k8s_openapi::api::core::v1::ConfigMap;
-    use kube::Config;
-    use tokio::net::TcpListener;
+    use kube::client::Body;
 
-    /// An API server that has too much to do until it is told otherwise.
+    /// An API server that has too much to do until it is told otherwise, or is not there yet.
     #[derive(Default)]
     struct Server {
+        is_away: AtomicBool,
         is_well: AtomicBool,
         refused: AtomicUsize,
         written: AtomicUsize,
     }
 
-    async fn serve(server: Arc<Server>, listener: TcpListener) {
-        let answer = move || async move {
-            if server.is_well.load(Ordering::SeqCst) {
-                server.written.fetch_add(1, Ordering::SeqCst);
-                return (StatusCode::CREATED, [("retry-after", "0")], "{}");
+    impl Server {
+        fn answer(&self) -> std::io::Result<Response<Body>> {
+            if self.is_away.load(Ordering::SeqCst) {
+                return Err(std::io::ErrorKind::ConnectionRefused.into());
             }
-            server.refused.fetch_add(1, Ordering::SeqCst);
-            (
-                StatusCode::TOO_MANY_REQUESTS,
-                [("retry-after", "1")],
-                "too many requests",
-            )
-        };
-        axum::serve(listener, Router::new().fallback(answer)).await.unwrap();
+            let (code, seconds) = if self.is_well.load(Ordering::SeqCst) {
+                self.written.fetch_add(1, Ordering::SeqCst);
+                (StatusCode::CREATED, "0")
+            } else {
+                self.refused.fetch_add(1, Ordering::SeqCst);
+                (StatusCode::TOO_MANY_REQUESTS, "1")
+            };
+            let answer = Response::builder().status(code).header("retry-after", seconds);
+            Ok(answer.body(Body::from(b"{}".to_vec())).unwrap())
+        }
     }
 
-    fn reporter(address: std::net::SocketAddr, dropped: &Counter) -> Reporter {
-        let mut config = Config::new(format!("http://{address}").parse().unwrap());
-        config.default_retry = false;
-        Reporter::new(Client::try_from(config).unwrap(), "test", "node", dropped.clone())
+    fn reporter(server: &Arc<Server>, dropped: &Counter) -> Reporter {
+        let server = server.clone();
+        let service = tower::service_fn(move |_: Request<Body>| std::future::ready(server.answer()));
+        Reporter::new(Client::new(service, "default"), "test", "node", dropped.clone())
     }
 
     fn object() -> ConfigMap {
@@ -210,12 +210,9 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_that_has_too_much_to_do_is_asked_seldom_and_gets_all_events_when_it_is_well() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
         let server = Arc::new(Server::default());
-        tokio::spawn(serve(server.clone(), listener));
         let dropped = Counter::default();
-        let reporter = reporter(address, &dropped);
+        let reporter = reporter(&server, &dropped);
         for number in 0..200 {
             reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
         }
@@ -232,18 +229,16 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn events_of_a_time_without_a_server_are_written_when_there_is_one() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
+        let server = Arc::new(Server::default());
+        server.is_away.store(true, Ordering::SeqCst);
         let dropped = Counter::default();
-        let reporter = reporter(address, &dropped);
+        let reporter = reporter(&server, &dropped);
         for number in 0..50 {
             reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let server = Arc::new(Server::default());
         server.is_well.store(true, Ordering::SeqCst);
-        tokio::spawn(serve(server.clone(), TcpListener::bind(address).await.unwrap()));
+        server.is_away.store(false, Ordering::SeqCst);
         all_written(&server, 50).await;
         assert_eq!(dropped.get(), 0);
     }

@@ -76,7 +76,7 @@ impl Lab {
     }
 
     /// Starts an allocator as the Pod `name` of several, in the one network namespace they share here: only the one named
-    /// `allocator` serves metrics, on port 7472.
+    /// `allocator` serves metrics, on port 7472, and health, on 7936.
     pub async fn start_replica(&self, name: &str, environment: &[(&str, &str)]) -> Result<Process> {
         self.launch_allocator(name, environment, None).await
     }
@@ -97,9 +97,14 @@ impl Lab {
         pods::wire_allocator(self, ALLOCATOR_NS)
             .await
             .context("wiring up the allocator's Pod")?;
-        let port = if name == ALLOCATOR_NS { "7472" } else { "0" };
+        let (port, health_port) = if name == ALLOCATOR_NS {
+            ("7472", "7936")
+        } else {
+            ("0", "0")
+        };
         let own = [
             ("PURELB_PORT", port),
+            ("PURELB_HEALTH_PORT", health_port),
             ("KUBECONFIG", kubeconfig.as_str()),
             ("PURELB_NAMESPACE", NAMESPACE),
             ("PURELB_POD_NAME", name),

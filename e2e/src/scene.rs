@@ -122,15 +122,15 @@ impl<'a> Scene<'a> {
         .await
     }
 
-    /// What `path` on the port for metrics and health of a node's agent says.
+    /// What a node's agent says about its health: `/healthz` or `/readyz`, asked on the node as the kubelet does.
     pub async fn agent_says(&self, node: &str, path: &str) -> Result<Answer> {
-        let host = self.lab.node(node)?.ipv4;
-        self.lab.get(node, &format!("http://{host}:7472{path}")).await
+        self.lab.get(node, &format!("http://127.0.0.1:7936{path}")).await
     }
 
     /// The value of one of its metrics, by its whole name with labels; 0 while it is not there.
     pub async fn metric(&self, node: &str, name: &str) -> Result<f64> {
-        let text = self.agent_says(node, "/metrics").await?.body;
+        let host = self.lab.node(node)?.ipv4;
+        let text = self.lab.get(node, &format!("http://{host}:7472/metrics")).await?.body;
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.map_or(Ok(0.0), |value| {
             value.parse().with_context(|| format!("{name} {value}"))

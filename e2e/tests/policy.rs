@@ -399,11 +399,12 @@ fn both_programs_serve_metrics_and_health() -> Result<()> {
             Ok(())
         })
         .await?;
-        ensure!(lab.curl("allocator", &format!("{own}/readyz")).await? == "ready\n");
-        ensure!(lab.curl("allocator", &format!("{own}/healthz")).await? == "ok\n");
+        let health = "http://127.0.0.1:7936";
+        ensure!(lab.curl("allocator", &format!("{health}/readyz")).await? == "ready\n");
+        ensure!(lab.curl("allocator", &format!("{health}/healthz")).await? == "ok\n");
         let _agent = lab.start_agent("m").await?;
         wait_until("the agent is ready", SOON, async || {
-            let state = lab.curl("m", "http://10.31.188.1:7472/readyz").await?;
+            let state = lab.curl("m", &format!("{health}/readyz")).await?;
             ensure!(state == "ready\n", "{state}");
             Ok(())
         })

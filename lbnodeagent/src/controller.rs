@@ -36,8 +36,9 @@ use crate::greeting::{self, Held};
 use crate::handover::Handover;
 use crate::isolation::{self, Evidence, Isolation};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
+use crate::known::{Addresses, Known};
 use crate::lbnode::{self, Memory};
-use crate::members::{self, Keys, Living, Members, Meta, Peers, Refusal};
+use crate::members::{self, Keys, Living, Members, MembersError, Meta, Peers, Refusal};
 use crate::metrics::{Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
@@ -108,16 +109,11 @@ pub async fn run(
     let announcer = Announcer::open()
         .context("announcing addresses; the agent needs NET_RAW")?
         .counting(metrics.sent.clone());
-    let (members, mut living) = Members::start(members::Config {
-        node_name: settings.node.clone(),
-        bind: SocketAddr::new(settings.host, members::PORT),
-        keys: settings.keys.clone(),
-        // No subnets yet: a node stands for election only when it knows the Services.
-        meta: Meta::default(),
-    })
-    .await?;
+    let known = Known::default();
+    let (members, mut living) = start_gossip(&settings, &known, &metrics).await?;
     let watcher = Watcher::start(&standby::Config {
         counters: metrics.standby.clone(),
+        known: known.clone(),
         ..standby::Config::new(&settings.node, settings.keys.clone())
     })?;
     let gossip = metrics.gossip.clone();
@@ -136,6 +132,7 @@ pub async fn run(
             members: &members,
             watcher: &watcher,
             again: again.clone(),
+            known,
             metrics,
             ready,
         },
@@ -197,6 +194,7 @@ pub async fn run(
             again.notify_one();
         }
         agent.members_before = members.keys().cloned().collect();
+        agent.know(&members);
         agent.heard = heard.borrow_and_update().clone();
         agent.is_api_reachable = *api_reachable.borrow_and_update();
         agent.unadvertised = not_advertised.borrow_and_update().clone();
@@ -205,6 +203,23 @@ pub async fn run(
     agent.leave(writing).await;
     members.leave().await;
     Ok(())
+}
+
+async fn start_gossip(
+    settings: &Settings,
+    known: &Known,
+    metrics: &Metrics,
+) -> Result<(Members, watch::Receiver<Living>), MembersError> {
+    Members::start(members::Config {
+        node_name: settings.node.clone(),
+        bind: SocketAddr::new(settings.host, members::PORT),
+        keys: settings.keys.clone(),
+        // No subnets yet: a node stands for election only when it knows the Services.
+        meta: Meta::default(),
+        known: known.clone(),
+        refused: metrics.gossip.streams_refused.clone(),
+    })
+    .await
 }
 
 fn watch_all(client: &Client, namespace: &str, inputs: &mpsc::UnboundedSender<Input>) {
@@ -232,6 +247,8 @@ struct Links<'a> {
     watcher: &'a Watcher,
     /// Asks for everything held to be announced again.
     again: Arc<Notify>,
+    /// Who may speak to this agent.
+    known: Known,
     metrics: Metrics,
     ready: Ready,
 }
@@ -245,6 +262,7 @@ struct Agent<'a> {
     sender: mpsc::UnboundedSender<Input>,
 
     cluster: Cluster,
+    addresses: Addresses,
     started: Instant,
     is_settled: bool,
     /// Nothing was reconciled yet: addresses found are those of a process before this one.
@@ -335,6 +353,7 @@ impl<'a> Agent<'a> {
             links,
             peers,
             sender,
+            addresses: Addresses::default(),
             started: Instant::now(),
             is_settled: false,
             is_first: true,
@@ -426,6 +445,13 @@ impl<'a> Agent<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// Has those who may speak to this agent known: whoever is at an address of a Node, or of a member.
+    fn know(&mut self, living: &Living) {
+        if let Some(nodes) = self.cluster.node_addresses() {
+            self.links.known.set(self.addresses.of(&nodes, living));
         }
     }
 

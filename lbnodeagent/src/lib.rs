@@ -11,6 +11,7 @@ pub mod greeting;
 pub mod handover;
 pub mod isolation;
 pub mod kernel;
+pub mod known;
 pub mod lbnode;
 pub mod members;
 pub mod metrics;

@@ -63,7 +63,7 @@ async fn run() -> anyhow::Result<()> {
         .iter()
         .filter(|key| !key.is_empty())
         .map(String::as_bytes);
-    let ready = daemon::serve(&flags.common.listen, Some(flags.host), metrics.registry()).await?;
+    let ready = daemon::serve(&flags.common.listen, Some(flags.host), metrics.registry(), &client).await?;
     let settings = Settings {
         node: flags.node_name,
         host: flags.host,

@@ -4,6 +4,7 @@
 //! [`Meta`], published through a `watch` channel: a consumer looks at the state, not at events. Who announces what with
 //! these members is decided elsewhere.
 
+pub mod door;
 mod joining;
 mod keys;
 mod meta;
@@ -15,20 +16,24 @@ use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use memberlist::Memberlist;
 use memberlist::Options;
 use memberlist::delegate::{CompositeDelegate, EventDelegate, NodeDelegate, VoidDelegate};
 use memberlist::error::Error;
-use memberlist::net::NetTransportOptions;
 use memberlist::net::error::NetTransportError;
-use memberlist::net::stream_layer::tcp::Tcp;
+use memberlist::net::{NetTransportOptions, TokioNetTransport};
 use memberlist::proto::{EncryptionAlgorithm, MaybeResolvedAddress, Meta as RawMeta, NodeState};
-use memberlist::tokio::{TokioRuntime, TokioSocketAddrResolver, TokioTcpMemberlist};
+use memberlist::tokio::TokioSocketAddrResolver;
+use prometheus_client::metrics::counter::Counter;
 use smol_str::SmolStr;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::known::Known;
+
+use door::{Door, Guard, Guarded};
 pub use joining::Peers;
 pub use keys::{KeyError, Keys};
 pub use meta::{EncodedMeta, MAX_META_LEN, Meta, MetaError};
@@ -45,10 +50,14 @@ pub const QUIET_DIRECTIVES: &str = "memberlist_core=off,memberlist_net=off,membe
 const LEAVE_TIMEOUT: Duration = Duration::from_millis(400);
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(100);
 
+/// Packets that wait to be read. Each may have 64 KiB, whoever sent it, so all of them have 8 MiB; the kernel keeps more.
+const PACKETS_WAITING: usize = 128;
+
 /// How long [`Members::set_meta`] waits for the change to be sent out.
 const UPDATE_TIMEOUT: Duration = Duration::from_millis(500);
 
-type Inner = TokioTcpMemberlist<SmolStr, TokioSocketAddrResolver, Delegate>;
+type Transport = TokioNetTransport<SmolStr, TokioSocketAddrResolver, Guarded>;
+type Inner = Memberlist<Transport, Delegate>;
 type Void = VoidDelegate<SmolStr, SocketAddr>;
 type Delegate = CompositeDelegate<SmolStr, SocketAddr, Void, Void, Wake, Void, OwnMeta, Void>;
 
@@ -77,6 +86,10 @@ pub struct Config {
     pub keys: Keys,
     /// What this node says about itself at first.
     pub meta: Meta,
+    /// Who may open a stream: see [`door`].
+    pub known: Known,
+    /// Counts the streams that were not let in.
+    pub refused: Counter,
 }
 
 /// Why gossip did not do as asked.
@@ -170,6 +183,8 @@ impl Members {
             bind,
             keys,
             meta,
+            known,
+            refused,
         } = config;
         if bind.ip().is_unspecified() {
             return Err(MembersError::Unspecified(bind));
@@ -180,8 +195,17 @@ impl Members {
         let delegate = CompositeDelegate::new()
             .with_event_delegate(wake.clone())
             .with_node_delegate(own_meta.clone());
+        let guard = Guard {
+            own: bind.ip(),
+            door: Door::new(known),
+            refused,
+        };
         let mut transport =
-            NetTransportOptions::<SmolStr, TokioSocketAddrResolver, Tcp<TokioRuntime>>::new(SmolStr::new(&node_name));
+            NetTransportOptions::<SmolStr, TokioSocketAddrResolver, Guarded>::with_stream_layer_options(
+                SmolStr::new(&node_name),
+                guard,
+            )
+            .with_packet_buffer_size(PACKETS_WAITING);
         transport.add_bind_address(bind);
         let list = Inner::with_delegate(delegate, transport, options(&keys))
             .await

@@ -196,6 +196,16 @@ impl Cluster {
             .collect()
     }
 
+    /// All addresses of all Nodes, by name; `None` before they were read.
+    pub fn node_addresses(&self) -> Option<Peers> {
+        let addresses = |node: &node::Kept| node.internal.iter().chain(&node.external).copied().collect();
+        self.nodes.is_ready().then(|| {
+            self.nodes()
+                .map(|(name, node)| (name.to_owned(), addresses(node)))
+                .collect()
+        })
+    }
+
     /// What ended since this was last asked.
     pub fn ended(&mut self) -> Ended {
         std::mem::take(&mut self.ended)

@@ -20,6 +20,7 @@
 //! - From silence only the agent's own answers lead back, three in a row: a node that has been rebooted has a kernel
 //!   before it holds any VIP.
 
+mod answered;
 pub mod packet;
 mod run;
 

@@ -12,7 +12,10 @@ use std::sync::mpsc::{Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use common::in_namespace;
+use lbnodeagent::known::Known;
+use lbnodeagent::members::door::{HEAD_LEN, MAX_FRAME, MAX_OPEN_OF_ONE};
 use lbnodeagent::members::{Config, Keys, Living, Members, MembersError, Meta, Obstacle, PORT, Refusal};
+use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::watch;
@@ -42,6 +45,8 @@ fn config(n: u8, keys: Keys) -> Config {
             generation: n.into(),
             ..Meta::default()
         },
+        known: Known::default(),
+        refused: Counter::default(),
     }
 }
 
@@ -512,5 +517,101 @@ fn a_taken_port_is_an_error_that_says_so() {
             error.to_string().starts_with("gossip on 127.0.0.2:7934 cannot start: "),
             "{error}"
         );
+    });
+}
+
+/// The size of this process in memory, and of what it has mapped, in KiB.
+fn sizes() -> (u64, u64) {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let size = |name: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim_start_matches(':')
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap()
+    };
+    (size("VmRSS"), size("VmSize"))
+}
+
+/// A stream's first bytes as memberlist writes them.
+fn head(length: u32) -> [u8; HEAD_LEN] {
+    let [a, b, c, d] = length.to_be_bytes();
+    [15, 1, a, b, c, d]
+}
+
+#[test]
+fn a_length_of_4_gib_makes_no_buffer_whoever_states_it() {
+    in_namespace(async || {
+        let (victim, mut living) = start(2).await;
+        let before = sizes();
+        // From outside, and as the answer of somebody who is called.
+        let mut bomb = TcpStream::connect(address(2)).await.unwrap();
+        bomb.write_all(&head(u32::MAX - 63)).await.unwrap();
+        let lying = TcpListener::bind(address(3)).await.unwrap();
+        tokio::spawn(async move {
+            let (mut stream, _) = lying.accept().await.unwrap();
+            stream.write_all(&head(u32::MAX - 63)).await.unwrap();
+            let zeros = vec![0; 1 << 20];
+            while stream.write_all(&zeros).await.is_ok() {}
+        });
+        let zeros = vec![0; 1 << 20];
+        let pouring = async { while bomb.write_all(&zeros).await.is_ok() {} };
+        let liar = [address(3)];
+        let joining = victim.join(&liar);
+        let (joined, ()) = tokio::join!(joining, async {
+            timeout(SOON, pouring).await.expect("is not hung up on");
+        });
+        assert!(joined[0].is_err());
+        let after = sizes();
+        println!("{before:?} KiB before, {after:?} after");
+        assert!(after.1 < before.1 + (1 << 20), "a buffer was made");
+        let (friend, _) = start(4).await;
+        friend.join(&[address(2)]).await.remove(0).unwrap();
+        until_living(&mut living, &[2, 4]).await;
+    });
+}
+
+#[test]
+fn one_address_has_so_many_streams_and_strangers_none_while_members_join() {
+    in_namespace(async || {
+        let known = Known::default();
+        let refused = Counter::default();
+        let config = Config {
+            known: known.clone(),
+            refused: refused.clone(),
+            ..config(2, Keys::new(KEY, []).unwrap())
+        };
+        let (_victim, mut living) = Members::start(config).await.unwrap();
+        known.set([address(1).ip(), address(2).ip(), address(3).ip()].into());
+        let mut held = Vec::new();
+        for n in 0..4 * MAX_OPEN_OF_ONE {
+            // Of the source address 127.0.0.1. As long as may be, without its end.
+            let mut stream = TcpStream::connect(address(2)).await.unwrap();
+            let length = u32::try_from(MAX_FRAME).unwrap();
+            let is_open = stream.write_all(&head(length)).await.is_ok()
+                && timeout(Duration::from_millis(50), stream.read(&mut [0])).await.is_err();
+            assert_eq!(is_open, n < MAX_OPEN_OF_ONE, "stream {n}");
+            held.push(stream);
+        }
+        let (friend, _) = start(3).await;
+        friend.join(&[address(2)]).await.remove(0).unwrap();
+        until_living(&mut living, &[2, 3]).await;
+        let (stranger, _) = start(4).await;
+        let error = stranger.join(&[address(2)]).await.remove(0).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                MembersError::Join {
+                    obstacle: Obstacle::Unanswered,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert_eq!(refused.get(), 3 * MAX_OPEN_OF_ONE as u64 + 1);
+        known.set([address(2).ip(), address(3).ip(), address(4).ip()].into());
+        stranger.join(&[address(2)]).await.remove(0).unwrap();
+        until_living(&mut living, &[2, 3, 4]).await;
     });
 }

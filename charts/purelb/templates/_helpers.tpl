@@ -61,18 +61,32 @@ image: {{ include "purelb.imageName" . | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- end }}
 
-{{/* The probes of a workload. */}}
+{{/* The probes of a workload, on a port of their own. Called with {root, host}: in the host's network that is 127.0.0.1. */}}
 {{- define "purelb.probes" -}}
-{{- if .Values.probes.enabled -}}
+{{- if .root.Values.probes.enabled -}}
 livenessProbe:
   httpGet:
+    {{- with .host }}
+    host: {{ . }}
+    {{- end }}
     path: /healthz
-    port: metrics
+    port: 7936
 readinessProbe:
   httpGet:
+    {{- with .host }}
+    host: {{ . }}
+    {{- end }}
     path: /readyz
-    port: metrics
+    port: 7936
   periodSeconds: 5
+{{- end }}
+{{- end }}
+
+{{/* Has /metrics served to those whom the API server lets. */}}
+{{- define "purelb.metricsAuth" -}}
+{{- if .Values.Prometheus.auth.enabled -}}
+- name: PURELB_METRICS_AUTH
+  value: "true"
 {{- end }}
 {{- end }}
 

@@ -56,7 +56,7 @@ fn killed_at_every_request_it_loses_no_reservation() -> Result<()> {
             let allocator = lab.start_replica("allocator", &[("KUBECONFIG", &kubeconfig)]).await?;
             wait_until("it leads and has read everything", SOON, async || {
                 allocator.check()?;
-                let answer = lab.get("allocator", "http://127.0.0.1:7472/readyz").await?;
+                let answer = lab.get("allocator", "http://127.0.0.1:7936/readyz").await?;
                 ensure!(answer.status == 200, "{}", answer.body);
                 Ok(())
             })

@@ -162,12 +162,9 @@ mod tests {
     use super::*;
     use std::sync::{Arc, Mutex};
 
-    use axum::Router;
-    use axum::body::Bytes;
-    use axum::http::{Method, StatusCode, Uri};
-    use kube::Config;
+    use http::{Method, Request, Response, StatusCode};
+    use kube::client::Body;
     use serde_json::Value;
-    use tokio::net::TcpListener;
     use tokio::time::sleep;
 
     /// An API server: what it answers, whether there is an LBNode, and what it was asked.
@@ -200,18 +197,20 @@ mod tests {
     type Shared = Arc<Mutex<Server>>;
 
     /// A writer in front of a server.
-    async fn writer() -> (Shared, watch::Sender<Option<LBNodeStatus>>, tokio::task::JoinHandle<()>) {
+    fn writer() -> (Shared, watch::Sender<Option<LBNodeStatus>>, tokio::task::JoinHandle<()>) {
         let server = Shared::default();
         let asked = server.clone();
-        let answer = move |method: Method, uri: Uri, body: Bytes| async move {
-            let code = asked.lock().unwrap().answer(method, uri.path().to_owned(), &body);
-            (code, [("retry-after", "1")], "{}")
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await.unwrap() });
-        let mut config = Config::new(format!("http://{address}").parse().unwrap());
-        config.default_retry = false;
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let asked = asked.clone();
+            async move {
+                let (parts, body) = request.into_parts();
+                let body = body.collect_bytes().await?;
+                let path = parts.uri.path().to_owned();
+                let code = asked.lock().unwrap().answer(parts.method, path, &body);
+                let answer = Response::builder().status(code).header("retry-after", "1");
+                Ok::<_, kube::Error>(answer.body(Body::from(b"{}".to_vec())).unwrap())
+            }
+        });
         let (status, owner) = (watch::Sender::new(None), watch::Sender::new(None));
         let from = Writing {
             status: status.subscribe(),
@@ -222,7 +221,7 @@ mod tests {
             node: "a".into(),
             uid: "1".into(),
         }));
-        let client = Client::try_from(config).unwrap();
+        let client = Client::new(service, "default");
         let writing = tokio::spawn(keep_writing(client, "purelb".into(), "a".into(), from));
         (server, status, writing)
     }
@@ -252,7 +251,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn changes_that_come_together_are_one_write_and_a_missing_object_is_made() {
-        let (server, status, _writing) = writer().await;
+        let (server, status, _writing) = writer();
         for local in 1..=100 {
             say(&status, local);
         }
@@ -281,7 +280,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_server_in_trouble_is_asked_seldom_however_much_changes() {
         for trouble in [429, 503] {
-            let (server, status, _writing) = writer().await;
+            let (server, status, _writing) = writer();
             server.lock().unwrap().trouble = Some(trouble);
             for local in 1..=30 {
                 say(&status, local);
@@ -296,7 +295,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread")]
     async fn the_last_word_is_written_when_the_agent_ends() {
-        let (server, status, writing) = writer().await;
+        let (server, status, writing) = writer();
         say(&status, 1);
         written(&server, 1).await;
         say(&status, 0);

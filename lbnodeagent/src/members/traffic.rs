@@ -60,6 +60,8 @@ const WAYS: [(&str, Way); 3] = [
 pub struct Traffic {
     bytes: Family<Way, Counter>,
     refused: Counter,
+    /// Streams that were not let in.
+    pub streams_refused: Counter,
     first_refused: Arc<Notify>,
 }
 
@@ -90,6 +92,11 @@ impl Traffic {
             "refused",
             "Packets and streams on the gossip's port that are of another key or nobody's",
             self.refused.clone(),
+        );
+        registry.register(
+            "streams_refused",
+            "Streams from addresses of no Node, or more than may be open at once",
+            self.streams_refused.clone(),
         );
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the encoding and its keys; knows nothing of sockets and time. Nobody without a key can make a packet, and nobody
 //! can make use of one that was overheard: an answer is only taken for a question of this very process that still waits
-//! for it, and a question sent again is answered to the process that asked at first.
+//! for it, and a question is answered once.
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};

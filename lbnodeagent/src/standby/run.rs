@@ -18,8 +18,10 @@ use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use super::answered::Answered;
 use super::packet::{PACKET_LEN, Packet, PacketKeys, node_id};
 use super::{Inquiry, Question, Standby, Verdict, Watched, Watches};
+use crate::known::Known;
 use crate::members::Keys;
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::{arp_probe, dad_solicitation, solicitation};
@@ -49,6 +51,8 @@ pub struct Config {
     pub keys: Keys,
     /// Where to count.
     pub counters: Counters,
+    /// Who is answered.
+    pub known: Known,
     /// Where to listen. An IPv6 address is left out where the kernel has no IPv6.
     pub bind: Vec<SocketAddr>,
 }
@@ -60,6 +64,7 @@ impl Config {
             node: node.into(),
             keys,
             counters: Counters::default(),
+            known: Known::default(),
             bind: vec![
                 (Ipv4Addr::UNSPECIFIED, PORT).into(),
                 (Ipv6Addr::UNSPECIFIED, PORT).into(),
@@ -82,7 +87,8 @@ struct OfKind {
 }
 
 impl Counters {
-    /// Questions asked of agents, answers to those of others, questions to kernels, and packets of a wrong key or nobody's.
+    /// Questions asked of agents, answers to those of others, questions to kernels, and packets of a wrong key or nobody's, from no
+    /// Node or sent again.
     const KINDS: [&str; 4] = ["probe", "answer", "kernel", "refused"];
 
     /// Registers the counters.
@@ -174,6 +180,7 @@ impl Watcher {
             session,
             started: Instant::now(),
             counters: config.counters.clone(),
+            known: config.known.clone(),
             last_signs: last_signs_publisher,
             taken_over: Arc::clone(&taken_over),
             asked: Arc::clone(&asked),
@@ -254,6 +261,7 @@ struct Wire {
     session: u64,
     started: Instant,
     counters: Counters,
+    known: Known,
     last_signs: watch::Sender<BTreeMap<Watched, Instant>>,
     taken_over: Arc<Notify>,
     asked: Arc<Asked>,
@@ -271,6 +279,7 @@ impl Wire {
             .map(UdpSocket::from_std)
             .collect::<io::Result<_>>()?;
         let mut standby = Standby::default();
+        let mut answered = Answered::default();
         let mut kernels = Kernels::default();
         let mut changes = 0;
         loop {
@@ -289,7 +298,7 @@ impl Wire {
                 obey(&mut standby, self.started.elapsed(), order);
             }
             for socket in &sockets {
-                self.read_all(socket, &mut standby);
+                self.read_all(socket, &mut standby, &mut answered);
             }
             kernels.read_all(|(link, ip, mac)| {
                 standby.kernel_answered(self.started.elapsed(), link, ip, mac);
@@ -319,13 +328,13 @@ impl Wire {
         }
     }
 
-    fn read_all(&self, socket: &UdpSocket, standby: &mut Standby) {
+    fn read_all(&self, socket: &UdpSocket, standby: &mut Standby, answered: &mut Answered) {
         let mut buffer = [0; PACKET_LEN + 1];
         for _ in 0..AT_A_TIME {
             match socket.try_recv_from(&mut buffer) {
                 Ok((length, from)) => {
                     let bytes = buffer.get(..length).unwrap_or_default();
-                    self.take(bytes, from, socket, standby);
+                    self.take(bytes, from, socket, standby, answered);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // An error of an earlier send, told late.
@@ -334,12 +343,18 @@ impl Wire {
         }
     }
 
-    fn take(&self, bytes: &[u8], from: SocketAddr, socket: &UdpSocket, standby: &mut Standby) {
+    fn take(&self, bytes: &[u8], from: SocketAddr, socket: &UdpSocket, standby: &mut Standby, answered: &mut Answered) {
         match Packet::decode(bytes, &self.keys) {
             Some(packet) if packet.is_answer && packet.session == self.session => {
                 standby.agent_answered(self.started.elapsed(), packet.sequence);
             }
-            Some(packet) if !packet.is_answer && packet.node == self.node => {
+            // Anybody can send again what was overheard.
+            Some(packet)
+                if !packet.is_answer
+                    && packet.node == self.node
+                    && self.known.has_about(from.ip())
+                    && answered.is_new(packet.session, packet.sequence) =>
+            {
                 let answer = Packet {
                     is_answer: true,
                     ..packet
@@ -353,7 +368,7 @@ impl Wire {
             }
             _ => {
                 if self.counters.count("refused") == 0 {
-                    tracing::warn!(%from, "a packet of another key, or of nobody: ignored, like all that follow");
+                    tracing::warn!(%from, "a packet of another key, of no Node or seen before: ignored, like all that follow");
                 }
             }
         }
