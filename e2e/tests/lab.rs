@@ -445,7 +445,10 @@ fn ends_as_it_is_told() -> Result<()> {
 #[test]
 fn nothing_is_left_behind_however_a_test_ends() -> Result<()> {
     for end in ["panic", "SIGKILL", "SIGINT"] {
-        let mut child = Command::new(std::env::current_exe()?)
+        // A shell's background job, and all that it starts, ignores the signal.
+        let mut child = Command::new("env")
+            .arg("--default-signal=INT")
+            .arg(std::env::current_exe()?)
             .args(["--exact", "ends_as_it_is_told", "--nocapture"])
             .env("E2E_END", end)
             .stdout(Stdio::null())
