@@ -27,6 +27,9 @@ const ABSENCE: Duration = Duration::from_mins(1);
 /// How long it may be silent before it counts as dead. A watch is right within a tenth of a second nearly always; where it is wrong,
 /// as about a node too busy to answer, every open connection would be let go for nothing.
 const SILENCE: Duration = Duration::from_secs(1);
+/// How long after an address has gone it is still done for what arrives: on a busy network some neighbours hear late of the new
+/// owner, and what they send here meanwhile would be told off.
+const AFTERWARDS: Duration = Duration::from_secs(2);
 /// An address may move more than once in this time, as when all agents are upgraded in a row. Then whoever had it for longer has more of
 /// its connections.
 const BRIEF: Duration = Duration::from_mins(1);
@@ -54,6 +57,8 @@ struct Known {
     missed: Option<Duration>,
     /// Since when it is silent.
     silent: Option<Duration>,
+    /// Since when this node has the address no more.
+    lost: Option<Duration>,
 }
 
 /// Who owned an address from when on, at which address of its own. Times here are [`HEARSAY`] ahead, which is the room for what was
@@ -136,6 +141,7 @@ impl Handover {
             is_leaving,
             missed: None,
             silent: None,
+            lost: None,
         };
         self.known.insert(vip, known);
     }
@@ -174,7 +180,10 @@ impl Handover {
     /// What the kernel is to be told, if anything: where to send what belongs to foreign connections of which address. `held` are the
     /// addresses this node has.
     pub fn news(&mut self, now: Duration, held: &BTreeSet<IpAddr>) -> Option<BTreeMap<IpAddr, IpAddr>> {
-        self.known.retain(|vip, _| held.contains(vip));
+        self.known.retain(|vip, known| {
+            known.lost = (!held.contains(vip)).then(|| known.lost.unwrap_or(now));
+            known.lost.is_none_or(|at| now.saturating_sub(at) < AFTERWARDS)
+        });
         let wanted: BTreeMap<IpAddr, IpAddr> = self
             .known
             .iter()
@@ -210,7 +219,9 @@ impl Handover {
         let refresh = told.map(|_| (self.told_at + REFRESH).saturating_sub(now));
         let missed = self.known.values().filter_map(|known| known.missed);
         let silent = self.known.values().filter_map(|known| known.silent);
+        let lost = self.known.values().filter_map(|known| known.lost);
         let ends = missed.map(|at| at + ABSENCE).chain(silent.map(|at| at + SILENCE));
+        let ends = ends.chain(lost.map(|at| at + AFTERWARDS));
         let over = ends.map(|end| end.saturating_sub(now));
         refresh.into_iter().chain(over).min()
     }
@@ -283,8 +294,14 @@ mod tests {
         assert_eq!(handover.wake_in(NOW + SECOND), REFRESH.checked_sub(SECOND));
         assert!(handover.news(NOW + REFRESH, &held).is_some());
         assert!(REFRESH * 2 < TIMEOUT, "one that is late or lost does no harm");
-        // The address goes, and with it what was said of it.
-        assert_eq!(handover.news(NOW + REFRESH, &BTreeSet::new()), Some(BTreeMap::new()));
+        // The address goes, and a little later what was said of it.
+        let gone = NOW + REFRESH + SECOND;
+        assert_eq!(handover.news(gone, &BTreeSet::new()), None, "some neighbours hear late");
+        assert_eq!(handover.wake_in(gone), Some(AFTERWARDS));
+        assert_eq!(
+            handover.news(gone + AFTERWARDS, &BTreeSet::new()),
+            Some(BTreeMap::new())
+        );
         assert_eq!(handover.news(NOW + REFRESH * 9, &BTreeSet::new()), None);
         assert_eq!(handover.wake_in(NOW + REFRESH * 9), None);
         assert!(!handover.clear(), "it knows");
