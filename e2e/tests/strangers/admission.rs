@@ -97,13 +97,12 @@ fn authors_do_not_write_what_the_allocator_writes_and_their_tools_go_on_working(
         let sentence = "PureLB writes this annotation to say what it did; take it out of the manifest";
         author.kubectl(&format!("apply -f {plain}")).await?;
         // A policy is in force a moment after it was made.
+        let began = Instant::now();
         wait_until("the policy is in force", SOON, async || {
-            author
-                .refused(
-                    "annotate --overwrite service web purelb.io/allocated-by=PureLB",
-                    sentence,
-                )
-                .await
+            // Another each time: one that was let through before the policy was in force is no change the next time.
+            let number = began.elapsed().as_nanos();
+            let annotate = format!("annotate --overwrite service web purelb.io/allocated-by=early-{number}");
+            author.refused(&annotate, sentence).await
         })
         .await?;
         for annotation in WRITTEN {
