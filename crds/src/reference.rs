@@ -162,7 +162,7 @@ fn annotations(page: &mut String) {
             comment += text;
         } else {
             if let Some((_, value)) = line.split_once("&str = \"purelb.io/")
-                && let Some(key) = value.strip_suffix("\";")
+                && let Some(key) = value.strip_suffix("\";").filter(|key| !key.is_empty())
             {
                 let _ = writeln!(page, "| `purelb.io/{key}` | {} |", escape(&plain(&comment)));
             }
