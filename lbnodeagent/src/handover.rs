@@ -27,8 +27,8 @@ const ABSENCE: Duration = Duration::from_mins(1);
 /// How long it may be silent before it counts as dead. A watch is right within a tenth of a second nearly always; where it is wrong,
 /// as about a node too busy to answer, every open connection would be let go for nothing.
 const SILENCE: Duration = Duration::from_secs(1);
-/// How long after an address has gone it is still done for what arrives: on a busy network some neighbours hear late of the new
-/// owner, and what they send here meanwhile would be told off.
+/// How long segments are sent on after their address has gone: some neighbours on a busy network hear late of the new owner, and
+/// what they still send here would be answered with a reset.
 const AFTERWARDS: Duration = Duration::from_secs(2);
 /// An address may move more than once in this time, as when all agents are upgraded in a row. Then whoever had it for longer has more of
 /// its connections.
@@ -217,11 +217,12 @@ impl Handover {
     pub fn wake_in(&self, now: Duration) -> Option<Duration> {
         let told = self.told.as_ref().filter(|told| !told.is_empty());
         let refresh = told.map(|_| (self.told_at + REFRESH).saturating_sub(now));
-        let missed = self.known.values().filter_map(|known| known.missed);
-        let silent = self.known.values().filter_map(|known| known.silent);
-        let lost = self.known.values().filter_map(|known| known.lost);
-        let ends = missed.map(|at| at + ABSENCE).chain(silent.map(|at| at + SILENCE));
-        let ends = ends.chain(lost.map(|at| at + AFTERWARDS));
+        let ends = self.known.values().flat_map(|known| {
+            let missed = known.missed.map(|at| at + ABSENCE);
+            let silent = known.silent.map(|at| at + SILENCE);
+            let lost = known.lost.map(|at| at + AFTERWARDS);
+            [missed, silent, lost].into_iter().flatten()
+        });
         let over = ends.map(|end| end.saturating_sub(now));
         refresh.into_iter().chain(over).min()
     }

@@ -80,6 +80,16 @@ fn keep(lab: &Lab, name: &str, manifest: &str) -> Result<String> {
     Ok(path)
 }
 
+/// Waits until a policy refuses, which it does a moment after it was made. Each try has a number of its own to ask for: what was let
+/// through before is no change the next time.
+async fn in_force(is_refused: impl AsyncFn(u128) -> Result<()>) -> Result<()> {
+    let began = Instant::now();
+    wait_until("the policy is in force", SOON, async || {
+        is_refused(began.elapsed().as_nanos()).await
+    })
+    .await
+}
+
 #[test]
 fn authors_do_not_write_what_the_allocator_writes_and_their_tools_go_on_working() -> Result<()> {
     let options = Options {
@@ -96,11 +106,7 @@ fn authors_do_not_write_what_the_allocator_writes_and_their_tools_go_on_working(
         let plain = keep(lab, "plain", PLAIN)?;
         let sentence = "PureLB writes this annotation to say what it did; take it out of the manifest";
         author.kubectl(&format!("apply -f {plain}")).await?;
-        // A policy is in force a moment after it was made.
-        let began = Instant::now();
-        wait_until("the policy is in force", SOON, async || {
-            // Another each time: one that was let through before the policy was in force is no change the next time.
-            let number = began.elapsed().as_nanos();
+        in_force(async |number| {
             let annotate = format!("annotate --overwrite service web purelb.io/allocated-by=early-{number}");
             author.refused(&annotate, sentence).await
         })
@@ -199,7 +205,7 @@ fn an_agent_writes_the_lbnode_of_its_own_node_only_and_no_service() -> Result<()
         };
         let create = async |node: LBNode| refusal(nodes.create(&PostParams::default(), &node).await);
         let sentence = format!("the agent of node {own} may write the LBNode of its own node only");
-        wait_until("the policy is in force", SOON, async || {
+        in_force(async |_| {
             let refused = create(object(other, None)).await.context("it was made")?;
             ensure!(refused.contains(&sentence), "{refused}");
             Ok(())
@@ -257,10 +263,7 @@ fn the_allocator_changes_of_a_service_what_it_has_to_and_nothing_else() -> Resul
             Ok(refusal(services.patch_status("web", &how, &Patch::Merge(patch)).await))
         };
         let service = |patch: &str| format!("patch service web --type=merge -p {patch}");
-        let began = Instant::now();
-        wait_until("the policy is in force", SOON, async || {
-            // Another each time: one that was let through before the policy was in force is no change the next time.
-            let number = began.elapsed().as_nanos();
+        in_force(async |number| {
             let patch = format!("{{\"spec\":{{\"selector\":{{\"a\":\"b{number}\"}}}}}}");
             allocator
                 .refused(&service(&patch), "may not change spec.selector")
