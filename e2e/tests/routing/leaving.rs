@@ -33,7 +33,11 @@ async fn start(lab: &Lab) -> Result<(Product, Stage)> {
 
 /// A request every millisecond, each from a port of its own, so that they spread over the nodes. It starts when nothing is lost as
 /// it is: kube-proxy may hear late of Pods that have moved.
-async fn client(lab: &Lab) -> Result<Probe> {
+///
+/// With `only`, nothing but the Pods of these nodes may answer by then. That shows that their kube-proxies know the traffic policy
+/// Local, and only then no flow that a connection table remembers leads to another node's Pod: a source port that comes again
+/// within a second of that Pod's end, before kube-proxy forgets its flows, would be lost.
+async fn client(lab: &Lab, only: Option<[&str; 2]>) -> Result<Probe> {
     let start = || {
         Probe::start(
             lab,
@@ -44,11 +48,26 @@ async fn client(lab: &Lab) -> Result<Probe> {
             Duration::from_millis(1),
         )
     };
+    let allowed: Option<Vec<&str>> = only
+        .map(|nodes| {
+            nodes
+                .into_iter()
+                .map(|ns| Ok(lab.node(ns)?.name.as_str()))
+                .collect::<Result<_>>()
+        })
+        .transpose()?;
     wait_until("nothing is lost as it is", SOON, async || {
+        for ns in only.into_iter().flatten() {
+            lab.exec(ns, ["conntrack", "--flush"]).await?;
+        }
         let probe = start()?;
         tokio::time::sleep(AROUND).await;
         let report = probe.stop().await?;
         ensure!(report.lost == 0, "{report}");
+        if let Some(allowed) = &allowed {
+            let others = report.nodes.keys().any(|node| !allowed.contains(&node.as_str()));
+            ensure!(!others, "other nodes' Pods answer: {:?}", report.nodes);
+        }
         Ok(())
     })
     .await?;
@@ -106,7 +125,7 @@ fn an_agent_that_stops_is_gone_from_the_routers_before_its_process_ends() -> Res
         keep_pods_on_the_first_node(&lab).await?;
         stage.answers(VIP).await?;
         // The node goes down right after its agent: nothing is lost although it does not forward any more.
-        let probe = client(&lab).await?;
+        let probe = client(&lab, None).await?;
         let agent = product.agents.get("w11").context("no agent")?;
         ensure!(agent.stop().await?.success(), "{}", agent.log());
         let routes = stage.routes("router").await?;
@@ -121,7 +140,7 @@ fn an_agent_that_stops_is_gone_from_the_routers_before_its_process_ends() -> Res
         // An upgrade: one agent after the other.
         let mut agents = BTreeMap::from([("w11", lab.start_agent("w11").await?)]);
         stage.next_hops_are(&["w11", "w12"]).await?;
-        let probe = client(&lab).await?;
+        let probe = client(&lab, None).await?;
         agents.insert("w12", product.agents.get("w12").context("no agent")?.clone());
         for (ns, agent) in agents {
             ensure!(agent.stop().await?.success(), "{}", agent.log());
@@ -137,7 +156,7 @@ fn a_node_that_is_excluded_or_drained_loses_no_request() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
         let (_product, stage) = start(&lab).await?;
         let node = lab.node("w12")?.name.clone();
-        let probe = client(&lab).await?;
+        let probe = client(&lab, None).await?;
         lab.kubectl(["label", "node", &node, &format!("{EXCLUDED}=")]).await?;
         stage.next_hops_are(&["w11"]).await?;
         lab.kubectl(["label", "node", &node, &format!("{EXCLUDED}-")]).await?;
@@ -155,11 +174,7 @@ fn a_node_that_is_excluded_or_drained_loses_no_request() -> Result<()> {
         stage.set_policy("Local").await?;
         spread_over_all_nodes(&lab).await?;
         stage.next_hops_are(&["w11", "w12"]).await?;
-        for ns in ["w11", "w12"] {
-            // A source port that comes again must not meet what the connection table remembers of Pods that have gone since.
-            lab.exec(ns, ["conntrack", "--flush"]).await?;
-        }
-        let probe = client(&lab).await?;
+        let probe = client(&lab, Some(["w11", "w12"])).await?;
         lab.kubectl(["drain", &node, "--ignore-daemonsets", "--timeout=60s"])
             .await?;
         stage.next_hops_are(&["w11"]).await?;
