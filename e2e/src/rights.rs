@@ -54,7 +54,8 @@ pub(crate) fn keep(lab: &str, log: &Path) -> Result<()> {
     // The last line may be half written.
     let requests: BTreeSet<Request> = text
         .lines()
-        .filter_map(|line| request(&serde_json::from_str(line).ok()?))
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .flat_map(|event| requests(&event))
         .collect();
     let path = directory.join(format!("{lab}.json"));
     std::fs::write(&path, serde_json::to_vec(&requests)?).with_context(|| format!("writing {}", path.display()))
@@ -71,6 +72,20 @@ pub fn kept() -> Result<BTreeSet<Request>> {
         all.extend(requests);
     }
     Ok(all)
+}
+
+/// What a request that was allowed took. One that applied an object that was not there, which the API server answers with 201, took
+/// the right to create it as well.
+fn requests(event: &Value) -> Vec<Request> {
+    let Some(request) = request(event) else {
+        return Vec::new();
+    };
+    let is_created = request.verb == "patch" && event["responseStatus"]["code"] == 201;
+    let creation = is_created.then(|| Request {
+        verb: "create".to_owned(),
+        ..request.clone()
+    });
+    creation.into_iter().chain([request]).collect()
 }
 
 /// A request that was allowed.
