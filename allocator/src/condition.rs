@@ -13,6 +13,7 @@
 //! | `False` | `PoolExhausted`, `NoPoolOfFamily` | the group has no free address, or none of the family |
 //! | `False` | `InvalidAddresses`, `AddressNotInPool` | the address asked for cannot be had |
 //! | `False` | `PortConflict`, `SharingKeyConflict` | the address is another Service's |
+//! | `False` | `AddressReserved` | the address is something in the cluster, or can be no host's |
 //! | `False` | `NamespaceDenied`, `AmbiguousNamespaceDefault` | the group is not for this namespace |
 //! | `False` | `ProviderUnavailable`, `ProviderRefused`, `ProviderMistaken` | who gives out the group's addresses does not answer, says no, or answers what cannot be |
 //! | `False` | `MultiPoolRefused` | multi-pool does not go with what else is asked for |
@@ -154,7 +155,9 @@ mod tests {
             family: Family::V4,
             service: service("a"),
             used,
-            holders: vec![service("b")],
+            holders: [service("b")].into(),
+            left_out: 0,
+            strangers: [].into(),
         })
     }
 

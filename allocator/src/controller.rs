@@ -7,6 +7,7 @@
 
 mod external;
 mod groups;
+mod reserved;
 mod slim;
 mod strangers;
 mod writes;
@@ -18,8 +19,9 @@ use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer};
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations, conflict};
 use daemon::{Change, Mirror, Ready, Reporter, Selection};
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
 use kube::Client;
@@ -32,7 +34,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::condition::Saying;
 use crate::controller::external::External;
+use crate::controller::reserved::Named;
 use crate::controller::slim::Packed;
+use crate::controller::strangers::Unheeded;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
@@ -42,9 +46,10 @@ use crate::lint;
 use crate::metrics::Metrics;
 use crate::notices;
 use crate::patch::{assignment, statement, withdrawal};
-use crate::record::{Standing, is_anothers};
+use crate::record::{Standing, is_anothers, order};
 use crate::refusal::Refusal;
 use crate::request::{self, Reading, Request};
+use crate::reserved::OfService;
 
 /// What the allocator is told at start.
 #[derive(Clone, Debug)]
@@ -65,7 +70,13 @@ enum Input {
     Written(ServiceKey, kube::Result<Written>),
     StatusWritten(GroupKey, kube::Result<ServiceGroup>),
     Retry(ServiceKey),
-    Forget(IpAddr),
+    Forget(IpAddr, Timestamp),
+    LookAgain(ServiceKey),
+    Node(Named<crate::reserved::Node>),
+    ApiServer(Named<Vec<IpAddr>>),
+    ServiceNetwork(Named<Vec<IpNet>>),
+    /// The API server has no such kind.
+    NoServiceNetworks,
     External(external::Message),
 }
 
@@ -78,6 +89,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
     let (sender, mut inputs) = mpsc::unbounded_channel();
     daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Service);
     daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Group);
+    reserved::watch(&client, &sender);
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
         let flush = controller.status_due;
@@ -129,6 +141,10 @@ struct Controller {
     told: HashMap<ServiceKey, Vec<Notice>>,
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
     status_due: Option<Instant>,
+    /// What is known of other addresses in the cluster.
+    others: reserved::Sources,
+    /// Services that keep an address for now that a host outside the cluster has.
+    unheeded: BTreeMap<ServiceKey, Unheeded>,
 
     /// Whether the first decisions are being made, and whether they are behind us.
     is_starting: bool,
@@ -179,12 +195,14 @@ impl Controller {
             told: HashMap::new(),
             statuses: BTreeMap::new(),
             status_due: None,
+            others: reserved::Sources::default(),
+            unheeded: BTreeMap::new(),
         }
     }
 
     /// Whether the whole picture is there: before that, no address is given out.
     const fn is_ready(&self) -> bool {
-        self.services.is_ready() && self.groups.is_ready()
+        self.services.is_ready() && self.groups.is_ready() && self.others.is_ready()
     }
 
     fn take(&mut self, input: Input) {
@@ -197,7 +215,12 @@ impl Controller {
             Input::Written(key, result) => self.written(key, result),
             Input::StatusWritten(key, result) => self.status_written(&key, result),
             Input::Retry(key) => self.reconcile(&key),
-            Input::Forget(ip) => self.forget_stranger(ip),
+            Input::Forget(ip, until) => self.forget_stranger(ip, until),
+            Input::LookAgain(key) => self.look_at_stranger_again(&key),
+            Input::Node(event) => self.node_event(event),
+            Input::ApiServer(event) => self.api_server_event(event),
+            Input::ServiceNetwork(event) => self.service_network_event(event),
+            Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),
         }
         let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);
@@ -255,6 +278,10 @@ impl Controller {
         self.failures.remove(key);
         self.granted.remove(key);
         self.foreign.remove(key);
+        self.forget_unheeded(key);
+        if self.ledger.reserve_for(key, OfService::default()) {
+            self.reserved_changed();
+        }
         let held = self.ledger.addresses_of(key).to_vec();
         if self.ledger.release(key) {
             tracing::info!(service = %key, addresses = ?held, cause = "service deleted", "released");
@@ -271,10 +298,14 @@ impl Controller {
             return;
         }
         self.judge_groups();
+        self.ledger.reserve();
         let keys = self.all_by_age();
-        for key in &keys {
+        let mut first = keys.clone();
+        first.sort_by_cached_key(|key| self.service(key).map(|service| order(&service)));
+        for key in &first {
             self.adopt(key);
         }
+        self.ledger.begin();
         tracing::info!(services = keys.len(), groups = self.verdicts.len(), "ready");
         (self.is_starting, self.is_started) = (true, true);
         for key in &keys {
@@ -294,6 +325,10 @@ impl Controller {
         let Some(service) = self.service(key) else {
             return Vec::new();
         };
+        let has = reserved::of_service(&service);
+        if self.ledger.reserve_for(key, has) && self.is_started {
+            self.reserved_changed();
+        }
         if self.writing.contains_key(key) || !is_load_balancer(&service) {
             return Vec::new();
         }
@@ -307,7 +342,10 @@ impl Controller {
             return Vec::new();
         }
         let held = standing.in_use();
-        let claim = request::claim(&service);
+        let claim = Claim {
+            is_foreign: standing.is_shared(),
+            ..request::claim(&service)
+        };
         let rivals = held.iter().flat_map(|ip| self.ledger.rivals(*ip, key, &claim));
         let rivals = rivals.cloned().collect();
         if self.ledger.hold(key, &held, &claim) && self.is_started {
@@ -320,23 +358,6 @@ impl Controller {
     fn standing(&self, service: &Service) -> Standing {
         let is_served = !matches!(request::read(service, self.settings.is_default), Reading::NotOurs);
         Standing::of(service, &self.ledger, is_served)
-    }
-
-    /// The addresses of a Service that another holds as well and does not share, who goes first: one that is not ours, one that
-    /// has it in its record where this Service is yet to be adopted, or else an older one. It keeps the address. This Service
-    /// gets another in the same PATCH, so that it is never without one. Where there is none to get, it keeps the address if all
-    /// ports differ, for then both work; where they do not it gives the address up and waits, so that it takes no traffic that
-    /// is the other's. In all three cases it is told.
-    fn contested(&self, service: &Service, key: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
-        let is_recorded = record::Granted::read(service).is_some();
-        self.ledger.contested(key, claim, |rival| {
-            // Another controller's, or a host outside the cluster.
-            let Some(holder) = self.service(rival).filter(|_| !self.foreign.contains(rival)) else {
-                return true;
-            };
-            let recorded = record::Granted::read(&holder).is_some();
-            (recorded && !is_recorded) || (recorded == is_recorded && self.age(rival) < self.age(key))
-        })
     }
 
     /// There may be room for those who wait: they are decided about, the oldest first, when what has piled up
@@ -432,9 +453,12 @@ impl Controller {
 
     fn serve(&mut self, service: &Service, request: &Request) {
         let key = &request.service;
-        self.heed_strangers(service, request);
+        self.heed_strangers(request, &conflict::confirmed(service), Timestamp::now());
         let held = self.ledger.addresses_of(key).to_vec();
-        let contested = self.contested(service, key, &request.claim);
+        // Who has a better right to an address of this Service, or nobody may have it. It gets another in the same PATCH, so
+        // that it is never without one. Where there is none to get, it keeps the address if that harms nobody, and gives it up
+        // and waits if it does. In all cases it is told.
+        let contested = self.ledger.contested(key, &request.claim);
         let mut current = held.clone();
         current.retain(|ip| !contested.contains_key(ip));
         self.forget_old_trouble(request);
@@ -481,7 +505,7 @@ impl Controller {
             // What is put back is no news, nor what is tried again.
             if held != grant.addresses {
                 let group = grant.groups.first().and_then(|name| self.ledger.group(name));
-                let is_balanced = group.is_some_and(|group| group.balance_pools) && request.claim.sharing_key.is_none();
+                let is_balanced = group.is_some_and(|group| group.balance_pools) && request.claim.sharing.is_none();
                 self.metrics.granted(&grant, is_balanced);
                 let granted = Granted {
                     notices: notices::granted(service, request, &grant),
@@ -537,9 +561,7 @@ impl Controller {
         instead: &[IpAddr],
     ) {
         for (ip, conflict) in contested {
-            let notice = strangers::moved(service, *ip, instead);
-            let notice = notice.unwrap_or_else(|| notices::conflict(*ip, &conflict.why, instead));
-            self.tell_once(key, service, notice);
+            self.tell_once(key, service, notices::conflict(*ip, &conflict.why, instead));
         }
     }
 

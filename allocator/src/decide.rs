@@ -188,7 +188,7 @@ fn home<'a>(ledger: &'a Ledger, request: &'a Request) -> Result<Home<'a>, Refusa
     if is_multi_pool && group.balance_pools {
         return Err(Refusal::MultiPoolBalanced(name.to_owned()));
     }
-    if is_multi_pool && request.claim.sharing_key.is_some() {
+    if is_multi_pool && request.claim.sharing.is_some() {
         return Err(Refusal::MultiPoolShared);
     }
     Ok(Home {
@@ -206,7 +206,7 @@ fn is_at_home(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAdd
         let is_offered = ledger.offers().group_of(&request.service, ip) == Some(home.name);
         is_offered || home.group.pools().iter().any(|pool| pool.range.contains(ip))
     });
-    in_a_pool || (request.claim.sharing_key.is_some() && ledger.holders_of(ip) > 1)
+    in_a_pool || ledger.has_mates(ip, &request.service, &request.claim)
 }
 
 /// The families to serve, in order. A Service that names none gets one address: of a pinned address's
@@ -241,12 +241,12 @@ fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAd
     };
     let namespaces = ledger.namespaces();
     namespaces.permit(&request.service.namespace, group, Some(ip))?;
-    if let Some(key) = &request.claim.sharing_key
-        && let Some(bound) = ledger.bound_by_others(key, Family::of(ip), &request.service)
+    if let Some(key) = request.claim.sharing_key()
+        && let Some(bound) = ledger.bound_by_others(&request.service, &request.claim, Family::of(ip))
         && bound != ip
     {
         return Err(Refusal::BoundElsewhere {
-            key: key.clone(),
+            key: key.to_owned(),
             bound,
             asked: ip,
         });
@@ -256,9 +256,7 @@ fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAd
 }
 
 fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Result<Vec<IpAddr>, Refusal> {
-    if let Some(key) = &request.claim.sharing_key
-        && let Some(bound) = ledger.bound_by_others(key, family, &request.service)
-    {
+    if let Some(bound) = ledger.bound_by_others(&request.service, &request.claim, family) {
         if let Some((group, _)) = ledger.pool_of(bound) {
             let namespaces = ledger.namespaces();
             namespaces.permit(&request.service.namespace, group, Some(bound))?;
@@ -319,15 +317,18 @@ fn take_each(
 
 fn none_free(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> Refusal {
     let (group, service) = (home.name.to_owned(), request.service.clone());
-    match ledger.usage(home.name, family).used {
-        0 => Refusal::NoFamily { group, family, service },
-        used => Refusal::Exhausted {
-            group,
-            family,
-            service,
-            used,
-            holders: ledger.holders_in(home.name, family, refusal::LISTED + 1),
-        },
+    if home.group.pools().iter().all(|pool| pool.range.family() != family) {
+        return Refusal::NoFamily { group, family, service };
+    }
+    let usage = ledger.usage(home.name, family);
+    Refusal::Exhausted {
+        family,
+        used: usage.used,
+        holders: ledger.holders_in(home.name, family, refusal::LISTED + 1).into(),
+        left_out: usage.left_out,
+        strangers: ledger.strangers_in(home.name, family, refusal::LISTED + 1).into(),
+        group,
+        service,
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 pub use netbox::Access;
 
 use crate::metrics::Calls;
+use crate::strangers::Stranger;
 
 /// How long a provider may take for one answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
@@ -140,11 +141,9 @@ pub enum Problem {
     /// An address another Service has.
     #[error("gave {ip}, which is in use by {holders}; correct its records", ip = .0, holders = names(.1))]
     Taken(IpAddr, Vec<ServiceKey>),
-    /// An address that a host outside the cluster has, of this Ethernet address.
-    #[error(
-        "gave {0}, which the host {1} outside the cluster has already; take it off that host, or correct its records"
-    )]
-    Strangers(IpAddr, String),
+    /// An address that a host outside the cluster has.
+    #[error("gave {0}, which is in use by {1}; take it off that host, or correct its records")]
+    Strangers(IpAddr, Stranger),
     /// An address that another group gives out.
     #[error("gave {0}, which is in a range of ServiceGroup \"{1}\"; take it out of one of them")]
     InPoolOf(IpAddr, String),
@@ -168,6 +167,12 @@ impl Problem {
             Self::Untrusted { at, .. } => format!("has a certificate at {at} that is not trusted"),
             Self::Exhausted(_) => "has no address left".to_owned(),
             Self::Refused(_) => "refused".to_owned(),
+            Self::Strangers(ip, stranger) => {
+                format!(
+                    "gave {ip}, which is in use by a host outside the cluster, MAC {}",
+                    stranger.mac
+                )
+            }
             Self::Unreadable(_) => "gave an answer that cannot be read".to_owned(),
             other => other.to_string(),
         }

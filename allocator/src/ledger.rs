@@ -7,15 +7,20 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use crds::servicegroup::{Group, Source};
+use crds::conflict::Mac;
+use crds::pool::AddressRange;
+use crds::servicegroup::{Announce, Group, Source};
 use crds::{Family, Pool, ServiceKey};
+use k8s_openapi::jiff::Timestamp;
 
-use crate::claim::Holders;
-pub use crate::claim::{Claim, Port, Ports};
+pub use crate::claim::{Claim, Endpoints, Port, Ports, Sharing};
+use crate::claim::{Holder, Holders, Obstacle};
 use crate::namespaces::Namespaces;
 use crate::offers::Offers;
 use crate::pool::Space;
 use crate::refusal::Refusal;
+use crate::reserved::{OfService, Reserved, Why};
+use crate::strangers::{Excess, Stranger, Strangers};
 
 /// The state of a valid group's pools.
 #[derive(Debug)]
@@ -23,14 +28,16 @@ struct Book {
     group: Group,
     /// One per pool of the group, in the same order.
     spaces: Vec<Space>,
+    /// What of each pool nobody is given, and why, in the same order.
+    left_out: Vec<Vec<(AddressRange, Why)>>,
 }
 
-/// Another Service's right to an address that goes before one's own.
+/// Why a Service is to give up an address that it has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conflict {
-    /// Why the two may not share it.
+    /// Who has a better right to it, and why the two may not share it.
     pub why: Refusal,
-    /// Whether all ports differ, so that both work where they are.
+    /// Whether it may stay where there is no other address: it does nobody harm.
     pub is_bearable: bool,
 }
 
@@ -47,40 +54,123 @@ pub struct Ledger {
     by_service: HashMap<ServiceKey, Vec<IpAddr>>,
     /// The addresses each sharing key is in use on, by family.
     bound: HashMap<(String, Family), BTreeSet<IpAddr>>,
-    /// Addresses that hosts outside the cluster have, each with the host's Ethernet address.
-    strangers: BTreeMap<IpAddr, String>,
+    /// Addresses that hosts outside the cluster have.
+    strangers: Strangers,
+    /// Addresses that nobody may be given.
+    reserved: Reserved,
+    /// Counts those who come to an address.
+    turn: u64,
 }
 
 /// How full a group is, by family.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Addresses in use.
+    /// Addresses that Services have.
     pub used: u64,
     /// Addresses free, saturating.
     pub free: u64,
+    /// Addresses that nobody is given, saturating: those left out, and those of hosts outside the cluster.
+    pub left_out: u64,
 }
 
 impl Ledger {
     /// Replaces the groups. Addresses that are held stay held.
     pub fn set_groups(&mut self, groups: BTreeMap<String, Group>) {
         self.namespaces = Namespaces::new(&groups);
-        self.books = groups
-            .into_iter()
-            .map(|(name, group)| {
-                let spaces = group
-                    .pools()
-                    .iter()
-                    .map(|pool| {
-                        let mut space = Space::new(pool.range);
-                        for ip in self.holders.range(pool.range.first()..=pool.range.last()) {
-                            space.take(*ip.0);
-                        }
-                        space
-                    })
-                    .collect();
-                (name, Book { group, spaces })
+        // A routed address is in no node's subnet: there all work.
+        let on_links = groups.values().filter(|group| group.announce != Announce::Remote);
+        let subnets = on_links.flat_map(Group::pools).map(|pool| pool.subnet);
+        self.reserved.set_subnets(subnets.collect());
+        self.reserved.refresh();
+        self.set_books(groups);
+    }
+
+    fn set_books(&mut self, groups: BTreeMap<String, Group>) {
+        let book = |(name, group): (String, Group)| {
+            let pools = group.pools().iter();
+            let left_out: Vec<Vec<(AddressRange, Why)>> = pools.map(|pool| self.left_out_of(&pool.range)).collect();
+            let space = |(pool, left_out): (&Pool, &Vec<(AddressRange, Why)>)| {
+                let mut space = Space::new(pool.range, left_out.iter().map(|(range, _)| *range));
+                let all = pool.range.first()..=pool.range.last();
+                for (ip, _) in self.strangers.all().range(all.clone()) {
+                    space.leave_out(*ip);
+                }
+                for (ip, _) in self.holders.range(all) {
+                    space.take(*ip);
+                }
+                space
+            };
+            let spaces = group.pools().iter().zip(&left_out).map(space).collect();
+            let book = Book {
+                group,
+                spaces,
+                left_out,
+            };
+            (name, book)
+        };
+        self.books = groups.into_iter().map(book).collect();
+    }
+
+    fn left_out_of(&self, range: &AddressRange) -> Vec<(AddressRange, Why)> {
+        let found = self.reserved.in_range(range).into_iter();
+        found.map(|(range, why)| (range, why.clone())).collect()
+    }
+
+    /// What nobody may be given, to take note of what there is; [`Ledger::reserve`] heeds it.
+    pub const fn reserved_mut(&mut self) -> &mut Reserved {
+        &mut self.reserved
+    }
+
+    /// What nobody may be given.
+    pub const fn reserved(&self) -> &Reserved {
+        &self.reserved
+    }
+
+    /// Heeds what was taken note of in [`Ledger::reserved_mut`]. Returns whether a pool has more or less to give.
+    pub fn reserve(&mut self) -> bool {
+        self.reserved.refresh() && self.leave_out()
+    }
+
+    /// Takes note of what a Service has besides what it is given. Returns whether a pool has more or less to give.
+    pub fn reserve_for(&mut self, service: &ServiceKey, has: OfService) -> bool {
+        let changed = self.reserved.set_service(service, has);
+        changed.iter().any(|ip| self.pool_of(*ip).is_some()) && self.leave_out()
+    }
+
+    fn leave_out(&mut self) -> bool {
+        let is_same = |book: &Book| {
+            let mut pools = book.group.pools().iter().zip(&book.left_out);
+            pools.all(|(pool, known)| {
+                let now = self.reserved.in_range(&pool.range);
+                now.len() == known.len()
+                    && now
+                        .iter()
+                        .zip(known)
+                        .all(|(now, known)| now.0 == known.0 && *now.1 == known.1)
             })
-            .collect();
+        };
+        if self.books.values().all(is_same) {
+            return false;
+        }
+        let books = std::mem::take(&mut self.books);
+        self.set_books(books.into_iter().map(|(name, book)| (name, book.group)).collect());
+        true
+    }
+
+    /// The Services that have an address that nobody may have.
+    pub fn holders_of_reserved(&self) -> Vec<ServiceKey> {
+        let holders = self
+            .holders
+            .iter()
+            .flat_map(|(ip, all)| all.iter().map(move |holder| (ip, &holder.service)));
+        let found = holders.filter(|(ip, service)| self.reserved.why_not_keep(**ip, service).is_some());
+        found.map(|(_, service)| service.clone()).collect()
+    }
+
+    /// What of a group's pools nobody is given, and why.
+    pub fn left_out(&self, group: &str) -> impl Iterator<Item = &(AddressRange, Why)> {
+        let books = self.books.get(group).into_iter();
+        books.flat_map(|book| &book.left_out).flatten()
     }
 
     /// Replaces what is known of groups that give out nothing: their names, and why.
@@ -116,7 +206,7 @@ impl Ledger {
     /// The group an address came from: whose provider reserves it for one of its holders, or whose pool has it.
     pub fn origin(&self, ip: IpAddr) -> Option<&str> {
         let mut holders = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
-        let reserved = holders.find_map(|(holder, _)| self.offers.group_of(holder, ip));
+        let reserved = holders.find_map(|holder| self.offers.group_of(&holder.service, ip));
         reserved.or_else(|| Some(self.pool_of(ip)?.0))
     }
 
@@ -155,7 +245,7 @@ impl Ledger {
         let pools = self.group(group).map(Group::pools).unwrap_or_default();
         for pool in pools.iter().filter(|pool| pool.range.family() == family) {
             let held = self.holders.range(pool.range.first()..=pool.range.last());
-            for holder in held.flat_map(|(_, holders)| holders.iter().map(|(holder, _)| holder)) {
+            for holder in held.flat_map(|(_, holders)| holders.iter().map(|holder| &holder.service)) {
                 if found.len() == limit {
                     return found;
                 }
@@ -180,6 +270,7 @@ impl Ledger {
             .fold(Usage::default(), |sum, space| Usage {
                 used: sum.used.saturating_add(space.used()),
                 free: sum.free.saturating_add(space.free()),
+                left_out: sum.left_out.saturating_add(space.left_out()),
             })
     }
 
@@ -207,16 +298,17 @@ impl Ledger {
             .map(|(pool, space)| (pool, space.lowest_free()))
     }
 
-    /// The address a sharing key is bound to in a family, where `service` is to go: of the addresses with its key the first that
-    /// others hold. One that it holds alone binds it to nothing; it may have got the key while others had it elsewhere.
-    pub fn bound_by_others(&self, sharing_key: &str, family: Family, service: &ServiceKey) -> Option<IpAddr> {
-        let bound = self.bound.get(&(sharing_key.to_owned(), family))?;
-        let is_others = |ip: &IpAddr| {
-            self.holders
-                .get(ip)
-                .is_some_and(|all| all.iter().any(|(holder, _)| holder != service))
-        };
-        bound.iter().copied().find(is_others)
+    /// The address that a claim's sharing key is bound to in a family, where `service` is to go: the first that others hold who
+    /// share with it. One that it holds alone binds it to nothing, nor does one whose holders have other keys.
+    pub fn bound_by_others(&self, service: &ServiceKey, claim: &Claim, family: Family) -> Option<IpAddr> {
+        let bound = self.bound.get(&(claim.sharing_key()?.to_owned(), family))?;
+        bound.iter().copied().find(|ip| self.has_mates(*ip, service, claim))
+    }
+
+    /// Whether an address has another holder who shares with `service`.
+    pub fn has_mates(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> bool {
+        let mut holders = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
+        holders.any(|holder| holder.service != *service && claim.is_mate(service, &holder.claim, &holder.service))
     }
 
     /// Addresses a Service holds, in the order it was given them.
@@ -224,9 +316,32 @@ impl Ledger {
         self.by_service.get(service).map_or(&[], Vec::as_slice)
     }
 
+    /// The other holders of an address with whom `service` may not share it, each with what is in the way.
+    fn obstacles(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> impl Iterator<Item = (&Holder, Obstacle)> {
+        let holders = self.holders.get(&ip);
+        let own = holders.and_then(|holders| holders.get(service));
+        let is_old = own.is_some_and(|own| own.is_old && own.claim.shares_like(claim));
+        let is_local = self.is_local(ip);
+        let others = holders.into_iter().flat_map(Holders::iter);
+        others.filter_map(move |other| {
+            let goes_on = is_old && other.is_old && claim.may_go_on(&other.claim);
+            if other.service == *service || goes_on {
+                return None;
+            }
+            let obstacle = claim.obstacle(service, &other.claim, &other.service, is_local)?;
+            Some((other, obstacle))
+        })
+    }
+
     /// How many Services hold an address.
     pub fn holders_of(&self, ip: IpAddr) -> usize {
         self.holders.get(&ip).map_or(0, Holders::len)
+    }
+
+    /// Whether an address is announced on one node's interface for certain.
+    fn is_local(&self, ip: IpAddr) -> bool {
+        let group = self.origin(ip).and_then(|group| self.group(group));
+        group.is_some_and(|group| group.announce == Announce::Local)
     }
 
     /// Whether `service` may hold `ip`: it is free, its own, or shared by the rules of sharing.
@@ -234,77 +349,93 @@ impl Ledger {
     /// # Errors
     /// Why not, naming the Services in the way.
     pub fn check(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> Result<(), Refusal> {
-        let others: Vec<(&ServiceKey, &Claim)> = self
-            .holders
-            .get(&ip)
-            .into_iter()
-            .flat_map(Holders::iter)
-            .filter(|(holder, _)| *holder != service)
-            .collect();
-        if others
-            .iter()
-            .any(|(_, held)| claim.sharing_key.is_none() || held.sharing_key != claim.sharing_key)
-        {
-            return Err(Refusal::SharingKey {
+        if let Some(why) = self.reserved.why(ip, service) {
+            return Err(Refusal::Reserved { ip, why: why.clone() });
+        }
+        self.refusal(ip, service, self.obstacles(ip, service, claim))
+            .map_or(Ok(()), Err)
+    }
+
+    /// What is in the way, in a sentence: of several obstacles the one that would remain when the others are gone.
+    fn refusal<'a>(
+        &self,
+        ip: IpAddr,
+        service: &ServiceKey,
+        obstacles: impl Iterator<Item = (&'a Holder, Obstacle)>,
+    ) -> Option<Refusal> {
+        let obstacles: Vec<(&Holder, Obstacle)> = obstacles.collect();
+        if obstacles.iter().any(|(_, obstacle)| *obstacle == Obstacle::Key) {
+            let others = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
+            let others = others.map(|holder| &holder.service).filter(|holder| *holder != service);
+            return Some(Refusal::SharingKey {
                 service: service.clone(),
                 ip,
-                holders: others.into_iter().map(|(holder, _)| holder.clone()).collect(),
+                holders: others.cloned().collect(),
             });
         }
-        for (holder, held) in others {
-            if let Some(port) = held.ports.common(&claim.ports) {
-                return Err(Refusal::PortInUse {
-                    port: port.clone(),
-                    ip,
-                    holder: holder.clone(),
-                });
-            }
-        }
-        Ok(())
+        let is_namespace = |(_, obstacle): &&(&Holder, Obstacle)| *obstacle == Obstacle::Namespace;
+        let (holder, obstacle) = obstacles.iter().find(is_namespace).or_else(|| obstacles.first())?;
+        let holder = holder.service.clone();
+        Some(match obstacle {
+            Obstacle::Namespace | Obstacle::Key => Refusal::OtherNamespace {
+                service: service.clone(),
+                ip,
+                holder,
+            },
+            Obstacle::Port(port) => Refusal::PortInUse {
+                port: port.clone(),
+                ip,
+                holder,
+            },
+            Obstacle::Endpoints => Refusal::OtherEndpoints { ip, holder },
+        })
     }
 
     /// The Services that hold `ip` and may not share it with `service`.
     pub fn rivals(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> impl Iterator<Item = &ServiceKey> {
-        let holders = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
-        holders
-            .filter(move |(holder, held)| {
-                let may_share = claim.sharing_key.is_some()
-                    && held.sharing_key == claim.sharing_key
-                    && held.ports.is_disjoint(&claim.ports);
-                *holder != service && !may_share
-            })
-            .map(|(holder, _)| holder)
+        self.obstacles(ip, service, claim).map(|(holder, _)| &holder.service)
     }
 
-    /// The addresses of `service` that others hold as well who may not share them, and who come first by
-    /// `goes_first`.
+    /// The addresses of `service` that it is to give up, each with why: nobody may have it, a host outside the cluster has it,
+    /// or another Service that may not share it was there first with a claim that was right, or is not ours to move.
     ///
-    /// We never give an address twice, so this comes from outside: a status restored or written by hand, or a
-    /// sharing key or port that was changed.
-    pub fn contested(
-        &self,
-        service: &ServiceKey,
-        claim: &Claim,
-        goes_first: impl Fn(&ServiceKey) -> bool,
-    ) -> BTreeMap<IpAddr, Conflict> {
+    /// We never give an address twice, so the last comes from outside (a status restored or written by hand), or from a
+    /// claim that changed: then who changed it gives way, whatever their ages.
+    pub fn contested(&self, service: &ServiceKey, claim: &Claim) -> BTreeMap<IpAddr, Conflict> {
         let mut contested = BTreeMap::new();
         for &ip in self.addresses_of(service) {
-            let mut first = self
-                .rivals(ip, service, claim)
-                .filter(|rival| goes_first(rival))
-                .peekable();
-            if first.peek().is_none() {
+            if let Some(why) = self.reserved.why_not_keep(ip, service) {
+                let why = Refusal::Reserved { ip, why: why.clone() };
+                let is_bearable = false;
+                contested.insert(ip, Conflict { why, is_bearable });
                 continue;
             }
-            let Err(why) = self.check(ip, service, claim) else {
-                continue;
+            let own = self.holders.get(&ip).and_then(|holders| holders.get(service));
+            let Some(turn) = own.map(|own| own.turn) else { continue };
+            let goes_first = |other: &Holder| other.claim.is_foreign || other.turn < turn;
+            let obstacles = || {
+                let all = self.obstacles(ip, service, claim);
+                all.filter(|(other, _)| goes_first(other))
             };
-            let holders = self.holders.get(&ip);
-            let ports_of = |rival: &ServiceKey| Some(&holders?.get(rival)?.ports);
-            let is_bearable = first.all(|rival| ports_of(rival).is_some_and(|ports| ports.is_disjoint(&claim.ports)));
-            contested.insert(ip, Conflict { why, is_bearable });
+            if let Some(why) = self.refusal(ip, service, obstacles()) {
+                let is_bearable = obstacles().all(|(other, _)| other.claim.ports.is_disjoint(&claim.ports));
+                contested.insert(ip, Conflict { why, is_bearable });
+            } else if let Some(stranger) = self.strangers.all().get(&ip) {
+                let why = Refusal::Stranger {
+                    ip,
+                    stranger: stranger.clone(),
+                };
+                contested.insert(ip, Conflict { why, is_bearable: true });
+            }
         }
         contested
+    }
+
+    /// What is shared now, at the start, goes on: an earlier release allowed more, and takes no address away by that.
+    pub fn begin(&mut self) {
+        for holder in self.holders.values_mut().flat_map(Holders::iter_mut) {
+            holder.is_old = true;
+        }
     }
 
     /// Makes `service` hold exactly `addresses`, in this order, and gives back what it held besides.
@@ -313,18 +444,26 @@ impl Ledger {
     pub fn hold(&mut self, service: &ServiceKey, addresses: &[IpAddr], claim: &Claim) -> bool {
         let before = self.by_service.remove(service).unwrap_or_default();
         let mut made_room = false;
-        for ip in before.into_iter().filter(|ip| !addresses.contains(ip)) {
+        for ip in before.iter().filter(|ip| !addresses.contains(ip)) {
             made_room = true;
-            self.leave(ip, service);
+            self.leave(*ip, service);
         }
         for &ip in addresses {
-            let old = self.holders.entry(ip).or_default().insert(service, claim.clone());
+            self.turn += 1;
+            // Who came to an address where a host was is asked about anew.
+            if !before.contains(&ip) {
+                self.forget_stranger(ip);
+            }
+            let is_local = claim.sharing.is_some() && self.is_local(ip);
+            let holders = self.holders.entry(ip).or_default();
+            let old = holders.insert(service, claim.clone(), self.turn, is_local);
             if let Some(old) = old.filter(|old| old != claim) {
                 made_room = true;
                 self.unbind(ip, &old);
             }
-            if let Some(key) = claim.sharing_key.clone() {
-                made_room |= self.bound.entry((key, Family::of(ip))).or_default().insert(ip);
+            if let Some(key) = claim.sharing_key() {
+                let slot = (key.to_owned(), Family::of(ip));
+                made_room |= self.bound.entry(slot).or_default().insert(ip);
             }
             for space in self.books.values_mut().flat_map(|book| &mut book.spaces) {
                 space.take(ip);
@@ -336,29 +475,51 @@ impl Ledger {
         made_room
     }
 
-    /// Makes a host outside the cluster a holder of an address, like a Service, but one that shares with nobody.
-    pub fn hold_for_stranger(&mut self, mac: &str, ip: IpAddr) {
-        self.forget_stranger(ip);
-        self.strangers.insert(ip, mac.to_owned());
-        self.set_held_by(mac);
+    /// Takes note of a host that `node` found to have an address of `service`, within the budget for such.
+    ///
+    /// # Errors
+    /// Why it is not heeded.
+    pub fn heed_stranger(
+        &mut self,
+        service: &ServiceKey,
+        (ip, mac, node): (IpAddr, Mac, &str),
+        now: Timestamp,
+    ) -> Result<(), Excess> {
+        let pool = self.pool_of(ip).map(|(_, pool)| pool.clone());
+        self.strangers.heed((service, ip, mac, node), pool.as_ref(), now)?;
+        for space in self.books.values_mut().flat_map(|book| &mut book.spaces) {
+            space.leave_out(ip);
+        }
+        Ok(())
     }
 
     /// Makes an address available again that a host had. Returns whether it was not.
     pub fn forget_stranger(&mut self, ip: IpAddr) -> bool {
-        let mac = self.strangers.remove(&ip);
-        mac.is_some_and(|mac| self.set_held_by(&mac))
+        if !self.strangers.forget(ip) {
+            return false;
+        }
+        for book in self.books.values_mut() {
+            for (space, left_out) in book.spaces.iter_mut().zip(&book.left_out) {
+                if !left_out.iter().any(|(range, _)| range.contains(ip)) {
+                    space.take_in(ip);
+                }
+            }
+        }
+        true
     }
 
-    fn set_held_by(&mut self, mac: &str) -> bool {
-        let addresses = self.strangers.iter().filter(|(_, holder)| *holder == mac);
-        let addresses: Vec<IpAddr> = addresses.map(|(ip, _)| *ip).collect();
-        // No Service has colons in its name.
-        self.hold(&ServiceKey::new("host", mac), &addresses, &Claim::default())
-    }
-
-    /// The addresses that hosts outside the cluster have, each with the host's Ethernet address.
-    pub const fn strangers(&self) -> &BTreeMap<IpAddr, String> {
+    /// The hosts outside the cluster that have addresses.
+    pub const fn strangers(&self) -> &Strangers {
         &self.strangers
+    }
+
+    /// The hosts outside the cluster that have addresses of a group in a family, at most `limit`.
+    pub fn strangers_in(&self, group: &str, family: Family, limit: usize) -> Vec<(IpAddr, Stranger)> {
+        let pools = self.group(group).map(Group::pools).unwrap_or_default().iter();
+        let pools = pools.filter(|pool| pool.range.family() == family);
+        let of_pool = |pool: &Pool| self.strangers.all().range(pool.range.first()..=pool.range.last());
+        let found = pools.flat_map(of_pool).take(limit);
+        found.map(|(ip, stranger)| (*ip, stranger.clone())).collect()
     }
 
     /// Gives back all addresses of a Service. Returns whether it held any.
@@ -384,12 +545,12 @@ impl Ledger {
 
     /// Forgets that the claim's sharing key is in use on `ip`, unless another holder still has it.
     fn unbind(&mut self, ip: IpAddr, gone: &Claim) {
-        let Some(key) = &gone.sharing_key else { return };
+        let Some(key) = gone.sharing_key() else { return };
         let others = self.holders.get(&ip);
-        if others.is_some_and(|h| h.iter().any(|(_, claim)| claim.sharing_key.as_ref() == Some(key))) {
+        if others.is_some_and(|all| all.iter().any(|holder| holder.claim.sharing_key() == Some(key))) {
             return;
         }
-        let slot = (key.clone(), Family::of(ip));
+        let slot = (key.to_owned(), Family::of(ip));
         if let Some(addresses) = self.bound.get_mut(&slot) {
             addresses.remove(&ip);
             if addresses.is_empty() {
@@ -423,12 +584,17 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn claim(key: &str, port: i32) -> Claim {
+        let sharing = Sharing {
+            key: key.to_owned(),
+            ..Sharing::default()
+        };
         Claim {
-            sharing_key: (!key.is_empty()).then(|| key.to_owned()),
+            sharing: (!key.is_empty()).then(|| sharing.into()),
             ports: Ports::from_iter([Port {
                 protocol: "TCP".into(),
                 number: port,
             }]),
+            is_foreign: false,
         }
     }
 
@@ -454,6 +620,287 @@ pub(crate) mod tests {
             let refusal = ledger.check(ip("10.0.0.1"), &service(asked.0), &asked.1).err();
             assert_eq!(refusal.map(|r| r.to_string()).as_deref(), expected, "{name}");
         }
+    }
+
+    fn in_namespace(namespace: &str, names: &[&str]) -> (ServiceKey, Claim) {
+        let mut claim = claim("k", if namespace == "a" { 80 } else { 81 });
+        claim.sharing.as_mut().unwrap().namespaces = names.iter().map(|name| (*name).into()).collect();
+        (ServiceKey::new(namespace, "web"), claim)
+    }
+
+    #[test]
+    fn a_key_holds_within_a_namespace_and_beyond_only_where_both_name_the_other() {
+        for (name, of_a, of_b, may) in [
+            ("neither names the other", &[][..], &[][..], false),
+            ("only one does", &["b"], &[], false),
+            ("the other does", &[], &["a"], false),
+            ("both do", &["b"], &["a"], true),
+            ("with all of the world", &["*"], &["*"], true),
+            ("one with the world", &["*"], &["x", "a"], true),
+            ("a name that begins alike is another", &["bb"], &["a"], false),
+        ] {
+            let ((a, with_a), (b, with_b)) = (in_namespace("a", of_a), in_namespace("b", of_b));
+            let mut ledger = Ledger::default();
+            ledger.hold(&a, &[ip("10.0.0.1")], &with_a);
+            let refusal = ledger.check(ip("10.0.0.1"), &b, &with_b).err();
+            assert_eq!(refusal.is_none(), may, "{name}");
+            if let Some(refusal) = refusal {
+                let sentence = "can't change sharing key for \"b/web\", address also in use by a/web of another namespace (to share 10.0.0.1, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)";
+                assert_eq!(refusal.to_string(), sentence, "{name}");
+            }
+            let bound = ledger.bound_by_others(&b, &with_b, Family::V4);
+            assert_eq!(bound, may.then(|| ip("10.0.0.1")), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_shared_at_the_start_goes_on_and_nothing_new_comes_to_it() {
+        let mut ledger = Ledger::default();
+        let ((a, with_a), (b, with_b)) = (in_namespace("a", &[]), in_namespace("b", &[]));
+        ledger.hold(&a, &[ip("10.0.0.1")], &with_a);
+        ledger.hold(&b, &[ip("10.0.0.1")], &with_b);
+        assert_eq!(ledger.contested(&b, &with_b).len(), 1, "before the start");
+        ledger.begin();
+        let contested =
+            |ledger: &Ledger, claim: &Claim| (ledger.contested(&a, &with_a).len(), ledger.contested(&b, claim).len());
+        assert_eq!(contested(&ledger, &with_b), (0, 0));
+        // One more port is no other way of sharing; a port of the other's is.
+        for (port, expected) in [(82, (0, 0)), (80, (0, 1)), (83, (0, 0))] {
+            let more = Claim {
+                ports: claim("k", port).ports,
+                ..with_b.clone()
+            };
+            ledger.hold(&b, &[ip("10.0.0.1")], &more);
+            assert_eq!(contested(&ledger, &more), expected, "{port}");
+        }
+        let (c, with_c) = in_namespace("c", &[]);
+        assert!(ledger.check(ip("10.0.0.1"), &c, &with_c).is_err());
+        // Who leaves does not come back.
+        ledger.release(&b);
+        assert!(ledger.check(ip("10.0.0.1"), &b, &with_b).is_err());
+    }
+
+    #[test]
+    fn services_whose_traffic_stays_on_the_node_share_only_with_the_same_pods() {
+        let endpoints = |selector: Option<&str>, is_kept| {
+            selector.map_or(Endpoints::Everywhere, |text| Endpoints::OnTheNode {
+                selector: text
+                    .split_once('=')
+                    .map(|(key, value)| (key.into(), value.into()))
+                    .into_iter()
+                    .collect(),
+                is_kept,
+            })
+        };
+        let with = |namespace: &str, port, selector: Option<&str>, is_kept| {
+            let mut claim = claim("k", port);
+            let sharing = claim.sharing.as_mut().unwrap();
+            (sharing.endpoints, sharing.namespaces) = (endpoints(selector, is_kept), vec!["*".into()]);
+            (ServiceKey::new(namespace, port.to_string()), claim)
+        };
+        for (name, one, other, is_kept, on_local, on_remote) in [
+            ("neither", None, ("default", None), true, true, true),
+            ("one", Some("app=a"), ("default", None), true, false, false),
+            (
+                "the same Pods",
+                Some("app=a"),
+                ("default", Some("app=a")),
+                true,
+                true,
+                true,
+            ),
+            (
+                "other Pods",
+                Some("app=a"),
+                ("default", Some("app=b")),
+                true,
+                false,
+                false,
+            ),
+            (
+                "the same labels elsewhere",
+                Some("app=a"),
+                ("team", Some("app=a")),
+                true,
+                false,
+                false,
+            ),
+            (
+                "endpoints written by hand",
+                Some(""),
+                ("default", Some("")),
+                true,
+                false,
+                false,
+            ),
+            (
+                "becomes Cluster on one node",
+                Some("app=a"),
+                ("default", Some("app=b")),
+                false,
+                true,
+                false,
+            ),
+        ] {
+            for (kind, may) in [("local", on_local), ("remote", on_remote)] {
+                let mut ledger = Ledger::default();
+                let spec = format!("{kind}: {{v4pool: {{pool: 10.0.0.1-10.0.0.2, subnet: 10.0.0.0/24}}}}");
+                ledger.set_groups(groups(&[("g", &spec)]));
+                let (a, with_a) = with("default", 80, one, is_kept);
+                let (b, with_b) = with(other.0, 81, other.1, is_kept);
+                ledger.hold(&a, &[ip("10.0.0.1")], &with_a);
+                let refusal = ledger.check(ip("10.0.0.1"), &b, &with_b).err();
+                assert_eq!(refusal.is_none(), may, "{name}, {kind}: {refusal:?}");
+                assert!(refusal.is_none_or(|refusal| refusal.to_string().contains("select the same Pods")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_key_is_bound_only_where_a_holder_has_it() {
+        let mut ledger = Ledger::default();
+        let (a, b) = (service("a"), service("b"));
+        ledger.hold(&a, &[ip("10.0.0.1")], &claim("k", 80));
+        ledger.hold(&b, &[ip("10.0.0.1")], &claim("k", 81));
+        ledger.hold(&a, &[ip("10.0.0.1")], &claim("", 80));
+        for (who, key, expected) in [
+            ("b", "k", None),
+            ("a", "k", Some("10.0.0.1")),
+            ("new", "k", Some("10.0.0.1")),
+            ("new", "x", None),
+        ] {
+            let bound = ledger.bound_by_others(&service(who), &claim(key, 99), Family::V4);
+            assert_eq!(bound, expected.map(ip), "{who} {key}");
+        }
+    }
+
+    #[test]
+    fn who_changes_gives_way_whoever_was_first() {
+        for (name, changed, expected) in [
+            ("another port", claim("k", 82), &[][..]),
+            ("a port of the other's", claim("k", 81), &[false]),
+            ("another key", claim("x", 80), &[true]),
+            ("no key", claim("", 80), &[true]),
+            ("no key, and a port of the other's", claim("", 81), &[false]),
+        ] {
+            for first in ["a", "b"] {
+                let second = if first == "a" { "b" } else { "a" };
+                let mut ledger = Ledger::default();
+                let own = |who: &str| claim("k", if who == "a" { 80 } else { 81 });
+                for who in [first, second] {
+                    ledger.hold(&service(who), &[ip("10.0.0.1")], &own(who));
+                }
+                ledger.hold(&service("a"), &[ip("10.0.0.1")], &changed);
+                let conflicts: Vec<bool> = ledger
+                    .contested(&service("a"), &changed)
+                    .values()
+                    .map(|c| c.is_bearable)
+                    .collect();
+                assert_eq!(conflicts, expected, "{name}, {first} first");
+                assert!(
+                    ledger.contested(&service("b"), &own("b")).is_empty(),
+                    "{name}, {first} first"
+                );
+                // Whatever b does that makes it no worse does not turn that round; what makes it worse does.
+                if name == "another key" {
+                    ledger.hold(&service("b"), &[ip("10.0.0.1")], &claim("k", 83));
+                    assert!(ledger.contested(&service("b"), &claim("k", 83)).is_empty());
+                    ledger.hold(&service("b"), &[ip("10.0.0.1")], &claim("k", 80));
+                    assert_eq!(ledger.contested(&service("b"), &claim("k", 80)).len(), 1);
+                    assert!(ledger.contested(&service("a"), &changed).is_empty());
+                }
+                // Back to what it was, all is well.
+                ledger.hold(&service("a"), &[ip("10.0.0.1")], &own("a"));
+                assert!(
+                    ledger.contested(&service("a"), &own("a")).is_empty() || name == "another key",
+                    "{name}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_not_ours_to_move_goes_first() {
+        let mut ledger = Ledger::default();
+        ledger.hold(&service("a"), &[ip("10.0.0.1")], &claim("", 80));
+        let foreign = Claim {
+            is_foreign: true,
+            ..claim("", 80)
+        };
+        ledger.hold(&service("b"), &[ip("10.0.0.1")], &foreign);
+        assert_eq!(ledger.contested(&service("a"), &claim("", 80)).len(), 1);
+    }
+
+    #[test]
+    fn what_the_cluster_has_for_other_ends_is_given_to_nobody_and_taken_from_who_has_it() {
+        use crate::reserved::Node;
+        let mut ledger = Ledger::default();
+        ledger.set_groups(groups(&[(
+            "g",
+            "local: {v4pool: {pool: 10.0.0.252/30, subnet: 10.0.0.0/24}}",
+        )]));
+        let all = |ledger: &Ledger| ledger.usage("g", Family::V4);
+        let usage = |used, free, left_out| Usage { used, free, left_out };
+        assert_eq!(all(&ledger), usage(0, 3, 1), "the broadcast address");
+        ledger.hold(&service("a"), &[ip("10.0.0.252")], &claim("", 80));
+        ledger.reserved_mut().set_node(
+            "n",
+            Some(Node {
+                addresses: vec![ip("10.0.0.252"), ip("10.0.0.253")],
+                ..Node::default()
+            }),
+        );
+        assert!(ledger.reserve());
+        assert_eq!(all(&ledger), usage(1, 1, 2));
+        assert_eq!(ledger.lowest_free("g", Family::V4), Some(ip("10.0.0.254")));
+        assert_eq!(
+            ledger
+                .check(ip("10.0.0.253"), &service("b"), &claim("", 80))
+                .unwrap_err()
+                .to_string(),
+            "10.0.0.253 is an address of Node n, so no Service can have it: ask for another address"
+        );
+        let contested = ledger.contested(&service("a"), &claim("", 80));
+        assert!(contested.values().all(|conflict| !conflict.is_bearable) && contested.len() == 1);
+        assert_eq!(ledger.holders_of_reserved(), [service("a")]);
+        ledger.release(&service("a"));
+        assert_eq!(all(&ledger), usage(0, 1, 3));
+        ledger.reserved_mut().set_node("n", None);
+        assert!(ledger.reserve());
+        assert_eq!(all(&ledger), usage(0, 3, 1));
+    }
+
+    #[test]
+    fn the_address_of_a_host_outside_is_neither_in_use_nor_free_and_comes_back() {
+        let mut ledger = Ledger::default();
+        ledger.set_groups(groups(&[(
+            "g",
+            "local: {v4pool: {pool: 10.0.0.0-10.0.0.29, subnet: 10.0.0.0/24}}",
+        )]));
+        let (a, mac) = (service("a"), Mac([2, 0, 0, 0, 0, 1]));
+        ledger.hold(&a, &[ip("10.0.0.0")], &claim("", 80));
+        assert_eq!(
+            ledger.heed_stranger(&a, (ip("10.0.0.0"), mac, "n"), Timestamp::UNIX_EPOCH),
+            Ok(())
+        );
+        let contested = ledger.contested(&a, &claim("", 80));
+        let (_, conflict) = contested.first_key_value().unwrap();
+        assert!(conflict.is_bearable, "nobody else has it");
+        assert_eq!(
+            conflict.why.to_string(),
+            "10.0.0.0 is in use by a host outside the cluster, MAC 02:00:00:00:00:01, until 00:10 UTC: take it off that host, or \
+             let the Service have another address"
+        );
+        ledger.hold(&a, &[ip("10.0.0.1")], &claim("", 80));
+        let usage = |used, free, left_out| Usage { used, free, left_out };
+        assert_eq!(ledger.usage("g", Family::V4), usage(1, 28, 1));
+        assert_eq!(ledger.lowest_free("g", Family::V4), Some(ip("10.0.0.2")));
+        // Who asks for it in particular gets it, and it is asked about anew.
+        assert!(ledger.check(ip("10.0.0.0"), &service("b"), &claim("", 80)).is_ok());
+        ledger.hold(&service("b"), &[ip("10.0.0.0")], &claim("", 80));
+        assert!(ledger.strangers().all().is_empty());
+        assert!(ledger.contested(&service("b"), &claim("", 80)).is_empty());
+        assert_eq!(ledger.usage("g", Family::V4), usage(2, 28, 0));
     }
 
     #[test]
@@ -482,12 +929,15 @@ pub(crate) mod tests {
         assert!(ledger.release(&service("a")));
         assert_eq!(ledger.lowest_free("g", Family::V4), None);
         assert_eq!(
-            ledger.bound_by_others("k", Family::V4, &service("another")),
+            ledger.bound_by_others(&service("another"), &claim("k", 99), Family::V4),
             Some(ip("10.0.0.1"))
         );
         ledger.release(&service("b"));
         assert_eq!(ledger.lowest_free("g", Family::V4), Some(ip("10.0.0.1")));
-        assert_eq!(ledger.bound_by_others("k", Family::V4, &service("another")), None);
+        assert_eq!(
+            ledger.bound_by_others(&service("another"), &claim("k", 99), Family::V4),
+            None
+        );
     }
 
     #[test]
@@ -540,7 +990,7 @@ pub(crate) mod tests {
                 let inside = held.iter().filter(|ip| **ip <= IpAddr::from([10, 0, 0, 5])).count() as u64;
                 let usage = ledger.usage("g", Family::V4);
                 prop_assert_eq!((usage.used, usage.free), (inside, 6 - inside));
-                let bound = ledger.bound_by_others("k", Family::V4, &service("another"));
+                let bound = ledger.bound_by_others(&service("another"), &claim("k", 99), Family::V4);
                 prop_assert_eq!(bound.is_some(), !held.is_empty());
                 prop_assert!(bound.is_none_or(|ip| held.contains(&ip)));
             }

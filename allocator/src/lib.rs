@@ -24,4 +24,6 @@ pub mod pool;
 pub mod record;
 pub mod refusal;
 pub mod request;
+pub mod reserved;
 pub mod status;
+pub mod strangers;

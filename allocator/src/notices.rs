@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use crds::conflict::Mac;
 use crds::event::Notice;
 use crds::service::{annotation, ingress};
 use crds::{Family, ServiceKey, annotations};
@@ -11,6 +12,7 @@ use crate::condition;
 use crate::decide::Grant;
 use crate::refusal::Refusal;
 use crate::request::Request;
+use crate::strangers::Excess;
 
 /// Reason of what is said about `externalTrafficPolicy: Local`.
 pub const LOCAL_OVERRIDE: &str = "LocalOverride";
@@ -78,7 +80,7 @@ pub fn incomplete(shortfall: &Refusal) -> Notice {
     )
 }
 
-/// An address of it is an older Service's. `instead` are those it has from now on.
+/// An address of it is not its own any more. `instead` are those it has from now on.
 pub fn conflict(ip: IpAddr, why: &Refusal, instead: &[IpAddr]) -> Notice {
     let instead: Vec<String> = instead.iter().map(ToString::to_string).collect();
     let way_out = if instead.is_empty() {
@@ -86,7 +88,48 @@ pub fn conflict(ip: IpAddr, why: &Refusal, instead: &[IpAddr]) -> Notice {
     } else {
         format!("this Service has {} instead", instead.join(" and "))
     };
-    let message = format!("{ip} is another Service's too, which keeps it: {why}; {way_out}");
+    let message = match why {
+        Refusal::Reserved { why, .. } => format!("{ip} {why}, so no Service can have it: {way_out}"),
+        Refusal::Stranger { stranger, .. } => format!(
+            "The host {} has {ip} already, as node {} found: {way_out}{}",
+            stranger.mac,
+            stranger.node,
+            if instead.is_empty() {
+                ". Take it off that host, or ask for another with purelb.io/addresses"
+            } else {
+                ""
+            },
+        ),
+        why => format!("{ip} is another Service's too, which keeps it: {why}; {way_out}"),
+    };
+    Notice::warning("AddressConflict", message)
+}
+
+/// Some addresses of a group are given to no Service.
+pub fn left_out(what: String) -> Notice {
+    Notice::normal("AddressesLeftOut", what)
+}
+
+/// Hosts outside the cluster have addresses that Services keep.
+pub fn hosts(which: &str) -> String {
+    format!(
+        "hosts outside the cluster have more addresses of this group than Services are moved away from: {which}. These Services \
+         keep their addresses and are not announced there: take the addresses off the hosts, or out of the ranges"
+    )
+}
+
+/// A host outside the cluster has an address of a pool, and the Service that has it stays where it is.
+pub fn unheeded(ip: IpAddr, mac: Mac, node: &str, excess: Excess) -> Notice {
+    let spent = match excess {
+        Excess::Moves => "its Service was moved away from such hosts twice in ten minutes",
+        Excess::Host => "this host keeps as many addresses from Services as one may",
+        Excess::Subnet => "hosts outside the cluster keep as many addresses of its subnet from Services as they may",
+    };
+    let message = format!(
+        "The host {mac} has {ip}, as node {node} found, but {spent}: the Service keeps the address and is not announced there. \
+         Take the address off that host, or out of the pool; where a router answers for all (proxy ARP), set detectConflicts: \
+         false in the LBNodeAgent"
+    );
     Notice::warning("AddressConflict", message)
 }
 

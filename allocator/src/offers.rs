@@ -83,6 +83,7 @@ impl Offers {
         Usage {
             used,
             free: size.saturating_sub(used),
+            left_out: 0,
         }
     }
 
@@ -121,7 +122,7 @@ pub fn take(
     let offered = ledger.offers().of(service, group).iter().copied();
     let is_meant = |ip: &IpAddr| match pin {
         Some(pin) => pin == *ip,
-        None => Family::of(*ip) == family && !ledger.strangers().contains_key(ip),
+        None => Family::of(*ip) == family && !ledger.strangers().all().contains_key(ip),
     };
     let offered: Vec<IpAddr> = offered.filter(is_meant).collect();
     let trouble = ledger
@@ -134,9 +135,32 @@ pub fn take(
         }));
     }
     for ip in &offered {
+        // One that is asked for in particular is asked about anew.
+        if pin.is_none() {
+            untaken(ledger, group, *ip)?;
+        }
         examine(ledger, service, &request.claim, group, *ip)?;
     }
     Ok(offered)
+}
+
+fn mistaken(ledger: &Ledger, group: &str, problem: Problem) -> Refusal {
+    Refusal::Provider {
+        group: group.to_owned(),
+        provider: ledger.provider_of(group),
+        problem,
+    }
+}
+
+/// Whether no host outside the cluster has an address that a provider offers.
+///
+/// # Errors
+/// Which host has it.
+pub fn untaken(ledger: &Ledger, group: &str, ip: IpAddr) -> Result<(), Refusal> {
+    match ledger.strangers().all().get(&ip) {
+        Some(stranger) => Err(mistaken(ledger, group, Problem::Strangers(ip, stranger.clone()))),
+        None => Ok(()),
+    }
 }
 
 /// Whether a Service may take an address that a provider offers: it is no other Service's, unless shared by the
@@ -145,14 +169,7 @@ pub fn take(
 /// # Errors
 /// Why not.
 pub fn examine(ledger: &Ledger, service: &ServiceKey, claim: &Claim, group: &str, ip: IpAddr) -> Result<(), Refusal> {
-    let mistaken = |problem| Refusal::Provider {
-        group: group.to_owned(),
-        provider: ledger.provider_of(group),
-        problem,
-    };
-    if let Some(mac) = ledger.strangers().get(&ip) {
-        return Err(mistaken(Problem::Strangers(ip, mac.clone())));
-    }
+    let mistaken = |problem| mistaken(ledger, group, problem);
     // Taken already, and looked at then: a pool that came later takes no address away.
     if ledger.addresses_of(service).contains(&ip) {
         return Ok(());
@@ -168,7 +185,7 @@ pub fn examine(ledger: &Ledger, service: &ServiceKey, claim: &Claim, group: &str
 
 /// What is to be asked of a group's provider for a Service that has `current`.
 pub fn query(ledger: &Ledger, request: &Request, group: &str, current: &[IpAddr]) -> Query {
-    let strangers = ledger.strangers();
+    let strangers = ledger.strangers().all();
     let offered = ledger.offers().of(&request.service, group).iter();
     let offered: Vec<IpAddr> = offered.copied().filter(|ip| !strangers.contains_key(ip)).collect();
     let pins = request.pinned.iter().copied();
@@ -186,14 +203,13 @@ pub fn query(ledger: &Ledger, request: &Request, group: &str, current: &[IpAddr]
         request.families.clone()
     };
     let missing: Vec<Family> = families.iter().copied().filter(|family| !has(*family)).collect();
-    let key = request.claim.sharing_key.as_deref();
     let shared = [Family::V4, Family::V6]
         .into_iter()
-        .filter_map(|family| ledger.bound_by_others(key?, family, &request.service));
+        .filter_map(|family| ledger.bound_by_others(&request.service, &request.claim, family));
     Query {
         pool: group.to_owned(),
         service: request.service.clone(),
-        sharing_key: key.map(ToOwned::to_owned),
+        sharing_key: request.claim.sharing_key().map(ToOwned::to_owned),
         shared: shared.filter(|ip| ledger.origin(*ip) == Some(group)).collect(),
         want: if !explicit.is_empty() {
             Want::Explicit(explicit)

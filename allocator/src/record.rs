@@ -91,6 +91,14 @@ impl Standing {
     }
 }
 
+/// Which of two Services that may not share an address it is taken to have come to first, where nobody saw them come: the lower.
+/// One that says itself that it is to give way comes last, and before it one whose address is not in its record. Of equal ones the
+/// older is first.
+pub fn order(service: &Service) -> (bool, bool) {
+    let gives_way = condition::ours(service).is_some_and(|said| said.status == "False");
+    (gives_way, Granted::read(service).is_none())
+}
+
 /// Whether a Service names a class that is not ours.
 pub fn is_anothers(service: &Service) -> bool {
     let class = service

@@ -6,6 +6,8 @@ use crds::{Family, ServiceKey};
 
 use crate::ipam::Problem;
 use crate::ledger::Port;
+use crate::reserved::Why;
+use crate::strangers::Stranger;
 
 /// A reason to refuse, naming the object and, where there is one, the way out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,8 +46,8 @@ pub enum Refusal {
     },
     /// Every address is in use.
     #[error(
-        "pool \"{group}\" exhausted: no available addresses for {service} (all {used} {family} addresses are in use, by {}; add a range to the ServiceGroup or delete a Service)",
-        list(holders, ", ")
+        "pool \"{group}\" exhausted: no available addresses for {service} ({}; add a range to the ServiceGroup or delete a Service)",
+        fullness(group, *family, *used, holders, *left_out, strangers)
     )]
     Exhausted {
         /// The group.
@@ -57,7 +59,11 @@ pub enum Refusal {
         /// How many are in use.
         used: u64,
         /// Who holds the first of them: as many as are listed, and one more where there are more.
-        holders: Vec<ServiceKey>,
+        holders: Box<[ServiceKey]>,
+        /// How many nobody is given: left out, or of hosts outside the cluster.
+        left_out: u64,
+        /// The first of such hosts, as many as are listed, and one more where there are more.
+        strangers: Box<[(IpAddr, Stranger)]>,
     },
     /// The group has no range of a family.
     #[error(
@@ -111,6 +117,44 @@ pub enum Refusal {
         ip: IpAddr,
         /// Who holds it.
         holders: Vec<ServiceKey>,
+    },
+    /// A host outside the cluster has the address.
+    #[error("{ip} is in use by {stranger}: take it off that host, or let the Service have another address")]
+    Stranger {
+        /// The address.
+        ip: IpAddr,
+        /// Who has it.
+        stranger: Stranger,
+    },
+    /// Nobody may be given the address.
+    #[error("{ip} {why}, so no Service can have it: ask for another address")]
+    Reserved {
+        /// The address.
+        ip: IpAddr,
+        /// What it is.
+        why: Why,
+    },
+    /// The address is shared in another namespace.
+    #[error(
+        "can't change sharing key for \"{service}\", address also in use by {holder} of another namespace (to share {ip}, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)"
+    )]
+    OtherNamespace {
+        /// Who asked.
+        service: ServiceKey,
+        /// The address.
+        ip: IpAddr,
+        /// Who holds it.
+        holder: ServiceKey,
+    },
+    /// The address is shared, and one of the two takes traffic on the nodes of its own endpoints only.
+    #[error(
+        "{ip} cannot be shared with {holder}: externalTrafficPolicy Local is for Services that share an address only where all have it and select the same Pods; use Cluster, or another key in purelb.io/allow-shared-ip"
+    )]
+    OtherEndpoints {
+        /// The address.
+        ip: IpAddr,
+        /// Who holds it.
+        holder: ServiceKey,
     },
     /// The address is shared, but the port is not free.
     #[error(
@@ -224,7 +268,12 @@ impl Refusal {
             | Self::InvalidLoadBalancerIp(_)
             | Self::TwoOfAFamily(..)
             | Self::FamilyNotAsked { .. } => "InvalidAddresses",
-            Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "SharingKeyConflict",
+            Self::SharingKey { .. }
+            | Self::BoundElsewhere { .. }
+            | Self::OtherNamespace { .. }
+            | Self::OtherEndpoints { .. } => "SharingKeyConflict",
+            Self::Stranger { .. } => "AddressConflict",
+            Self::Reserved { .. } => "AddressReserved",
             Self::PortInUse { .. } => "PortConflict",
             Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "NamespaceDenied",
             Self::Ambiguous(_) => "AmbiguousNamespaceDefault",
@@ -243,6 +292,9 @@ impl Refusal {
             Self::NotInAnyGroup { ip, .. } => format!("\"{ip}\" does not belong to any group"),
             Self::SharingKey { service, .. } => {
                 format!("can't change sharing key for \"{service}\", address also in use by ")
+            }
+            Self::Stranger { ip, stranger } => {
+                format!("{ip} is in use by a host outside the cluster, MAC {}", stranger.mac)
             }
             Self::RangesFull { .. } => "no free address in ".into(),
             Self::Provider {
@@ -273,6 +325,10 @@ impl Refusal {
             | Self::TwoOfAFamily(..)
             | Self::FamilyNotAsked { .. }
             | Self::SharingKey { .. }
+            | Self::OtherNamespace { .. }
+            | Self::OtherEndpoints { .. }
+            | Self::Stranger { .. }
+            | Self::Reserved { .. }
             | Self::PortInUse { .. }
             | Self::BoundElsewhere { .. }
             | Self::Ambiguous(_)
@@ -291,7 +347,10 @@ impl Refusal {
                 ..
             } => "exhausted",
             Self::NoFamily { .. } | Self::Rejected { .. } => "no_usable_pool",
-            Self::SharingKey { .. } | Self::BoundElsewhere { .. } => "sharing_key_conflict",
+            Self::SharingKey { .. }
+            | Self::BoundElsewhere { .. }
+            | Self::OtherNamespace { .. }
+            | Self::OtherEndpoints { .. } => "sharing_key_conflict",
             Self::PortInUse { .. } => "port_conflict",
             Self::GroupClosed { .. } | Self::NamespaceConfined { .. } => "namespace_denied",
             Self::Ambiguous(_) => "ambiguous_namespace_default",
@@ -299,6 +358,8 @@ impl Refusal {
             Self::Awaited { .. }
             | Self::Provider { .. }
             | Self::NotInAnyGroup { .. }
+            | Self::Stranger { .. }
+            | Self::Reserved { .. }
             | Self::InvalidAddress(_)
             | Self::InvalidLoadBalancerIp(_)
             | Self::TwoOfAFamily(..)
@@ -323,11 +384,41 @@ fn pin(ip: Option<IpAddr>) -> String {
     ip.map(|ip| format!("{ip}: ")).unwrap_or_default()
 }
 
-fn list(services: &[ServiceKey], separator: &str) -> String {
-    let more = services.len() > LISTED;
-    let names = services.iter().take(LISTED).map(ToString::to_string);
+/// Some of a list, with a dot or three where there are more than [`LISTED`].
+pub(crate) fn list<T: ToString>(items: &[T], separator: &str) -> String {
+    let more = items.len() > LISTED;
+    let names = items.iter().take(LISTED).map(ToString::to_string);
     let names: Vec<String> = names.chain(more.then(|| "…".to_owned())).collect();
     names.join(separator)
+}
+
+/// Where a group's addresses of a family are.
+fn fullness(
+    group: &str,
+    family: Family,
+    used: u64,
+    holders: &[ServiceKey],
+    left_out: u64,
+    strangers: &[(IpAddr, Stranger)],
+) -> String {
+    if left_out == 0 {
+        return format!("all {used} {family} addresses are in use, by {}", list(holders, ", "));
+    }
+    let mut parts = vec![match used {
+        0 => format!("no Service has one of its {family} addresses"),
+        1 => format!("1 {family} address is in use, by {}", list(holders, ", ")),
+        _ => format!("{used} {family} addresses are in use, by {}", list(holders, ", ")),
+    }];
+    let of_host = |(ip, stranger): &(IpAddr, Stranger)| format!("{ip} is in use by {stranger}");
+    let hosts: Vec<String> = strangers.iter().map(of_host).collect();
+    parts.extend((!hosts.is_empty()).then(|| list(&hosts, ", ")));
+    let rest = left_out.saturating_sub(u64::try_from(strangers.len()).unwrap_or(u64::MAX));
+    if rest > 0 {
+        parts.push(format!(
+            "{rest} can be no Service's, as the status of ServiceGroup \"{group}\" says"
+        ));
+    }
+    parts.join("; ")
 }
 
 fn ranges(pools: &[String], family: Family) -> String {

@@ -6,8 +6,9 @@ use crds::event::Notice;
 use crds::service::{annotation, is_load_balancer, is_traffic_local};
 use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+use smol_str::SmolStr;
 
-use crate::ledger::{Claim, Port, Ports};
+use crate::ledger::{Claim, Endpoints, Port, Ports, Sharing};
 use crate::refusal::Refusal;
 
 /// The group of Services that name none, in namespaces that no group serves.
@@ -97,7 +98,9 @@ pub fn read(service: &Service, is_default: bool) -> Reading {
 
 fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request, Refusal> {
     let mut remarks = Vec::new();
-    let group = annotation(service, annotations::SERVICE_GROUP).filter(|name| !name.is_empty());
+    let group = annotation(service, annotations::SERVICE_GROUP)
+        .map(str::trim)
+        .filter(|name| !name.is_empty());
     let wanted = annotation(service, annotations::ADDRESSES).filter(|text| !text.trim().is_empty());
     let deprecated = spec.load_balancer_ip.as_deref().filter(|text| !text.is_empty());
     if wanted.is_none() && deprecated.is_some() {
@@ -133,17 +136,8 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
         may_degrade: spec.ip_family_policy.as_deref() == Some("PreferDualStack"),
         multi_pool: annotation(service, annotations::MULTI_POOL).map(|value| value == "true"),
         re_evaluate: annotation(service, annotations::RE_EVALUATE) == Some("true"),
-        traffic: Traffic {
-            is_local: is_traffic_local(service),
-            allows_local: annotation(service, annotations::ALLOW_LOCAL).is_some(),
-            is_announced: [annotations::ANNOUNCING_IPV4, annotations::ANNOUNCING_IPV6]
-                .into_iter()
-                .any(|key| annotation(service, key).is_some()),
-        },
-        claim: Claim {
-            sharing_key: sharing_key(service),
-            ports: ports(spec),
-        },
+        traffic: traffic(service),
+        claim: claim(service),
         remarks,
     })
 }
@@ -151,8 +145,46 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
 /// The claim of a Service that holds addresses whatever else it asks for.
 pub fn claim(service: &Service) -> Claim {
     Claim {
-        sharing_key: sharing_key(service),
+        sharing: sharing_key(service).map(|key| {
+            Sharing {
+                key,
+                namespaces: named(service, annotations::ALLOW_SHARED_IP_NAMESPACES).collect(),
+                endpoints: endpoints(service),
+            }
+            .into()
+        }),
         ports: service.spec.as_ref().map(ports).unwrap_or_default(),
+        is_foreign: false,
+    }
+}
+
+/// The names in an annotation, which are separated by commas or blanks.
+fn named(service: &Service, key: &str) -> impl Iterator<Item = SmolStr> {
+    let text = annotation(service, key).unwrap_or_default();
+    let names = text.split([',', ' ']).filter(|name| !name.is_empty());
+    names.map(SmolStr::from)
+}
+
+/// Which endpoints serve it. What a node announces on an interface becomes `Cluster`, unless its author insists.
+fn endpoints(service: &Service) -> Endpoints {
+    let traffic = traffic(service);
+    if !traffic.is_local || (traffic.is_announced && !traffic.allows_local) {
+        return Endpoints::Everywhere;
+    }
+    let selector = service.spec.as_ref().and_then(|spec| spec.selector.clone());
+    Endpoints::OnTheNode {
+        selector: selector.unwrap_or_default(),
+        is_kept: traffic.allows_local,
+    }
+}
+
+fn traffic(service: &Service) -> Traffic {
+    Traffic {
+        is_local: is_traffic_local(service),
+        allows_local: annotation(service, annotations::ALLOW_LOCAL).is_some(),
+        is_announced: [annotations::ANNOUNCING_IPV4, annotations::ANNOUNCING_IPV6]
+            .into_iter()
+            .any(|key| annotation(service, key).is_some()),
     }
 }
 
@@ -279,7 +311,9 @@ mod tests {
         for (annotations, group) in [
             (json!({}), None),
             (json!({"purelb.io/service-group": ""}), None),
+            (json!({"purelb.io/service-group": " \n"}), None),
             (json!({"purelb.io/service-group": "g"}), Some("g")),
+            (json!({"purelb.io/service-group": " g "}), Some("g")),
         ] {
             assert_eq!(wants(&service(&annotations, &json!({}))).group.as_deref(), group);
         }

@@ -1,20 +1,73 @@
-//! The status of ServiceGroups: how full they are.
+//! The status of ServiceGroups: how full they are, and what of them is given to no Service.
 
 use crds::event::ALLOCATOR;
 use crds::servicegroup::Source;
 use crds::{Family, ServiceGroup, ServiceGroupStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Client, Resource};
 use serde_json::json;
 
 use crate::groups::{GroupKey, Verdict};
 use crate::ledger::Ledger;
+use crate::refusal;
 
-/// The status of a group: blank when it was rejected.
-pub fn status(verdict: &Verdict, name: &str, ledger: &Ledger) -> ServiceGroupStatus {
+/// Type of the condition that is there while addresses of a group are given to no Service.
+pub const LEFT_OUT: &str = "AddressesLeftOut";
+/// Type of the condition that is there while hosts outside the cluster have more of a group's addresses than are heeded.
+pub const FOREIGN_HOSTS: &str = "ForeignHosts";
+
+/// What of a group's ranges is given to no Service, and why; `None` where all is.
+pub fn left_out(name: &str, ledger: &Ledger) -> Option<String> {
+    let said = ledger.left_out(name).map(|(range, why)| {
+        if range.first() == range.last() {
+            format!("{} {why}", range.first())
+        } else {
+            format!("{range} {why}")
+        }
+    });
+    let said: Vec<String> = said.take(refusal::LISTED + 1).collect();
+    (!said.is_empty()).then(|| {
+        let all = refusal::list(&said, "; ");
+        format!("these addresses of its ranges are given to no Service: {all}")
+    })
+}
+
+/// The conditions of a group. What it says already keeps its time.
+fn conditions(name: &str, ledger: &Ledger, hosts: Option<&str>, known: &[Condition]) -> Vec<Condition> {
+    let said = [
+        (LEFT_OUT, "NotForServices", left_out(name, ledger)),
+        (FOREIGN_HOSTS, "BudgetSpent", hosts.map(ToOwned::to_owned)),
+    ];
+    let said = said.into_iter().filter_map(|(type_, reason, message)| {
+        let known = known.iter().find(|known| known.type_ == type_);
+        Some(Condition {
+            type_: type_.into(),
+            status: "True".into(),
+            reason: reason.into(),
+            message: message?,
+            last_transition_time: known
+                .map_or_else(|| Time(Timestamp::now()), |known| known.last_transition_time.clone()),
+            observed_generation: None,
+        })
+    });
+    said.collect()
+}
+
+/// The status of a group: blank when it was rejected. `hosts` says which hosts outside the cluster have addresses of it that
+/// are not heeded, and `known` is what its status says now.
+pub fn status(
+    verdict: &Verdict,
+    name: &str,
+    ledger: &Ledger,
+    hosts: Option<&str>,
+    known: Option<&ServiceGroupStatus>,
+) -> ServiceGroupStatus {
     let Verdict::Valid(group) = verdict else {
         return ServiceGroupStatus::default();
     };
+    let said = known.and_then(|known| known.conditions.as_deref()).unwrap_or_default();
     let [v4, v6] = [Family::V4, Family::V6].map(|family| ledger.usage(name, family));
     let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
     let ipam = match &group.source {
@@ -40,6 +93,7 @@ pub fn status(verdict: &Verdict, name: &str, ledger: &Ledger) -> ServiceGroupSta
         allocated_ipv6: signed(v6.used),
         available_ipv4: has_v4.then(|| signed(v4.free)),
         available_ipv6: has_v6.then(|| signed(v6.free)),
+        conditions: Some(conditions(name, ledger, hosts, said)).filter(|conditions| !conditions.is_empty()),
     }
 }
 

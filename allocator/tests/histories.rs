@@ -16,7 +16,7 @@ use allocator::decide::{Grant, decide, keep};
 use allocator::groups::{GroupKey, Verdict, judge};
 use allocator::ledger::Ledger;
 use allocator::patch::{assignment, statement, withdrawal};
-use allocator::record::Standing;
+use allocator::record::{Standing, order};
 use allocator::refusal::Refusal;
 use allocator::request::{self, Reading, Request};
 use crds::record::Granted;
@@ -286,9 +286,12 @@ impl World {
         self.waiting.clear();
         self.judge();
         let keys = self.by_age(self.services.keys().cloned());
-        for key in &keys {
+        let mut first = keys.clone();
+        first.sort_by_cached_key(|key| order(&self.services[key]));
+        for key in &first {
             self.adopt(key);
         }
+        self.ledger.begin();
         self.reconcile(&keys)
     }
 
@@ -332,8 +335,7 @@ impl World {
     fn serve(&mut self, service: &Service, request: &Request) -> Result<bool, TestCaseError> {
         let key = &request.service;
         let held = self.ledger.addresses_of(key).to_vec();
-        let is_older = |rival: &ServiceKey| self.age(rival) < self.age(key);
-        let contested = self.ledger.contested(key, &request.claim, is_older);
+        let contested = self.ledger.contested(key, &request.claim);
         let current: Vec<IpAddr> = held.iter().copied().filter(|ip| !contested.contains_key(ip)).collect();
         match decide(&self.ledger, request, &current) {
             Ok(grant) => {
@@ -549,15 +551,13 @@ impl World {
                     if one.may_share(other) {
                         continue;
                     }
-                    // A key or port was changed, and there is no other address for the younger: it may stay
-                    // where that harms nobody.
-                    let younger = if self.age(&one.key) < self.age(&other.key) {
-                        other
-                    } else {
-                        one
-                    };
+                    // A key was changed, and there is no other address for the one that changed: it may stay where that
+                    // harms nobody.
+                    let waits = [one, other]
+                        .into_iter()
+                        .any(|holder| self.waiting.contains_key(&holder.key));
                     prop_assert!(
-                        self.waiting.contains_key(&younger.key) && one.ports.is_disjoint(&other.ports),
+                        waits && one.ports.is_disjoint(&other.ports),
                         "{ip} is on {one:?} and {other:?}"
                     );
                 }

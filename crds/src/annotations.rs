@@ -16,6 +16,9 @@ pub const SERVICE_GROUP: &str = "purelb.io/service-group";
 pub const ADDRESSES: &str = "purelb.io/addresses";
 /// Services with equal, non-empty keys may share one address on different ports.
 pub const ALLOW_SHARED_IP: &str = "purelb.io/allow-shared-ip";
+/// Other namespaces, separated by commas, or `*` for all, with whose Services an address may be shared, if they name this
+/// one's as well.
+pub const ALLOW_SHARED_IP_NAMESPACES: &str = "purelb.io/allow-shared-ip-namespaces";
 /// Present (any value): `externalTrafficPolicy: Local` is kept on local addresses.
 pub const ALLOW_LOCAL: &str = "purelb.io/allow-local";
 /// `true`: one address of every range of the group; anything else: one in all. Wins over the group's own
@@ -56,10 +59,11 @@ pub const fn announcing(ip: std::net::IpAddr) -> &'static str {
 }
 
 /// Those that authors of Services write.
-pub const WRITTEN_BY_AUTHORS: [&str; 9] = [
+pub const WRITTEN_BY_AUTHORS: [&str; 10] = [
     SERVICE_GROUP,
     ADDRESSES,
     ALLOW_SHARED_IP,
+    ALLOW_SHARED_IP_NAMESPACES,
     ALLOW_LOCAL,
     MULTI_POOL,
     RE_EVALUATE,
@@ -79,7 +83,7 @@ pub const WRITTEN_BY_US: [&str; 6] = [
 /// How all of them begin.
 pub const OURS: &str = "purelb.io/";
 /// Keys of other load balancers, whose they are, and the key of ours that asks for the same.
-pub const FOREIGN: [(&str, &str, &str); 13] = [
+pub const FOREIGN: [(&str, &str, &str); 15] = [
     ("metallb.io/address-pool", "MetalLB", SERVICE_GROUP),
     ("metallb.io/loadBalancerIPs", "MetalLB", ADDRESSES),
     ("metallb.io/allow-shared-ip", "MetalLB", ALLOW_SHARED_IP),
@@ -89,8 +93,18 @@ pub const FOREIGN: [(&str, &str, &str); 13] = [
     ("kube-vip.io/loadbalancerIPs", "kube-vip", ADDRESSES),
     ("lbipam.cilium.io/ips", "Cilium", ADDRESSES),
     ("lbipam.cilium.io/sharing-key", "Cilium", ALLOW_SHARED_IP),
+    (
+        "lbipam.cilium.io/sharing-cross-namespace",
+        "Cilium",
+        ALLOW_SHARED_IP_NAMESPACES,
+    ),
     ("io.cilium/lb-ipam-ips", "Cilium", ADDRESSES),
     ("io.cilium/lb-ipam-sharing-key", "Cilium", ALLOW_SHARED_IP),
+    (
+        "io.cilium/lb-ipam-sharing-cross-namespace",
+        "Cilium",
+        ALLOW_SHARED_IP_NAMESPACES,
+    ),
     ("projectcalico.org/loadBalancerIPs", "Calico", ADDRESSES),
     ("projectcalico.org/ipv4pools", "Calico", SERVICE_GROUP),
 ];

@@ -4,7 +4,9 @@
 //! long as there is a conflict.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -18,11 +20,51 @@ pub const CONDITION: &str = "purelb.io/AddressConflict";
 /// Its reason.
 const REASON: &str = "HeldByAnotherHost";
 
+/// An Ethernet address (IEEE 802), written `02:00:00:00:00:01`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [first, rest @ ..] = self.0;
+        write!(f, "{first:02x}")?;
+        rest.iter().try_for_each(|byte| write!(f, ":{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The text is no Ethernet address: six bytes of two hexadecimal digits each, with colons between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no Ethernet address")]
+pub struct NoMac;
+
+impl FromStr for Mac {
+    type Err = NoMac;
+
+    fn from_str(text: &str) -> Result<Self, NoMac> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or(NoMac)?;
+            if part.len() != 2 || !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(NoMac);
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| NoMac)?;
+        }
+        parts.next().is_none().then_some(Self(bytes)).ok_or(NoMac)
+    }
+}
+
 /// Who has an address, and who found out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conflict {
     /// Ethernet address of the host that has it.
-    pub mac: String,
+    pub mac: Mac,
     /// The node that would announce it, and asked.
     pub node: String,
 }
@@ -33,10 +75,29 @@ pub fn read(service: &Service) -> BTreeMap<IpAddr, Conflict> {
     let entries = text.split_whitespace().filter_map(|entry| {
         let mut fields = entry.splitn(3, ',');
         let ip = fields.next()?.parse().ok()?;
-        let (mac, node) = (fields.next()?.to_owned(), fields.next()?.to_owned());
+        let (mac, node) = (fields.next()?.parse().ok()?, fields.next()?.to_owned());
         Some((ip, Conflict { mac, node }))
     });
     entries.collect()
+}
+
+/// The same as far as the condition in the Service's status says it too, which its author cannot write.
+pub fn confirmed(service: &Service) -> BTreeMap<IpAddr, Conflict> {
+    let conditions = service
+        .status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten());
+    let mut said = conditions.filter(|condition| condition.type_ == CONDITION && condition.status == "True");
+    let Some(said) = said.next() else {
+        return BTreeMap::new();
+    };
+    let mut found = read(service);
+    found.retain(|ip, conflict| {
+        said.message
+            .split("; ")
+            .any(|sentence| sentence == conflict.sentence(*ip))
+    });
+    found
 }
 
 /// The annotation's value; `None` where there is no conflict.

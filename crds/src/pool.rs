@@ -138,10 +138,34 @@ impl AddressRange {
         self.family() == other.family() && self.first <= other.last && other.first <= self.last
     }
 
+    /// The addresses that both ranges have.
+    pub fn common(&self, other: &Self) -> Option<Self> {
+        self.overlaps(other).then(|| Self {
+            first: self.first.max(other.first),
+            last: self.last.min(other.last),
+        })
+    }
+
     /// Number of addresses, saturating at `u64::MAX` (an IPv6 /64 has one more).
     pub fn size(&self) -> u64 {
         let span = number(self.last) - number(self.first);
         u64::try_from(span).unwrap_or(u64::MAX).saturating_add(1)
+    }
+}
+
+impl From<IpNet> for AddressRange {
+    /// All of a subnet, the first and the last address too.
+    fn from(net: IpNet) -> Self {
+        Self {
+            first: net.network(),
+            last: net.broadcast(),
+        }
+    }
+}
+
+impl From<IpAddr> for AddressRange {
+    fn from(ip: IpAddr) -> Self {
+        Self { first: ip, last: ip }
     }
 }
 

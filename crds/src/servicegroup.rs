@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
@@ -165,13 +166,21 @@ pub struct Pools {
         "pool must not end before it starts: swap its addresses"
     ),
     validation = (
+        "self.pool.contains('/') ? (!isCIDR(self.pool) || cidr(self.pool).ip().isGlobalUnicast()) : self.pool.split('-').all(a, !isIP(a.trim()) || ip(a.trim()).isGlobalUnicast())",
+        "pool must not begin or end with an unspecified, loopback, link-local or multicast address"
+    ),
+    validation = (
+        "self.pool.contains(':') || (self.pool.contains('/') ? (!isCIDR(self.pool) || !(cidr('0.0.0.0/8').containsIP(cidr(self.pool).ip()) || cidr('240.0.0.0/4').containsIP(cidr(self.pool).ip()))) : self.pool.split('-').all(a, !isIP(a.trim()) || !(cidr('0.0.0.0/8').containsIP(a.trim()) || cidr('240.0.0.0/4').containsIP(a.trim()))))",
+        "pool must not begin or end in 0.0.0.0/8 or 240.0.0.0/4"
+    ),
+    validation = (
         "!has(self.aggregation) || !self.aggregation.startsWith('/') || self.subnet.contains(':') || int(self.aggregation.substring(1)) <= 32",
         "aggregation of an IPv4 pool must be default or a length from /8 to /32"
     )
 )]
 pub struct AddressPool {
     /// First and last address (192.168.1.10-192.168.1.99), a CIDR, or one address. Both ends are given
-    /// out, and so are network and broadcast addresses.
+    /// out, but for the broadcast address of subnet and what the cluster has for other ends.
     #[schemars(length(max = 96))]
     pub pool: String,
     /// The subnet the pool lies in, as a CIDR. Several pools may share one.
@@ -240,7 +249,7 @@ pub struct NetboxPool {
 }
 
 /// How full a group is. Blank when the group was rejected.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceGroupStatus {
     /// Namespaces bound to this group.
@@ -271,6 +280,10 @@ pub struct ServiceGroupStatus {
     #[serde(default, rename = "availableIPv6", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub available_ipv6: Option<i64>,
+    /// `AddressesLeftOut`: some addresses of its ranges are given to no Service, and why. `ForeignHosts`: hosts outside the
+    /// cluster have more of them than Services are moved away from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conditions: Option<Vec<Condition>>,
 }
 
 /// How the addresses of a group reach the network.

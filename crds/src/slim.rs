@@ -6,12 +6,13 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Service, ServicePort, ServiceSpec, ServiceStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::Resource;
-use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use crate::annotations::{self, FOREIGN, OURS};
@@ -21,6 +22,10 @@ use crate::service::{is_load_balancer, reserved_in};
 const TOLD: usize = 8;
 /// How much is read of an annotation of a Service that is no load balancer, in bytes.
 const LEFT_OF_A_VALUE: usize = 64;
+/// How many of `spec.externalIPs` are read.
+const EXTERNAL_IPS: usize = 8;
+/// How many labels a selector has at most of which any are read.
+const LABELS: usize = 32;
 
 /// A Service with what decisions need. It is read only: what is sent names what it changes, so that nothing is lost.
 #[derive(Clone, Debug, Deserialize)]
@@ -88,6 +93,7 @@ fn shrink(service: &mut Service) {
         type_: spec.type_,
         cluster_ip: spec.cluster_ip,
         cluster_ips: spec.cluster_ips,
+        external_ips: spec.external_ips,
         ..ServiceSpec::default()
     });
 }
@@ -101,6 +107,9 @@ struct Spec {
     cluster_ip: Option<String>,
     #[serde(rename = "clusterIPs")]
     cluster_ips: Option<Vec<String>>,
+    #[serde(rename = "externalIPs")]
+    external_ips: Option<ExternalIps>,
+    selector: Option<Selector>,
     external_traffic_policy: Option<String>,
     ip_families: Option<Vec<String>>,
     ip_family_policy: Option<String>,
@@ -108,6 +117,69 @@ struct Spec {
     #[serde(rename = "loadBalancerIP")]
     load_balancer_ip: Option<Address>,
     ports: Option<Vec<Port>>,
+}
+
+/// The first of `spec.externalIPs`.
+struct ExternalIps(Vec<String>);
+
+impl<'de> Deserialize<'de> for ExternalIps {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Seq;
+
+        impl<'de> Visitor<'de> for Seq {
+            type Value = ExternalIps;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("addresses")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                let mut read = Vec::new();
+                while read.len() < EXTERNAL_IPS
+                    && let Some(text) = seq.next_element::<String>()?
+                {
+                    read.extend(Some(text).filter(|text| text.parse::<IpAddr>().is_ok()));
+                }
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(ExternalIps(read))
+            }
+        }
+
+        deserializer.deserialize_seq(Seq)
+    }
+}
+
+/// A selector; empty, as one that selects nothing, where it has more than [`LABELS`].
+struct Selector(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Selector {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Labels;
+
+        impl<'de> Visitor<'de> for Labels {
+            type Value = Selector;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("labels")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut read = BTreeMap::new();
+                while read.len() <= LABELS
+                    && let Some((key, value)) = map.next_entry()?
+                {
+                    read.insert(key, value);
+                }
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                if read.len() > LABELS {
+                    read.clear();
+                }
+                Ok(Selector(read))
+            }
+        }
+
+        deserializer.deserialize_map(Labels)
+    }
 }
 
 #[derive(Deserialize)]
@@ -138,6 +210,12 @@ impl From<Spec> for ServiceSpec {
             type_: spec.r#type,
             cluster_ip: spec.cluster_ip,
             cluster_ips: spec.cluster_ips,
+            external_ips: spec.external_ips.map(|ExternalIps(read)| read),
+            // Only asked for where it tells which node's endpoints serve it.
+            selector: spec
+                .selector
+                .filter(|_| spec.external_traffic_policy.as_deref() == Some("Local"))
+                .map(|Selector(read)| read),
             external_traffic_policy: spec.external_traffic_policy,
             ip_families: spec.ip_families,
             ip_family_policy: spec.ip_family_policy,
@@ -308,6 +386,34 @@ mod tests {
         let announced = annotation(&service, annotations::ANNOUNCING_IPV4).unwrap();
         assert!(announced.len() < annotations::LONGEST_WRITTEN + 10);
         assert!(serde_json::to_vec(&service).unwrap().len() < 12_000);
+    }
+
+    #[test]
+    fn of_external_addresses_and_of_labels_as_many_are_read_as_make_sense() {
+        let labels = |count: usize| -> serde_json::Map<_, _> {
+            let all = (0..count).map(|n| (n.to_string(), json!("x")));
+            all.collect()
+        };
+        for (type_, policy, count, expected) in [
+            ("LoadBalancer", "Local", LABELS, Some(LABELS)),
+            ("LoadBalancer", "Local", LABELS + 1, Some(0)),
+            ("LoadBalancer", "Local", 10_000, Some(0)),
+            ("LoadBalancer", "Cluster", 1, None),
+            ("ClusterIP", "Local", 1, None),
+        ] {
+            let addresses: Vec<String> = (0..=255).map(|last| format!("10.0.0.{last}")).collect();
+            let spec = slim(json!({"metadata": {}, "spec": {
+                "type": type_, "externalTrafficPolicy": policy, "externalIPs": addresses, "selector": labels(count),
+            }}))
+            .spec
+            .unwrap();
+            assert_eq!(spec.external_ips.unwrap(), addresses[..EXTERNAL_IPS]);
+            assert_eq!(
+                spec.selector.map(|read| read.len()),
+                expected,
+                "{type_}, {policy}, {count}"
+            );
+        }
     }
 
     #[test]

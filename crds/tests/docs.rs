@@ -138,6 +138,40 @@ fn every_event_is_in_the_list() {
     }
 }
 
+#[test]
+fn every_test_that_the_page_of_security_names_is_there() {
+    let crates = ["allocator", "lbnodeagent", "crds", "daemon", "e2e"];
+    let code: String = crates
+        .iter()
+        .flat_map(|member| ["src", "tests"].map(|part| root().join(member).join(part)))
+        .filter(|path| path.exists())
+        .flat_map(|path| sources(&path))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .map(|path| std::fs::read_to_string(path).unwrap())
+        .collect();
+    let page = text_of("docs/security.md");
+    let table = page
+        .split("\n## ")
+        .find(|part| part.starts_with("Who tries what"))
+        .unwrap();
+    let named: BTreeSet<_> = table
+        .lines()
+        .filter(|line| line.starts_with('|'))
+        .filter_map(|line| line.trim_end_matches('|').rsplit('|').next())
+        .flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        .filter(|name| !name.contains('/') && name.contains('_'))
+        .collect();
+    assert!(named.len() > 15, "only {named:?}");
+    for name in named {
+        let test = format!("#[test]\nfn {name}()");
+        let beside = format!("#[test]\n    fn {name}()");
+        assert!(
+            code.contains(&test) || code.contains(&beside),
+            "no test is called {name}"
+        );
+    }
+}
+
 /// A file of the repository.
 fn text_of(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))

@@ -106,8 +106,8 @@ fn request(event: &Value) -> Option<Request> {
         group: text(&object["apiGroup"]),
         resource,
         namespace: text(&object["namespace"]),
-        // Services and events have names without end.
-        name: if name.starts_with("purelb") || name.ends_with("purelb.io") {
+        // Services and events have names without end. `kubernetes` is the EndpointSlice of the API server.
+        name: if name.starts_with("purelb") || name.ends_with("purelb.io") || name == "kubernetes" {
             name
         } else {
             String::new()

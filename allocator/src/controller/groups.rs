@@ -1,14 +1,15 @@
 //! The loop's part that is about ServiceGroups: which count, and how full they are.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crds::ServiceGroup;
+use crds::{ServiceGroup, ServiceGroupStatus};
 use kube::runtime::watcher;
 use tokio::time::Instant;
 
 use super::{Controller, Input};
 use crate::groups::{GroupKey, Verdict, judge};
-use crate::status;
+use crate::{notices, refusal, status};
 use daemon::Change;
 
 /// How long changes of a group's usage are gathered before its status is written.
@@ -105,13 +106,25 @@ impl Controller {
         self.measure();
         self.ask_stats();
         for (key, verdict) in &self.verdicts {
-            let current = status::status(verdict, &key.1, &self.ledger);
             let known = self
                 .statuses
                 .get(key)
                 .or_else(|| self.groups.get(key).and_then(|group| group.status.as_ref()));
+            let hosts = self.hosts_of(&key.1);
+            let current = status::status(verdict, &key.1, &self.ledger, hosts.as_deref(), known);
             if known == Some(&current) {
                 continue;
+            }
+            // What is new about its ranges is told as well.
+            let message = |status: &ServiceGroupStatus| {
+                let mut said = status.conditions.iter().flatten();
+                Some(said.find(|said| said.type_ == status::LEFT_OUT)?.message.clone())
+            };
+            if let Some(said) = message(&current)
+                && known.and_then(message).as_ref() != Some(&said)
+                && let Some(object) = self.groups.get(key)
+            {
+                self.reporter.tell(object.as_ref(), &notices::left_out(said));
             }
             self.statuses.insert(key.clone(), current.clone());
             let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
@@ -120,6 +133,16 @@ impl Controller {
                 let _ = sender.send(Input::StatusWritten(key, result));
             });
         }
+    }
+
+    /// Which hosts outside the cluster have addresses of a group that its Services keep; `None` where there are none.
+    fn hosts_of(&self, name: &str) -> Option<String> {
+        let all = self.unheeded.values().filter(|unheeded| unheeded.group == *name);
+        let all: BTreeSet<String> = all
+            .map(|unheeded| format!("{} has {}", unheeded.mac, unheeded.ip))
+            .collect();
+        let all: Vec<String> = all.into_iter().take(refusal::LISTED + 1).collect();
+        (!all.is_empty()).then(|| notices::hosts(&refusal::list(&all, ", ")))
     }
 
     pub(super) fn status_written(&mut self, key: &GroupKey, result: kube::Result<ServiceGroup>) {

@@ -1,70 +1,124 @@
-//! Addresses that hosts outside the cluster have.
+//! Addresses that hosts outside the cluster have: the acting part of [`crate::strangers`].
 //!
-//! A node that finds one says so in an annotation of the Service (`crds::conflict`) and does not announce it. Here the
-//! host becomes a holder of the address like a Service, one that shares with nobody and was there first: so the Service
-//! gets another address in one PATCH, and nobody else gets this one. A provider of addresses is asked for another, too
-//! (see `crate::ipam`). After a while the host is forgotten, since it may have gone; if it has not, a node finds it again.
+//! A node that finds one says so and does not announce it. Within its budget the Service gets another address in one PATCH, and
+//! nobody else gets this one; a provider of addresses is asked for another, too (see [`crate::ipam`]). After a while the host is
+//! forgotten, since it may have gone; if it has not, a node finds it again.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crds::annotations;
-use crds::conflict;
-use crds::event::Notice;
-use k8s_openapi::api::core::v1::Service;
+use crds::ServiceKey;
+use crds::conflict::{Conflict, Mac};
+use k8s_openapi::jiff::Timestamp;
 
 use super::{Controller, Input};
+use crate::notices;
 use crate::request::Request;
+use crate::strangers::KEPT;
 
-/// How long an address is kept from Services after a host was found to have it.
-const KEPT: Duration = Duration::from_mins(10);
+/// How often a Service is looked at again that keeps an address since the budget is spent.
+const LOOK_AGAIN: Duration = Duration::from_mins(1);
+
+/// An address that a Service keeps for now though a host outside the cluster has it.
+pub(super) struct Unheeded {
+    /// The ServiceGroup it comes from.
+    pub(super) group: String,
+    pub(super) ip: IpAddr,
+    pub(super) mac: Mac,
+}
 
 impl Controller {
-    /// Writes into the ledger which addresses of a Service hosts outside the cluster have. Addresses that the Service
-    /// insists on or shares stay: its author has to choose.
-    pub(super) fn heed_strangers(&mut self, service: &Service, request: &Request) {
-        let held = self.ledger.addresses_of(&request.service).to_vec();
-        for (ip, found) in conflict::read(service) {
-            let is_free_to_go = held.contains(&ip) && self.ledger.holders_of(ip) == 1;
+    /// Takes note of hosts that nodes found to have addresses of a Service. Addresses that the Service insists on or shares stay:
+    /// its author has to choose. Where a node finds one no more, it is forgotten.
+    pub(super) fn heed_strangers(&mut self, request: &Request, found: &BTreeMap<IpAddr, Conflict>, now: Timestamp) {
+        let key = &request.service;
+        let mut is_unheeded = false;
+        for ip in self.ledger.addresses_of(key).to_vec() {
+            let is_pinned = request.pinned.contains(&ip);
+            let Some(conflict) = found.get(&ip).filter(|_| !is_pinned) else {
+                if self.ledger.forget_stranger(ip) {
+                    self.usage_changed();
+                }
+                continue;
+            };
             // An address whose group is gone stays: there is nobody to give another.
-            let origin = self.ledger.origin(ip).and_then(|group| self.ledger.group(group));
-            if !is_free_to_go || request.pinned.contains(&ip) || origin.is_none() {
+            let group = self.ledger.origin(ip).filter(|name| self.ledger.group(name).is_some());
+            let Some(group) = group.map(ToOwned::to_owned) else {
+                continue;
+            };
+            let (mac, node) = (conflict.mac, conflict.node.as_str());
+            if self.ledger.holders_of(ip) > 1 || !self.ledger.reserved().has_node(node) {
                 continue;
             }
-            tracing::warn!(service = %request.service, %ip, mac = found.mac, node = found.node, "held by another host");
-            self.ledger.hold_for_stranger(&found.mac, ip);
-            let sender = self.sender.clone();
+            match self.ledger.heed_stranger(key, (ip, mac, node), now) {
+                Ok(()) => {
+                    tracing::warn!(service = %key, %ip, %mac, node, "held by another host");
+                    let until = self.ledger.strangers().all().get(&ip).map(|stranger| stranger.until);
+                    let sender = self.sender.clone();
+                    self.spawn(async move {
+                        tokio::time::sleep(KEPT).await;
+                        let _ = sender.send(Input::Forget(ip, until.unwrap_or_default()));
+                    });
+                }
+                Err(excess) => {
+                    is_unheeded = true;
+                    self.leave_unheeded(
+                        key,
+                        Unheeded { group, ip, mac },
+                        &notices::unheeded(ip, mac, node, excess),
+                    );
+                }
+            }
+        }
+        if !is_unheeded {
+            self.forget_unheeded(key);
+        }
+    }
+
+    /// Leaves a Service where it is, though a host has its address, and says so on the ServiceGroup.
+    fn leave_unheeded(&mut self, key: &ServiceKey, unheeded: Unheeded, notice: &crds::event::Notice) {
+        let is_news = self
+            .unheeded
+            .values()
+            .all(|known| (&known.group, known.mac) != (&unheeded.group, unheeded.mac));
+        let mut groups = self.verdicts.keys().filter(|(_, name)| *name == *unheeded.group);
+        if is_news && let Some(object) = groups.find_map(|key| self.groups.get(key)) {
+            self.reporter.tell(object.as_ref(), notice);
+        }
+        if self.unheeded.insert(key.clone(), unheeded).is_none() {
+            self.usage_changed();
+            let (sender, key) = (self.sender.clone(), key.clone());
             self.spawn(async move {
-                tokio::time::sleep(KEPT).await;
-                let _ = sender.send(Input::Forget(ip));
+                tokio::time::sleep(LOOK_AGAIN).await;
+                let _ = sender.send(Input::LookAgain(key));
             });
         }
     }
 
-    /// Makes an address available again that a host had.
-    pub(super) fn forget_stranger(&mut self, ip: IpAddr) {
-        if self.ledger.forget_stranger(ip) {
+    pub(super) fn forget_unheeded(&mut self, key: &ServiceKey) {
+        if self.unheeded.remove(key).is_some() {
+            self.usage_changed();
+        }
+    }
+
+    pub(super) fn look_at_stranger_again(&mut self, key: &ServiceKey) {
+        if let Some(unheeded) = self.unheeded.remove(key) {
+            self.reconcile(key);
+            // Still so: the group was told.
+            if !self.unheeded.contains_key(key) {
+                tracing::info!(service = %key, ip = %unheeded.ip, "the other host is heeded now, or gone");
+                self.usage_changed();
+            }
+        }
+    }
+
+    /// Makes an address available again that a host had, if it was not found again since.
+    pub(super) fn forget_stranger(&mut self, ip: IpAddr, until: Timestamp) {
+        let known = self.ledger.strangers().all().get(&ip);
+        if known.is_some_and(|stranger| stranger.until == until) && self.ledger.forget_stranger(ip) {
             self.usage_changed();
             self.reconcile_waiting();
         }
     }
-}
-
-/// What a Service is told that has other addresses now since a host has the one it had; `None` where no host has it.
-pub(super) fn moved(service: &Service, ip: IpAddr, instead: &[IpAddr]) -> Option<Notice> {
-    let conflicts = conflict::read(service);
-    let found = conflicts.get(&ip)?;
-    let way_out = match instead {
-        [] => format!(
-            "there is no other address for this Service now: take it off that host, or ask for one with {}",
-            annotations::ADDRESSES
-        ),
-        instead => {
-            let instead: Vec<String> = instead.iter().map(ToString::to_string).collect();
-            format!("this Service has {} instead", instead.join(" and "))
-        }
-    };
-    let (mac, node) = (&found.mac, &found.node);
-    let message = format!("The host {mac} has {ip} already, as node {node} found: {way_out}");
-    Some(Notice::warning("AddressConflict", message))
 }

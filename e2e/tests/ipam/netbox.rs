@@ -1,7 +1,10 @@
 //! Addresses from Netbox.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, ensure};
 use crds::annotations;
+use crds::conflict::{self, Conflict, Mac};
 use crds::service::annotation;
 use e2e::netbox::{Entry, Netbox};
 use e2e::{Lab, wait_until};
@@ -200,12 +203,18 @@ fn an_address_that_a_foreign_host_has_is_reserved_again_and_another_is_taken() -
         sides.create("a", &group("netbox"), json!({})).await?;
         sides.has("a", &["10.230.0.1"]).await?;
         // What a node writes that finds the host.
-        let found = json!({annotations::ADDRESS_CONFLICT: "10.230.0.1,02:00:00:00:00:99,w11"});
-        sides.patch("a", json!({"metadata": {"annotations": found}})).await?;
+        let node = lab.node("m")?.name.clone();
+        let sentence = format!(
+            "The host 02:00:00:00:00:99 has 10.230.0.1 already, as node {node} found: this Service has 10.230.0.2 instead"
+        );
+        let mac = Mac([2, 0, 0, 0, 0, 0x99]);
+        let found = BTreeMap::from([("10.230.0.1".parse()?, Conflict { mac, node })]);
+        let status = json!({"conditions": conflict::conditions(&sides.api.get("a").await?, &found)});
+        let written = json!({annotations::ADDRESS_CONFLICT: conflict::write(&found)});
+        sides.patch("a", json!({"metadata": {"annotations": written}})).await?;
+        lab.patch_status("service", "default", "a", status).await?;
         sides.has("a", &["10.230.0.2"]).await?;
-        let sentence =
-            "The host 02:00:00:00:00:99 has 10.230.0.1 already, as node w11 found: this Service has 10.230.0.2 instead";
-        sides.event("a", sentence).await?;
+        sides.event("a", &sentence).await?;
         taken(&netbox, &[("10.230.0.2/24", "[default/a]")]).await?;
         // Nobody else gets it either.
         sides.create("b", &group("netbox"), json!({})).await?;

@@ -65,7 +65,7 @@ fn an_address_that_a_foreign_host_has_is_given_back_and_another_is_had() -> Resu
 
         // There is none left but the host's: it waits, is told so once, and the provider is left in peace.
         sides.create("last", &group("ext"), json!({})).await?;
-        let sentence = format!("gave 10.31.201.1, which the host {mac} outside the cluster has already");
+        let sentence = format!("gave 10.31.201.1, which is in use by a host outside the cluster, MAC {mac}");
         sides.waits("last", "ProviderMistaken", &sentence).await?;
         stays("it has none", Duration::from_secs(2), async || {
             ensure!(ingress(&sides.api.get("last").await?).is_empty(), "it has one");

@@ -4,5 +4,6 @@
 
 mod admission;
 mod bytes;
+mod claims;
 mod memory;
 mod record;

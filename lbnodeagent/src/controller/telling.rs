@@ -217,7 +217,7 @@ impl Agent<'_> {
 
     fn conflict(&self, mac: Mac) -> Conflict {
         Conflict {
-            mac: frame::shown(mac),
+            mac: crds::conflict::Mac(mac),
             node: self.settings.node.clone(),
         }
     }
@@ -453,7 +453,7 @@ mod tests {
     #[test]
     fn a_node_answers_for_the_conflicts_it_found_and_for_what_it_announces() {
         let by = |node: &str| Conflict {
-            mac: "02:00:00:00:00:01".into(),
+            mac: crds::conflict::Mac([2, 0, 0, 0, 0, 1]),
             node: node.into(),
         };
         let ip: IpAddr = "10.0.0.1".parse().unwrap();
