@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use crds::event::ALLOCATOR;
 use crds::record::Granted;
 use crds::service::{annotation, ingress};
 use e2e::{Lab, Options, ProxyMode, stays, wait_until};
@@ -54,8 +55,9 @@ async fn service(lab: &Lab, name: &str) -> Result<Service> {
     Ok(Api::namespaced(lab.client(), "default").get(name).await?)
 }
 
+/// What the allocator has said of a Service; the API server may have a word of its own about its cluster IP.
 async fn events(lab: &Lab, name: &str) -> Result<String> {
-    let of = format!("involvedObject.name={name}");
+    let of = format!("involvedObject.name={name},reportingComponent={ALLOCATOR}");
     let path = "jsonpath={range .items[*]}{.type} {.reason} {.message}{\"\\n\"}{end}";
     lab.kubectl(["get", "events", "--field-selector", &of, "-o", path])
         .await
@@ -268,7 +270,7 @@ fn what_an_author_forges_is_not_adopted_and_what_was_ours_is() -> Result<()> {
         lab.start_allocator().await?;
         let thief = wait_until("the thief has another", SOON, async || is_whole(lab, "thief").await).await?;
         ensure!(thief == ["10.31.200.1"], "{thief:?}");
-        ensure!(is_whole(lab, "mine").await? == mine);
+        kept(lab, "after a restart beside a thief", "mine", &mine).await?;
 
         for (name, shown) in [
             ("node", json!([{"ip": node, "ipMode": "VIP"}])),
