@@ -92,7 +92,13 @@ impl Saying {
     pub fn condition(&self, service: &Service) -> Condition {
         match ours(service) {
             Some(known) if self.is_said(service) => known.clone(),
-            _ => replacing(service, TYPE, self.is_true, self.reason, self.message.clone()),
+            _ => replacing(
+                record::conditions(service),
+                TYPE,
+                self.is_true,
+                self.reason,
+                self.message.clone(),
+            ),
         }
     }
 }
@@ -124,11 +130,7 @@ pub fn ours(service: &Service) -> Option<&Condition> {
 /// A Service's conditions with `new` in the place of those of their types and without those of the types in `gone`; others' stay.
 /// `None` where that changes nothing.
 pub fn replaced(service: &Service, new: Vec<Condition>, gone: &[&str]) -> Option<Vec<Condition>> {
-    let known = service
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    let known: Vec<&Condition> = known.collect();
+    let known = record::conditions(service);
     let mut conditions: Vec<Condition> = Vec::with_capacity(known.len() + new.len());
     for condition in known.iter().filter(|known| !gone.contains(&known.type_.as_str())) {
         let replacement = new.iter().find(|new| new.type_ == condition.type_);
@@ -139,7 +141,7 @@ pub fn replaced(service: &Service, new: Vec<Condition>, gone: &[&str]) -> Option
             conditions.push(new);
         }
     }
-    (!known.iter().copied().eq(&conditions)).then_some(conditions)
+    (known != conditions).then_some(conditions)
 }
 
 #[cfg(test)]

@@ -121,6 +121,7 @@ pub fn take(
     let service = &request.service;
     let offered = ledger.offers().of(service, group).iter().copied();
     let is_meant = |ip: &IpAddr| match pin {
+        // What is asked for in particular is asked about on the wire anew.
         Some(pin) => pin == *ip,
         None => Family::of(*ip) == family && !ledger.strangers().all().contains_key(ip),
     };
@@ -135,10 +136,6 @@ pub fn take(
         }));
     }
     for ip in &offered {
-        // One that is asked for in particular is asked about anew.
-        if pin.is_none() {
-            untaken(ledger, group, *ip)?;
-        }
         examine(ledger, service, &request.claim, group, *ip)?;
     }
     Ok(offered)
@@ -152,15 +149,10 @@ fn mistaken(ledger: &Ledger, group: &str, problem: Problem) -> Refusal {
     }
 }
 
-/// Whether no host outside the cluster has an address that a provider offers.
-///
-/// # Errors
-/// Which host has it.
-pub fn untaken(ledger: &Ledger, group: &str, ip: IpAddr) -> Result<(), Refusal> {
-    match ledger.strangers().all().get(&ip) {
-        Some(stranger) => Err(mistaken(ledger, group, Problem::Strangers(ip, stranger.clone()))),
-        None => Ok(()),
-    }
+/// Why an address that a provider offers is not taken while a host outside the cluster has it; `None` where none has.
+pub fn of_a_host(ledger: &Ledger, group: &str, ip: IpAddr) -> Option<Refusal> {
+    let stranger = ledger.strangers().all().get(&ip)?;
+    Some(mistaken(ledger, group, Problem::Strangers(ip, stranger.clone())))
 }
 
 /// Whether a Service may take an address that a provider offers: it is no other Service's, unless shared by the

@@ -278,7 +278,7 @@ mod tests {
             .chain([(annotations::SKIP_IPV6_DAD, "true")])
             .collect();
         let mut conditions = assigned().status.unwrap().conditions.unwrap();
-        let more = |type_: &str| record::replacing(&plain(), type_, true, "R", "m".into());
+        let more = |type_: &str| record::replacing(record::conditions(&plain()), type_, true, "R", "m".into());
         conditions.extend([more(record::ANNOUNCED), more(conflict::CONDITION)]);
         let full = patched(
             &assigned(),

@@ -1,10 +1,10 @@
 //! The status of ServiceGroups: how full they are, and what of them is given to no Service.
 
 use crds::event::ALLOCATOR;
+use crds::record::replacing;
 use crds::servicegroup::Source;
 use crds::{Family, ServiceGroup, ServiceGroupStatus};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Client, Resource};
 use serde_json::json;
@@ -40,19 +40,9 @@ fn conditions(name: &str, ledger: &Ledger, hosts: Option<&str>, known: &[Conditi
         (LEFT_OUT, "NotForServices", left_out(name, ledger)),
         (FOREIGN_HOSTS, "BudgetSpent", hosts.map(ToOwned::to_owned)),
     ];
-    let said = said.into_iter().filter_map(|(type_, reason, message)| {
-        let known = known.iter().find(|known| known.type_ == type_);
-        Some(Condition {
-            type_: type_.into(),
-            status: "True".into(),
-            reason: reason.into(),
-            message: message?,
-            last_transition_time: known
-                .map_or_else(|| Time(Timestamp::now()), |known| known.last_transition_time.clone()),
-            observed_generation: None,
-        })
-    });
-    said.collect()
+    let said = said.into_iter();
+    said.filter_map(|(type_, reason, message)| Some(replacing(known, type_, true, reason, message?)))
+        .collect()
 }
 
 /// The status of a group: blank when it was rejected. `hosts` says which hosts outside the cluster have addresses of it that

@@ -9,10 +9,10 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use crate::annotations::ADDRESS_CONFLICT;
+use crate::record;
 use crate::service::annotation;
 
 /// Type of the condition: `True` while an address of the Service is not announced since another host has it.
@@ -83,12 +83,7 @@ pub fn read(service: &Service) -> BTreeMap<IpAddr, Conflict> {
 
 /// The same as far as the condition in the Service's status says it too, which its author cannot write.
 pub fn confirmed(service: &Service) -> BTreeMap<IpAddr, Conflict> {
-    let conditions = service
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    let mut said = conditions.filter(|condition| condition.type_ == CONDITION && condition.status == "True");
-    let Some(said) = said.next() else {
+    let Some(said) = record::condition(service, CONDITION).filter(|said| said.status == "True") else {
         return BTreeMap::new();
     };
     let mut found = read(service);
@@ -111,25 +106,14 @@ pub fn write(conflicts: &BTreeMap<IpAddr, Conflict>) -> Option<String> {
 
 /// A Service's conditions, with the one about these conflicts or, where there are none, without; others' stay.
 pub fn conditions(service: &Service, conflicts: &BTreeMap<IpAddr, Conflict>) -> Vec<Condition> {
-    let known = service
-        .status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten());
-    let (ours, others): (Vec<&Condition>, Vec<&Condition>) = known.partition(|known| known.type_ == CONDITION);
-    let mut conditions: Vec<Condition> = others.into_iter().cloned().collect();
+    let known = record::conditions(service);
+    let others = known.iter().filter(|known| known.type_ != CONDITION);
+    let mut conditions: Vec<Condition> = others.cloned().collect();
     if conflicts.is_empty() {
         return conditions;
     }
-    let since = ours.first().map(|known| known.last_transition_time.clone());
     let sentences: Vec<String> = conflicts.iter().map(|(ip, conflict)| conflict.sentence(*ip)).collect();
-    conditions.push(Condition {
-        type_: CONDITION.into(),
-        status: "True".into(),
-        reason: REASON.into(),
-        message: sentences.join("; "),
-        last_transition_time: since.unwrap_or_else(|| Time(Timestamp::now())),
-        observed_generation: None,
-    });
+    conditions.push(record::replacing(known, CONDITION, true, REASON, sentences.join("; ")));
     conditions
 }
 

@@ -85,7 +85,7 @@ impl Granted {
                 None => write!(message, "{comma}{ip}"),
             };
         }
-        replacing(service, GRANTED, true, reason, message)
+        replacing(conditions(service), GRANTED, true, reason, message)
     }
 }
 
@@ -156,7 +156,7 @@ impl Announced {
                 }
             };
         }
-        replacing(service, ANNOUNCED, is_true, reason, message)
+        replacing(conditions(service), ANNOUNCED, is_true, reason, message)
     }
 }
 
@@ -165,16 +165,24 @@ fn plain(text: &str) -> String {
     text.replace("; ", ", ")
 }
 
-/// A Service's condition of a type.
-pub fn condition<'a>(service: &'a Service, type_: &str) -> Option<&'a Condition> {
-    let conditions = service.status.as_ref()?.conditions.as_ref()?;
-    conditions.iter().find(|condition| condition.type_ == type_)
+/// A Service's conditions.
+pub fn conditions(service: &Service) -> &[Condition] {
+    let status = service.status.as_ref();
+    status
+        .and_then(|status| status.conditions.as_deref())
+        .unwrap_or_default()
 }
 
-/// A condition in the place of the one of its type that `service` has; its time is kept where the status does not change.
-pub fn replacing(service: &Service, type_: &str, is_true: bool, reason: &str, message: String) -> Condition {
+/// A Service's condition of a type.
+pub fn condition<'a>(service: &'a Service, type_: &str) -> Option<&'a Condition> {
+    conditions(service).iter().find(|condition| condition.type_ == type_)
+}
+
+/// A condition in the place of the one of its type among `known`; its time is kept where the status does not change.
+pub fn replacing(known: &[Condition], type_: &str, is_true: bool, reason: &str, message: String) -> Condition {
     let status = if is_true { "True" } else { "False" };
-    let since = condition(service, type_).filter(|known| known.status == status);
+    let mut known = known.iter();
+    let since = known.find(|known| known.type_ == type_ && known.status == status);
     Condition {
         type_: type_.into(),
         status: status.into(),
@@ -235,7 +243,7 @@ mod tests {
             (GRANTED, true, "nothing at all"),
             (GRANTED, true, ""),
         ] {
-            let service = with(&replacing(&Service::default(), type_, is_true, "Local", message.into()));
+            let service = with(&replacing(&[], type_, is_true, "Local", message.into()));
             assert_eq!(Granted::read(&service), None, "{type_} {message}");
         }
     }
@@ -279,7 +287,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_message_makes_a_reader_panic(message in ".{0,80}", type_ in "purelb.io/(Granted|Announced)") {
-            let service = with(&replacing(&Service::default(), &type_, true, "Local", message));
+            let service = with(&replacing(&[], &type_, true, "Local", message));
             let _ = (Granted::read(&service), Announced::owners(&service));
         }
     }

@@ -260,12 +260,10 @@ impl Controller {
             Ok(answer) => {
                 let claim = service.as_ref().map(request::claim).unwrap_or_default();
                 let pinned = self.external.asked_as.get(key).map(|asked| asked.pinned.as_slice());
+                let is_pinned = |ip: &IpAddr| pinned.is_some_and(|pinned| pinned.contains(ip));
                 let examine = |ip: &IpAddr| {
-                    let is_pinned = pinned.is_some_and(|pinned| pinned.contains(ip));
-                    let has_host = || offers::untaken(&self.ledger, group, *ip);
-                    let free = if is_pinned { Ok(()) } else { has_host() };
-                    free.and_then(|()| offers::examine(&self.ledger, key, &claim, group, *ip))
-                        .err()
+                    let of_a_host = offers::of_a_host(&self.ledger, group, *ip).filter(|_| !is_pinned(ip));
+                    of_a_host.or_else(|| offers::examine(&self.ledger, key, &claim, group, *ip).err())
                 };
                 let wrong = answer.addresses.iter().find_map(examine);
                 let account = self.ledger.offers_mut().account_mut(key, group);

@@ -7,7 +7,7 @@ pub type Mac = [u8; 6];
 
 /// An Ethernet address as `ip neighbour` shows it.
 pub fn shown(mac: Mac) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
+    crds::conflict::Mac(mac).to_string()
 }
 
 /// `ff:ff:ff:ff:ff:ff`.
