@@ -70,6 +70,17 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// One node without a proxy: the API server, and what talks to it, are what counts.
+    pub fn one_node() -> Self {
+        Self {
+            nodes: 1,
+            proxy: ProxyMode::None,
+            ..Self::default()
+        }
+    }
+}
+
 /// A running cluster with clients and routers. Clones are handles on the same lab.
 #[derive(Clone)]
 pub struct Lab(Arc<Inner>);

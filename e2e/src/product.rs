@@ -5,12 +5,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Secret;
+use crds::annotations;
+use crds::conflict::{self, Conflict, Mac};
+use crds::service::ingress;
+use k8s_openapi::api::core::v1::{Secret, Service};
 use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::json;
 
 use crate::anchor::ROOT;
 use crate::kubernetes::{self, own_binary};
-use crate::lab::Lab;
+use crate::lab::{Lab, Options};
 use crate::limit::MemoryLimit;
 use crate::pods;
 use crate::process::{Output, Process, Program};
@@ -68,6 +73,38 @@ impl Lab {
             agents.insert(node.ns.clone(), self.start_agent(&node.ns).await?);
         }
         Ok(Product { allocator, agents })
+    }
+
+    /// Runs a test with the allocator and these ServiceGroups: the API server and the allocator are what counts there.
+    pub fn with_allocator(groups: &str, test: impl AsyncFnOnce(&Self, Process) -> Result<()> + Send) -> Result<()> {
+        Self::run(Options::one_node(), async |lab| {
+            lab.install().await?;
+            let allocator = lab.start_allocator().await?;
+            let served = "the definitions are served";
+            wait_until(served, Duration::from_secs(30), async || lab.apply(groups).await).await?;
+            test(&lab, allocator).await
+        })
+    }
+
+    /// Says of a Service in `default` what the agent of `node` says that found a host on its addresses; none: no more.
+    pub async fn report_conflict(&self, name: &str, mac: Option<Mac>, node: &str) -> Result<()> {
+        let api: Api<Service> = Api::namespaced(self.client(), "default");
+        let service = api.get(name).await?;
+        let mut found = BTreeMap::new();
+        if let Some(mac) = mac {
+            let conflict = Conflict {
+                mac,
+                node: node.to_owned(),
+            };
+            found.extend(ingress(&service).into_iter().map(|ip| (ip, conflict.clone())));
+        }
+        let patch = json!({
+            "metadata": {"annotations": {annotations::ADDRESS_CONFLICT: conflict::write(&found)}},
+            "status": {"conditions": conflict::conditions(&service, &found)},
+        });
+        api.patch_status(name, &PatchParams::default(), &Patch::Merge(patch))
+            .await?;
+        Ok(())
     }
 
     /// Starts the allocator in the network namespace of a Pod on the first node.

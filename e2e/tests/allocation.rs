@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use crds::{annotations, service};
-use e2e::{Lab, Options, ProxyMode, wait_until};
+use e2e::{Lab, wait_until};
 use k8s_openapi::api::core::v1::Service;
 use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
@@ -29,21 +29,6 @@ spec:
   remote:
     v4pool: {pool: 10.200.0.1, subnet: 10.200.0.0/24}
 ";
-
-/// A cluster without proxies and Pods: the API server and the allocator are what counts here.
-fn with_allocator(test: impl AsyncFnOnce(&Lab, e2e::Process) -> Result<()> + Send) -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
-        lab.install().await?;
-        let allocator = lab.start_allocator().await?;
-        lab.apply(GROUPS).await?;
-        test(&lab, allocator).await
-    })
-}
 
 async fn create(lab: &Lab, name: &str, annotations: &[(&str, &str)], spec: serde_json::Value) -> Result<()> {
     let usual = json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]});
@@ -95,7 +80,7 @@ async fn patch(lab: &Lab, name: &str, patch: serde_json::Value) -> Result<()> {
 
 #[test]
 fn families_pins_and_classes() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         create(lab, "v4", &[], json!({})).await?;
         has(lab, "v4", &["10.31.200.1"]).await?;
         create(lab, "v6", &[], json!({"ipFamilies": ["IPv6"]})).await?;
@@ -141,7 +126,7 @@ fn families_pins_and_classes() -> Result<()> {
 
 #[test]
 fn what_is_given_back_serves_who_waits() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let tiny = [(annotations::SERVICE_GROUP, "tiny")];
         create(lab, "first", &tiny, json!({})).await?;
         has(lab, "first", &["10.200.0.1"]).await?;
@@ -204,7 +189,7 @@ fn what_is_given_back_serves_who_waits() -> Result<()> {
 
 #[test]
 fn sharing_needs_equal_keys_and_different_ports() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let key = [(annotations::ALLOW_SHARED_IP, "web")];
         create(lab, "a", &key, json!({"ports": [{"port": 80}]})).await?;
         has(lab, "a", &["10.31.200.1"]).await?;
@@ -237,7 +222,7 @@ fn sharing_needs_equal_keys_and_different_ports() -> Result<()> {
 
 #[test]
 fn a_restart_gives_no_address_twice_and_loses_none() -> Result<()> {
-    with_allocator(async |lab, allocator| {
+    Lab::with_allocator(GROUPS, async |lab, allocator| {
         let mut allocator = allocator;
         for round in 0..4 {
             for n in 0..5 {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::product::CHART;
-use e2e::{Lab, Options, ProxyMode, wait_until};
+use e2e::{Lab, Options, wait_until};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -14,12 +14,7 @@ const OTHERS: [&str; 1] = ["projectcalico.org/"];
 
 #[test]
 fn manifests_and_helm_commands_of_the_docs_are_accepted() -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         // The definitions alone: what is installed differently has selectors of its own, which cannot change.
         lab.kubectl(["apply", "--server-side", "-f", &format!("{CHART}/crds/")])
             .await?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use crds::service::{self, ingress};
 use crds::{ServiceKey, annotations};
-use e2e::{Cutter, Lab, Options, Process, ProxyMode, Side, audit, wait_until};
+use e2e::{Cutter, Lab, Options, Process, Side, audit, wait_until};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
@@ -24,14 +24,6 @@ metadata: {name: default, namespace: purelb}
 spec:
   remote: {v4pool: {pool: 10.210.0.1-10.210.0.12, subnet: 10.210.0.0/24}}
 ";
-
-fn options() -> Options {
-    Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    }
-}
 
 /// A history of Services that come and go, always the same.
 struct Churn {
@@ -150,7 +142,7 @@ fn detour(lab: &Lab, kubeconfig: &str, proxy: SocketAddr) -> Result<String> {
 
 #[test]
 fn killed_at_every_request_it_gives_nothing_twice_and_loses_nothing() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         lab.install().await?;
         lab.apply(GROUP).await?;
         let cutter = cutter(&lab)?;
@@ -221,7 +213,7 @@ async fn leader(lab: &Lab) -> Result<String> {
 #[test]
 fn leaders_die_and_resign_and_no_address_is_given_twice() -> Result<()> {
     const LEASE: (&str, &str) = ("PURELB_ALLOCATOR_LEASE_DURATION", "3");
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         lab.install().await?;
         lab.apply(GROUP).await?;
         let mut churn = Churn::new(&lab);
@@ -266,7 +258,7 @@ fn leaders_die_and_resign_and_no_address_is_given_twice() -> Result<()> {
 #[test]
 fn a_leader_that_is_cut_off_stops_before_another_begins() -> Result<()> {
     const LEASE: (&str, &str) = ("PURELB_ALLOCATOR_LEASE_DURATION", "4");
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         lab.install().await?;
         lab.apply(GROUP).await?;
         let mut churn = Churn::new(&lab);

@@ -228,28 +228,21 @@ fn a_pod_runs_on_the_node_it_is_pinned_to() -> Result<()> {
 
 #[test]
 fn a_service_account_has_its_own_rights_and_no_others() -> Result<()> {
-    Lab::run(
-        Options {
-            nodes: 1,
-            proxy: e2e::ProxyMode::None,
-            ..Options::default()
-        },
-        async |lab| {
-            lab.kubectl(["create", "serviceaccount", "nobody"]).await?;
-            let kubeconfig = lab.service_account_kubeconfig("default", "nobody").await?;
-            let user = lab.kubectl(["--kubeconfig", &kubeconfig, "auth", "whoami"]).await?;
-            ensure!(user.contains("system:serviceaccount:default:nobody"), "{user}");
-            let client = lab.service_account_client("default", "nobody").await?;
-            let refused = Api::<Pod>::namespaced(client, "default")
-                .list(&kube::api::ListParams::default())
-                .await;
-            ensure!(
-                matches!(&refused, Err(kube::Error::Api(status)) if status.code == 403),
-                "{refused:?}"
-            );
-            Ok(())
-        },
-    )
+    Lab::run(Options::one_node(), async |lab| {
+        lab.kubectl(["create", "serviceaccount", "nobody"]).await?;
+        let kubeconfig = lab.service_account_kubeconfig("default", "nobody").await?;
+        let user = lab.kubectl(["--kubeconfig", &kubeconfig, "auth", "whoami"]).await?;
+        ensure!(user.contains("system:serviceaccount:default:nobody"), "{user}");
+        let client = lab.service_account_client("default", "nobody").await?;
+        let refused = Api::<Pod>::namespaced(client, "default")
+            .list(&kube::api::ListParams::default())
+            .await;
+        ensure!(
+            matches!(&refused, Err(kube::Error::Api(status)) if status.code == 403),
+            "{refused:?}"
+        );
+        Ok(())
+    })
 }
 
 #[test]
@@ -389,31 +382,24 @@ fn another_terminal_gets_a_shell_in_a_namespace() -> Result<()> {
 
 #[test]
 fn a_program_is_stopped_killed_and_waited_for() -> Result<()> {
-    Lab::run(
-        Options {
-            nodes: 1,
-            proxy: e2e::ProxyMode::None,
-            ..Options::default()
-        },
-        async |lab| {
-            let script = "trap 'echo bye; exit 3' TERM; echo $WORD; while :; do sleep 0.05; done";
-            let process = lab.start_process("m", "script", ["sh", "-c", script], &[("WORD", "hello")])?;
-            wait_until("it has begun", Duration::from_secs(5), async || {
-                ensure!(process.log().contains("hello"));
-                Ok(())
-            })
-            .await?;
-            ensure!(process.is_running());
-            ensure!(process.stop().await?.code() == Some(3));
-            ensure!(!process.is_running() && process.log().contains("bye") && process.check().is_err());
-            let process = lab.start_process("m", "sleep", ["sleep", "1000"], &[])?;
-            process.signal(Signal::SIGSTOP);
-            process.signal(Signal::SIGCONT);
-            process.kill().await?;
-            ensure!(!process.is_running());
+    Lab::run(Options::one_node(), async |lab| {
+        let script = "trap 'echo bye; exit 3' TERM; echo $WORD; while :; do sleep 0.05; done";
+        let process = lab.start_process("m", "script", ["sh", "-c", script], &[("WORD", "hello")])?;
+        wait_until("it has begun", Duration::from_secs(5), async || {
+            ensure!(process.log().contains("hello"));
             Ok(())
-        },
-    )
+        })
+        .await?;
+        ensure!(process.is_running());
+        ensure!(process.stop().await?.code() == Some(3));
+        ensure!(!process.is_running() && process.log().contains("bye") && process.check().is_err());
+        let process = lab.start_process("m", "sleep", ["sleep", "1000"], &[])?;
+        process.signal(Signal::SIGSTOP);
+        process.signal(Signal::SIGCONT);
+        process.kill().await?;
+        ensure!(!process.is_running());
+        Ok(())
+    })
 }
 
 /// The other half of the test below: a lab that is told how to end by a variable of the environment.
@@ -515,9 +501,7 @@ fn says_where_its_logs_are() -> Result<()> {
     }
     let options = Options {
         name: Some("logs".to_owned()),
-        nodes: 1,
-        proxy: e2e::ProxyMode::None,
-        ..Options::default()
+        ..Options::one_node()
     };
     Lab::run(options, async |lab| {
         eprintln!("logs {}", lab.logs().display());
@@ -565,9 +549,7 @@ fn asks_for_what_is_not_there() -> Result<()> {
     }
     let options = Options {
         name: Some("not-there".to_owned()),
-        nodes: 1,
-        proxy: e2e::ProxyMode::None,
-        ..Options::default()
+        ..Options::one_node()
     };
     Lab::run(options, async |lab| {
         let wanted = [

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use crds::{annotations, service};
-use e2e::{Lab, Options, ProxyMode, wait_until};
+use e2e::{Lab, wait_until};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Api, Patch, PatchParams, PostParams};
@@ -44,20 +44,6 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: team}
 ";
-
-fn with_allocator(test: impl AsyncFnOnce(&Lab, e2e::Process) -> Result<()> + Send) -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
-        lab.install().await?;
-        let allocator = lab.start_allocator().await?;
-        lab.apply(GROUPS).await?;
-        test(&lab, allocator).await
-    })
-}
 
 fn api(lab: &Lab, namespace: &str) -> Api<Service> {
     Api::namespaced(lab.client(), namespace)
@@ -143,7 +129,7 @@ fn in_group(name: &str) -> Value {
 
 #[test]
 fn namespaces_use_their_own_group_and_others_do_not() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         create(lab, "team", "own", json!({})).await?;
         has(lab, "team", "own", &["10.201.0.1"]).await?;
         create(lab, "team", "stray", in_group("default")).await?;
@@ -174,7 +160,7 @@ fn namespaces_use_their_own_group_and_others_do_not() -> Result<()> {
 
 #[test]
 fn multi_pool_services_get_an_address_of_each_range_also_of_one_that_comes_later() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         create(lab, "default", "wide", in_group("many")).await?;
         has(lab, "default", "wide", &["10.202.0.1", "10.203.0.1"]).await?;
         event(lab, "default", "wide", "Multi-pool: assigned 2 IPs from pool many").await?;
@@ -203,7 +189,7 @@ fn multi_pool_services_get_an_address_of_each_range_also_of_one_that_comes_later
 
 #[test]
 fn re_evaluation_moves_and_is_taken_off_and_families_come_and_go() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         create(
             lab,
             "default",
@@ -248,7 +234,7 @@ fn re_evaluation_moves_and_is_taken_off_and_families_come_and_go() -> Result<()>
 
 #[test]
 fn local_traffic_policy_becomes_cluster_on_local_addresses_unless_allowed() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let policy = async |name: &str, expected: &str| {
             wait_until(&format!("{name} is {expected}"), SOON, async || {
                 let spec = api(lab, "default").get(name).await?.spec.unwrap_or_default();
@@ -289,7 +275,7 @@ fn local_traffic_policy_becomes_cluster_on_local_addresses_unless_allowed() -> R
 
 #[test]
 fn a_waiting_service_says_why_once_also_through_a_restart() -> Result<()> {
-    with_allocator(async |lab, allocator| {
+    Lab::with_allocator(GROUPS, async |lab, allocator| {
         for name in ["a", "b"] {
             create(lab, "team", name, json!({})).await?;
         }
@@ -330,7 +316,7 @@ fn a_waiting_service_says_why_once_also_through_a_restart() -> Result<()> {
 
 #[test]
 fn of_two_services_with_one_address_the_older_keeps_it() -> Result<()> {
-    with_allocator(async |lab, allocator| {
+    Lab::with_allocator(GROUPS, async |lab, allocator| {
         create(lab, "default", "older", json!({})).await?;
         has(lab, "default", "older", &["10.31.200.1"]).await?;
         // Times of creation have whole seconds.
@@ -362,7 +348,7 @@ fn of_two_services_with_one_address_the_older_keeps_it() -> Result<()> {
 
 #[test]
 fn both_programs_serve_metrics_and_health() -> Result<()> {
-    with_allocator(async |lab, allocator| {
+    Lab::with_allocator(GROUPS, async |lab, allocator| {
         create(
             lab,
             "default",
@@ -417,7 +403,7 @@ fn both_programs_serve_metrics_and_health() -> Result<()> {
 
 #[test]
 fn a_group_that_overlaps_is_refused_and_whoever_names_it_is_told() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         create(lab, "default", "web", in_group("team2")).await?;
         says(
             lab,
@@ -467,7 +453,7 @@ fn a_group_that_overlaps_is_refused_and_whoever_names_it_is_told() -> Result<()>
 
 #[test]
 fn an_address_asked_for_in_the_old_way_is_had_with_remarks() -> Result<()> {
-    with_allocator(async |lab, _| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let asked = json!({
             "metadata": {"annotations": {annotations::SERVICE_GROUP: "many"}}, "spec": {"loadBalancerIP": "10.31.200.20"},
         });

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, ProxyMode, wait_until};
+use e2e::{Lab, Options, wait_until};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -175,12 +175,7 @@ const ROWS: &[Row] = &[
 
 #[test]
 fn good_groups_are_accepted_and_bad_ones_refused_in_a_sentence() -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         lab.install().await?;
         ensure!(
             lab.install()

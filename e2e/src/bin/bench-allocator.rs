@@ -12,7 +12,7 @@ use clap::Parser;
 use crds::annotations;
 use crds::event::{ALLOCATOR, Notice};
 use crds::service::ingress;
-use e2e::{Lab, Options, Process, ProxyMode, audit, wait_until};
+use e2e::{Lab, Options, Process, audit, wait_until};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use k8s_openapi::api::events::v1::Event;
@@ -51,9 +51,7 @@ fn main() -> Result<()> {
     let flags = Flags::parse();
     let options = Options {
         name: Some("bench-allocator".into()),
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
+        ..Options::one_node()
     };
     Lab::run(options, async |lab| bench(&lab, &flags).await)
 }

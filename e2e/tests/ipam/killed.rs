@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use crds::service::{ingress, is_load_balancer};
-use e2e::{Cutter, Lab, Side, wait_until};
+use e2e::{Cutter, Lab, Options, Side, wait_until};
 use serde_json::{Value, json};
 
-use super::{GROUPS, SOON, Sides, group, options};
+use super::{GROUPS, SOON, Sides, group};
 
 /// A kubeconfig for the allocator that leads through a proxy, and the proxy.
 async fn detour(lab: &Lab) -> Result<(Cutter, String)> {
@@ -45,7 +45,7 @@ async fn is_wanted(sides: &Sides<'_>, name: &str) -> Result<bool> {
 
 #[test]
 fn killed_at_every_request_it_loses_no_reservation() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         lab.apply(GROUPS).await?;

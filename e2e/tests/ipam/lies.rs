@@ -7,14 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Result, ensure};
 use crds::annotations;
 use e2e::ipam::serve;
-use e2e::{Lab, wait_until};
+use e2e::{Lab, Options, wait_until};
 use ipam::{Address, AllocateRequest, AllocateResponse, ReleaseRequest, ReleaseResponse, StatsRequest, StatsResponse};
 use kube::ResourceExt;
 use kube::api::ListParams;
 use serde_json::json;
 use tonic::{Request, Response, Status};
 
-use super::{GROUPS, SOCKET, SOON, Sides, group, options};
+use super::{GROUPS, SOCKET, SOON, Sides, group};
 
 /// Service, what it is answered, and reason and message of its condition.
 const LIES: [(&str, &[&str], &str, &str); 9] = [
@@ -123,7 +123,7 @@ impl ipam::ipam_server::Ipam for Liar {
 
 #[test]
 fn a_provider_that_lies_is_not_believed() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         lab.apply(GROUPS).await?;

@@ -16,7 +16,7 @@ use anyhow::{Result, ensure};
 use crds::service::{annotation, ingress, reserved_in};
 use crds::{ServiceGroup, ServiceKey, annotations};
 use e2e::ipam::{Ledger, read_ledger};
-use e2e::{Lab, Options, Process, ProxyMode, wait_until};
+use e2e::{Lab, Process, wait_until};
 use k8s_openapi::api::core::v1::Service;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
@@ -39,14 +39,6 @@ metadata: {name: default, namespace: purelb}
 spec:
   local: {v4pool: {pool: 10.31.200.1-10.31.200.30, subnet: 10.31.0.0/16}}
 ";
-
-fn options() -> Options {
-    Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    }
-}
 
 /// A cluster's Services and what their provider says it has for them.
 struct Sides<'a> {

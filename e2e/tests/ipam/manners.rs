@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use crds::service::{ingress, reserved_in};
 use e2e::ipam::{Reference, serve};
-use e2e::{Lab, wait_until};
+use e2e::{Lab, Options, wait_until};
 use ipam::release_request::What;
 use ipam::{AllocateRequest, AllocateResponse, ReleaseRequest, ReleaseResponse, StatsRequest, StatsResponse};
 use k8s_openapi::api::core::v1::Service;
@@ -16,7 +16,7 @@ use kube::api::Api;
 use serde_json::json;
 use tonic::{Request, Response, Status};
 
-use super::{GROUPS, LEDGER, SOCKET, SOON, Sides, group, options};
+use super::{GROUPS, LEDGER, SOCKET, SOON, Sides, group};
 
 /// A provider that takes its time, and looks at the Services it is asked about.
 #[derive(Clone)]
@@ -95,7 +95,7 @@ impl ipam::ipam_server::Ipam for Witness {
 
 #[test]
 fn a_provider_is_asked_once_at_a_time_and_given_back_what_no_service_shows() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         lab.apply(GROUPS).await?;

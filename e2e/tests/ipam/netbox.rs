@@ -1,16 +1,14 @@
 //! Addresses from Netbox.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Result, ensure};
 use crds::annotations;
-use crds::conflict::{self, Conflict, Mac};
+use crds::conflict::Mac;
 use crds::service::annotation;
 use e2e::netbox::{Entry, Netbox};
-use e2e::{Lab, wait_until};
+use e2e::{Lab, Options, wait_until};
 use serde_json::json;
 
-use super::{SOON, Sides, group, options};
+use super::{SOON, Sides, group};
 
 /// Waits until these addresses are active, with these descriptions.
 async fn taken(netbox: &Netbox, expected: &[(&str, &str)]) -> Result<()> {
@@ -29,7 +27,7 @@ async fn taken(netbox: &Netbox, expected: &[(&str, &str)]) -> Result<()> {
 
 #[test]
 fn netbox_with_an_authority_of_its_own_is_trusted_when_that_is_given() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let listen = || lab.in_network("m", || std::net::TcpListener::bind("10.31.188.1:0"));
@@ -86,7 +84,7 @@ fn netbox_with_an_authority_of_its_own_is_trusted_when_that_is_given() -> Result
 #[test]
 fn netbox_addresses_are_taken_and_reserved_again() -> Result<()> {
     const TOKEN: [(&str, &str); 1] = [("NETBOX_USER_TOKEN", "0123456789abcdef")];
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let listener = lab.in_network("m", || std::net::TcpListener::bind("10.31.188.1:0"))??;
@@ -184,7 +182,7 @@ fn netbox_addresses_are_taken_and_reserved_again() -> Result<()> {
 
 #[test]
 fn an_address_that_a_foreign_host_has_is_reserved_again_and_another_is_taken() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let listener = lab.in_network("m", || std::net::TcpListener::bind("10.31.188.1:0"))??;
@@ -208,11 +206,7 @@ fn an_address_that_a_foreign_host_has_is_reserved_again_and_another_is_taken() -
             "The host 02:00:00:00:00:99 has 10.230.0.1 already, as node {node} found: this Service has 10.230.0.2 instead"
         );
         let mac = Mac([2, 0, 0, 0, 0, 0x99]);
-        let found = BTreeMap::from([("10.230.0.1".parse()?, Conflict { mac, node })]);
-        let status = json!({"conditions": conflict::conditions(&sides.api.get("a").await?, &found)});
-        let written = json!({annotations::ADDRESS_CONFLICT: conflict::write(&found)});
-        sides.patch("a", json!({"metadata": {"annotations": written}})).await?;
-        lab.patch_status("service", "default", "a", status).await?;
+        lab.report_conflict("a", Some(mac), &node).await?;
         sides.has("a", &["10.230.0.2"]).await?;
         sides.event("a", &sentence).await?;
         taken(&netbox, &[("10.230.0.2/24", "[default/a]")]).await?;

@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use crds::annotations;
 use crds::service::{annotation, ingress};
-use e2e::{Lab, Signal, stays, wait_until};
+use e2e::{Lab, Options, Signal, stays, wait_until};
 use kube::ResourceExt;
 use serde_json::json;
 
-use super::{GROUPS, SOON, Sides, group, options};
+use super::{GROUPS, SOON, Sides, group};
 
 /// When these Services, the last ones, are gone, the provider has nothing reserved any more.
 async fn nothing_stays(sides: &Sides<'_>, services: &[&str]) -> Result<()> {
@@ -25,7 +25,7 @@ async fn nothing_stays(sides: &Sides<'_>, services: &[&str]) -> Result<()> {
 #[test]
 fn addresses_of_a_provider_are_reserved_used_and_shared() -> Result<()> {
     const BOTH: &str = "RequireDualStack";
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let _provider = sides.provider()?;
@@ -79,7 +79,7 @@ fn addresses_of_a_provider_are_reserved_used_and_shared() -> Result<()> {
 #[test]
 fn a_full_provider_and_what_is_given_back_to_it() -> Result<()> {
     const BOTH: &str = "RequireDualStack";
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let _provider = sides.provider()?;
@@ -172,7 +172,7 @@ fn a_full_provider_and_what_is_given_back_to_it() -> Result<()> {
 
 #[test]
 fn a_provider_that_is_down_or_slow_holds_up_its_own_services_only() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         let allocator = lab.start_allocator().await?;

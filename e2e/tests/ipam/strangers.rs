@@ -5,10 +5,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use crds::annotations;
 use crds::service::{annotation, ingress};
-use e2e::{Lab, stays, wait_until};
+use e2e::{Lab, Options, stays, wait_until};
 use serde_json::json;
 
-use super::{LEDGER, SOCKET, SOON, Sides, group, options};
+use super::{LEDGER, SOCKET, SOON, Sides, group};
 
 /// Of the nodes' own subnet, so that nodes ask who has an address before they announce it.
 const GROUP: &str = "
@@ -21,7 +21,7 @@ spec:
 
 #[test]
 fn an_address_that_a_foreign_host_has_is_given_back_and_another_is_had() -> Result<()> {
-    Lab::run(options(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let sides = Sides::new(&lab);
         lab.install().await?;
         for ip in ["10.31.201.1/16", "10.31.201.2/16"] {

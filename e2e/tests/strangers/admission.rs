@@ -92,12 +92,7 @@ async fn in_force(is_refused: impl AsyncFn(u128) -> Result<()>) -> Result<()> {
 
 #[test]
 fn authors_do_not_write_what_the_allocator_writes_and_their_tools_go_on_working() -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         lab.apply(TENANT).await?;
@@ -244,12 +239,7 @@ fn an_agent_writes_the_lbnode_of_its_own_node_only_and_no_service() -> Result<()
 
 #[test]
 fn the_allocator_changes_of_a_service_what_it_has_to_and_nothing_else() -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         lab.apply(PLAIN).await?;

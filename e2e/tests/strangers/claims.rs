@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use crds::conflict::{self, Conflict, Mac};
+use crds::conflict::Mac;
 use crds::service::ingress;
 use crds::{ServiceGroup, annotations};
-use e2e::{Lab, Options, ProxyMode, stays, wait_until};
+use e2e::{Lab, stays, wait_until};
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
-use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(30);
@@ -43,21 +42,6 @@ kind: ServiceGroup
 metadata: {name: routed, namespace: purelb}
 spec: {remote: {v4pool: {pool: 10.201.0.0/24, subnet: 10.201.0.0/24}}}
 ";
-
-/// A cluster without proxies: the API server and the allocator are what counts here.
-fn with_allocator(test: impl AsyncFnOnce(&Lab) -> Result<()> + Send) -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
-        lab.install().await?;
-        let _allocator = lab.start_allocator().await?;
-        wait_until("the definitions are served", SOON, async || lab.apply(GROUPS).await).await?;
-        test(&lab).await
-    })
-}
 
 fn api(lab: &Lab, namespace: &str) -> Api<Service> {
     Api::namespaced(lab.client(), namespace)
@@ -141,7 +125,7 @@ async fn group_says(lab: &Lab, group: &str, type_: &str) -> Result<Option<String
 
 #[test]
 fn no_service_gets_an_address_that_is_something_else_in_the_cluster() -> Result<()> {
-    with_allocator(async |lab| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let node = lab.node("m")?.ipv4.to_string();
         lab.apply(
             "{apiVersion: v1, kind: Service, metadata: {name: external}, \
@@ -242,7 +226,7 @@ fn no_service_gets_an_address_that_is_something_else_in_the_cluster() -> Result<
 
 #[test]
 fn who_changes_a_claim_gives_way_and_keys_hold_within_a_namespace() -> Result<()> {
-    with_allocator(async |lab| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let key = |key| (annotations::ALLOW_SHARED_IP, key);
         // The older comes to a port of the younger.
         apply(lab, "default", "older", &[key("k")], port(80)).await?;
@@ -347,29 +331,9 @@ fn who_changes_a_claim_gives_way_and_keys_hold_within_a_namespace() -> Result<()
     })
 }
 
-/// Says of a Service what an agent says that found a host on its addresses.
-async fn report(lab: &Lab, name: &str, mac: Option<Mac>, node: &str) -> Result<()> {
-    let service = api(lab, "default").get(name).await?;
-    let mut found = BTreeMap::new();
-    if let Some(mac) = mac {
-        let conflict = Conflict {
-            mac,
-            node: node.to_owned(),
-        };
-        found.extend(ingress(&service).into_iter().map(|ip| (ip, conflict.clone())));
-    }
-    let patch = json!({
-        "metadata": {"annotations": {annotations::ADDRESS_CONFLICT: conflict::write(&found)}},
-        "status": {"conditions": conflict::conditions(&service, &found)},
-    });
-    let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
-    api(lab, "default").patch_status(name, &params, &patch).await?;
-    Ok(())
-}
-
 #[test]
 fn a_host_that_has_every_address_moves_no_more_services_than_its_share_of_the_pool() -> Result<()> {
-    with_allocator(async |lab| {
+    Lab::with_allocator(GROUPS, async |lab, _| {
         let names = ["s1", "s2", "s3", "s4", "s5", "s6"];
         for (name, last) in names.into_iter().zip(1..) {
             apply(lab, "default", name, &[], json!({})).await?;
@@ -380,15 +344,15 @@ fn a_host_that_has_every_address_moves_no_more_services_than_its_share_of_the_po
             .await?;
         let mac = Mac([2, 0, 0, 0, 0, 0x66]);
         // Nobody of this name is here, so nobody has found anything.
-        report(lab, "s1", Some(mac), "stranger").await?;
+        lab.report_conflict("s1", Some(mac), "stranger").await?;
         keeps(lab, "default", "s1", &["10.31.200.1"]).await?;
         // The pool has thirty addresses, of which a host keeps four.
         for (name, last) in names.into_iter().zip(7..11) {
-            report(lab, name, Some(mac), node.trim()).await?;
+            lab.report_conflict(name, Some(mac), node.trim()).await?;
             has(lab, "default", name, &[&format!("10.31.200.{last}")]).await?;
         }
         for name in ["s5", "s6"] {
-            report(lab, name, Some(mac), node.trim()).await?;
+            lab.report_conflict(name, Some(mac), node.trim()).await?;
         }
         wait_until("the group names the host", SOON, async || {
             let said = group_says(lab, "default", "ForeignHosts").await?.unwrap_or_default();
@@ -403,7 +367,7 @@ fn a_host_that_has_every_address_moves_no_more_services_than_its_share_of_the_po
         apply(lab, "default", "next", &[], json!({})).await?;
         has(lab, "default", "next", &["10.31.200.11"]).await?;
         for name in ["s5", "s6"] {
-            report(lab, name, None, node.trim()).await?;
+            lab.report_conflict(name, None, node.trim()).await?;
         }
         wait_until("all is well with the group", SOON, async || {
             let said = group_says(lab, "default", "ForeignHosts").await?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use crds::service::ingress;
-use e2e::{Lab, MemoryLimit, Options, Process, ProxyMode, wait_until};
+use e2e::{Lab, MemoryLimit, Options, Process, wait_until};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Namespace, Service};
@@ -144,12 +144,7 @@ impl Limited {
 
 #[test]
 fn a_thousand_large_services_and_a_hundred_thousand_endpoints_stop_no_program_running_or_started_anew() -> Result<()> {
-    let options = Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    };
-    Lab::run(options, async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         lab.apply(GROUP).await?;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use crds::event::ALLOCATOR;
 use crds::record::Granted;
 use crds::service::{annotation, ingress};
-use e2e::{Lab, Options, ProxyMode, stays, wait_until};
+use e2e::{Lab, Options, stays, wait_until};
 use k8s_openapi::api::core::v1::Service;
 use kube::Api;
 use serde_json::{Value, json};
@@ -84,14 +84,6 @@ async fn is_whole(lab: &Lab, name: &str) -> Result<Vec<String>> {
     Ok(shown.iter().map(ToString::to_string).collect())
 }
 
-fn one_node() -> Options {
-    Options {
-        nodes: 1,
-        proxy: ProxyMode::None,
-        ..Options::default()
-    }
-}
-
 async fn kept(lab: &Lab, what: &str, name: &str, addresses: &[String]) -> Result<()> {
     wait_until(&format!("{name} is whole again: {what}"), SOON, async || {
         let now = is_whole(lab, name).await?;
@@ -103,7 +95,7 @@ async fn kept(lab: &Lab, what: &str, name: &str, addresses: &[String]) -> Result
 
 #[test]
 fn whatever_tools_take_off_or_change_comes_back_and_the_address_stays() -> Result<()> {
-    Lab::run(one_node(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         let allocator = lab.start_allocator().await?;
@@ -203,7 +195,7 @@ async fn left_by_others(lab: &Lab, manifest: &str, name: &str, ingress: Value) -
 
 #[test]
 fn what_an_author_forges_is_not_adopted_and_what_was_ours_is() -> Result<()> {
-    Lab::run(one_node(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         wait_until("the definitions are served", SOON, async || lab.apply(GROUPS).await).await?;
@@ -338,7 +330,7 @@ spec: {remote: {v4pool: {pool: 10.201.0.1-10.201.0.9, subnet: 10.201.0.0/24}}}
 
 #[test]
 fn a_status_that_another_controller_overwrites_is_told_of_and_not_fought_over() -> Result<()> {
-    Lab::run(one_node(), async |lab| {
+    Lab::run(Options::one_node(), async |lab| {
         let lab = &lab;
         lab.install().await?;
         lab.start_allocator().await?;
