@@ -29,7 +29,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use crate::refusal::{LISTED, Refusal};
 
 /// Type of the condition.
-pub const TYPE: &str = "purelb.io/Allocated";
+pub const TYPE: &str = record::ALLOCATED;
 
 /// What the condition says.
 #[derive(Clone, Debug, PartialEq, Eq)]

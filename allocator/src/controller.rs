@@ -7,6 +7,7 @@
 
 mod external;
 mod groups;
+mod nodes;
 mod reserved;
 mod slim;
 mod strangers;
@@ -18,8 +19,8 @@ use std::net::IpAddr;
 use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
 use crds::record;
-use crds::service::{annotation, ingress, is_load_balancer};
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations, conflict};
+use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class};
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
 use daemon::{Change, Mirror, Ready, Reporter, Selection};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
@@ -44,9 +45,10 @@ use crate::ipam::Access;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::lint;
 use crate::metrics::Metrics;
+use crate::nodes::{Nodes, Report};
 use crate::notices;
 use crate::patch::{assignment, statement, withdrawal};
-use crate::record::{Standing, is_anothers, order};
+use crate::record::{Standing, order};
 use crate::refusal::Refusal;
 use crate::request::{self, Reading, Request};
 use crate::reserved::OfService;
@@ -62,6 +64,8 @@ pub struct Settings {
     pub instance: String,
     /// What Netbox wants to see.
     pub netbox: Access,
+    /// Whether nodes have agents of ours, which say what they announce.
+    pub has_agents: bool,
 }
 
 enum Input {
@@ -75,6 +79,7 @@ enum Input {
     Node(Named<crate::reserved::Node>),
     ApiServer(Named<Vec<IpAddr>>),
     ServiceNetwork(Named<Vec<IpNet>>),
+    LBNode(Named<Report>),
     /// The API server has no such kind.
     NoServiceNetworks,
     External(external::Message),
@@ -90,6 +95,9 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
     daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Service);
     daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Group);
     reserved::watch(&client, &sender);
+    if settings.has_agents {
+        nodes::watch(&client, &settings.namespace, &sender);
+    }
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
         let flush = controller.status_due;
@@ -143,6 +151,11 @@ struct Controller {
     status_due: Option<Instant>,
     /// What is known of other addresses in the cluster.
     others: reserved::Sources,
+    /// What nodes say of addresses, and the LBNodes that they say it in.
+    nodes: Nodes,
+    lbnodes: reserved::Seen,
+    /// Since when nobody announces an address of a Service.
+    silent: HashMap<ServiceKey, Instant>,
     /// Services that keep an address for now that a host outside the cluster has.
     unheeded: BTreeMap<ServiceKey, Unheeded>,
 
@@ -196,6 +209,9 @@ impl Controller {
             statuses: BTreeMap::new(),
             status_due: None,
             others: reserved::Sources::default(),
+            nodes: Nodes::default(),
+            lbnodes: reserved::Seen::default(),
+            silent: HashMap::new(),
             unheeded: BTreeMap::new(),
         }
     }
@@ -219,6 +235,7 @@ impl Controller {
             Input::LookAgain(key) => self.look_at_stranger_again(&key),
             Input::Node(event) => self.node_event(event),
             Input::ApiServer(event) => self.api_server_event(event),
+            Input::LBNode(event) => self.lbnode_event(event),
             Input::ServiceNetwork(event) => self.service_network_event(event),
             Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),
@@ -278,6 +295,7 @@ impl Controller {
         self.failures.remove(key);
         self.granted.remove(key);
         self.foreign.remove(key);
+        self.silent.remove(key);
         self.forget_unheeded(key);
         if self.ledger.reserve_for(key, OfService::default()) {
             self.reserved_changed();
@@ -311,6 +329,7 @@ impl Controller {
         for key in &keys {
             self.reconcile(key);
         }
+        self.know_nodes();
         self.is_starting = !self.queue.is_empty();
         self.ready.set(Ok(()));
         self.metrics.client.config_loaded.set(1);
@@ -338,7 +357,7 @@ impl Controller {
             self.foreign.insert(key.clone());
         }
         // What was taken from both the record and the status is known here still, and put back.
-        if standing == Standing::Bare && !was_foreign && !is_anothers(&service) {
+        if standing == Standing::Bare && !was_foreign && !is_of_another_class(&service) {
             return Vec::new();
         }
         let held = standing.in_use();
@@ -418,7 +437,7 @@ impl Controller {
             Reading::NotOurs => {
                 self.waiting.remove(key);
                 // Without a class it may have been ours before it was decided that those are not.
-                if is_anothers(&service) {
+                if is_of_another_class(&service) {
                     self.disown(key, &service);
                 }
             }
@@ -430,6 +449,7 @@ impl Controller {
             }
             Reading::Wants(request) => self.serve(&service, &request),
         }
+        self.tell_of_silence(key, &service);
         self.settle(key);
     }
 
@@ -453,8 +473,8 @@ impl Controller {
 
     fn serve(&mut self, service: &Service, request: &Request) {
         let key = &request.service;
-        self.heed_strangers(request, &conflict::confirmed(service), Timestamp::now());
         let held = self.ledger.addresses_of(key).to_vec();
+        self.heed_strangers(request, &self.nodes.conflicts(service, &held), Timestamp::now());
         // Who has a better right to an address of this Service, or nobody may have it. It gets another in the same PATCH, so
         // that it is never without one. Where there is none to get, it keeps the address if that harms nobody, and gives it up
         // and waits if it does. In all cases it is told.
@@ -493,7 +513,7 @@ impl Controller {
             self.usage_changed();
         }
         self.tell_of_conflicts(key, service, &contested, &grant.addresses);
-        if let Some(patch) = assignment(service, request.re_evaluate, &grant) {
+        if let Some(patch) = assignment(service, request.re_evaluate, &grant, &self.nodes) {
             for remark in external::remarks(&self.ledger, request, &grant) {
                 self.tell_once(key, service, remark.clone());
             }
@@ -576,7 +596,7 @@ impl Controller {
             self.tell_once(key, service, notices::refused(service, refusal));
         }
         let keeps = keep(&self.ledger, key, keeps);
-        if let Some(patch) = statement(service, &keeps, &saying, false) {
+        if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes) {
             self.write(key.clone(), Part::Status, patch);
         }
     }
@@ -592,7 +612,7 @@ impl Controller {
                     self.tell_once(key, service, notices::overwritten(&others, &ours));
                 }
                 let keeps = keep(&self.ledger, key, ours);
-                if let Some(patch) = statement(service, &keeps, &saying, false) {
+                if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes) {
                     self.write(key.clone(), Part::Status, patch);
                 }
             }

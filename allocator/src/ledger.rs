@@ -338,6 +338,12 @@ impl Ledger {
         self.holders.get(&ip).map_or(0, Holders::len)
     }
 
+    /// The Services that hold `ip`.
+    pub fn services_of(&self, ip: IpAddr) -> impl Iterator<Item = &ServiceKey> {
+        let holders = self.holders.get(&ip).into_iter();
+        holders.flat_map(|all| all.iter().map(|holder| &holder.service))
+    }
+
     /// Whether an address is announced on one node's interface for certain.
     fn is_local(&self, ip: IpAddr) -> bool {
         let group = self.origin(ip).and_then(|group| self.group(group));

@@ -17,6 +17,7 @@ pub mod ledger;
 pub mod lint;
 pub mod metrics;
 pub mod namespaces;
+pub mod nodes;
 pub mod notices;
 pub mod offers;
 pub mod patch;

@@ -35,6 +35,10 @@ struct Flags {
     /// Make an LBNodeAgent `default` where the install namespace has none. The Helm chart makes its own.
     #[arg(long, env = "PURELB_CREATE_LBNODEAGENT", default_value_t = true, action = clap::ArgAction::Set)]
     create_lbnodeagent: bool,
+    /// Agents on the nodes say in their LBNodes which addresses they announce, and the Services are told; `false` where another
+    /// program announces them.
+    #[arg(long, env = "PURELB_AGENTS", default_value_t = true, action = clap::ArgAction::Set)]
+    agents: bool,
     #[command(subcommand)]
     errand: Option<Errand>,
 }
@@ -57,6 +61,7 @@ async fn main() -> anyhow::Result<()> {
             .pod_name
             .or_else(|| std::env::var("HOSTNAME").ok())
             .unwrap_or_else(|| "allocator".into()),
+        has_agents: flags.agents,
         netbox: Access::new(&flags.netbox_user_token, &flags.netbox_ca),
     };
     tracing::info!(

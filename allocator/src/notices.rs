@@ -205,6 +205,22 @@ pub fn local_allowed() -> Notice {
     )
 }
 
+/// The reason of the event about addresses that nobody announces.
+pub const NOT_ANNOUNCED: &str = "NotAnnounced";
+
+/// Whether a reason why nobody announces an address is told by that event: nodes tell of the others themselves.
+pub fn is_told_here(reason: &str) -> bool {
+    ["NoAgent", "NoSubnet", "NoEndpoint", "NoInterface", "LinkDown"].contains(&reason)
+}
+
+/// Nobody announces addresses of a Service: each with a word for programs and a sentence for people.
+pub fn not_announced(silences: &[(IpAddr, &str, &str)]) -> Notice {
+    let sentences = silences
+        .iter()
+        .map(|(ip, _, why)| format!("{ip} is not announced: {why}"));
+    Notice::warning(NOT_ANNOUNCED, sentences.collect::<Vec<_>>().join(". "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

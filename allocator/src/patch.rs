@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use crds::record::{self, Granted};
-use crds::service::{annotation, ingress};
+use crds::service::{annotation, ingress, is_of_another_class};
 use crds::servicegroup::Announce;
 use crds::{annotations, conflict};
 use k8s_openapi::api::core::v1::Service;
@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 
 use crate::condition::{self, Saying};
 use crate::decide::Grant;
-use crate::record::{foreign, is_anothers};
+use crate::nodes::Nodes;
+use crate::record::foreign;
 
 /// The annotations that only the allocator has to do with.
 const MARKS: [&str; 6] = [
@@ -29,16 +30,23 @@ const CONDITIONS: [&str; 4] = [condition::TYPE, record::GRANTED, record::ANNOUNC
 
 /// The PATCH that makes a Service say what it was granted; `None` when it says so already. `re_evaluated`: it was decided about
 /// again, as it asked.
-pub fn assignment(service: &Service, re_evaluated: bool, grant: &Grant) -> Option<Value> {
+pub fn assignment(service: &Service, re_evaluated: bool, grant: &Grant, nodes: &Nodes) -> Option<Value> {
     let saying = match &grant.shortfall {
         Some(refusal) => Saying::incomplete(refusal),
         None => Saying::assigned(&grant.groups),
     };
-    statement(service, grant, &saying, re_evaluated)
+    statement(service, grant, &saying, re_evaluated, nodes)
 }
 
-/// The PATCH that makes a Service say what it has and why it has no more; `None` when it says so already.
-pub fn statement(service: &Service, grant: &Grant, saying: &Saying, re_evaluated: bool) -> Option<Value> {
+/// The PATCH that makes a Service say what it has, why it has no more, and what the nodes say of it; `None` when it says so
+/// already.
+pub fn statement(
+    service: &Service,
+    grant: &Grant,
+    saying: &Saying,
+    re_evaluated: bool,
+    nodes: &Nodes,
+) -> Option<Value> {
     let (mut conditions, mut gone) = (vec![saying.condition(service)], Vec::new());
     let mut wanted: BTreeMap<&str, Option<String>> = BTreeMap::new();
     if grant.addresses.is_empty() {
@@ -60,6 +68,15 @@ pub fn statement(service: &Service, grant: &Grant, saying: &Saying, re_evaluated
             Announce::Auto => None,
         };
         wanted.insert(annotations::POOL_TYPE, pool_type.map(ToOwned::to_owned));
+        if let Some(said) = nodes.of(service, &granted) {
+            wanted.extend(said.annotations(granted.announce == Announce::Auto));
+            for (type_, condition) in said.conditions(service) {
+                match condition {
+                    Some(condition) => conditions.push(condition),
+                    None => gone.push(type_),
+                }
+            }
+        }
         if grant.announce.is_some() {
             let skips = grant.skip_ipv6_dad.then(|| "true".to_owned());
             wanted.insert(annotations::SKIP_IPV6_DAD, skips);
@@ -128,7 +145,7 @@ pub fn withdrawal(service: &Service) -> Option<Value> {
     if let Some(conditions) = conditions {
         status.insert("conditions".into(), json!(conditions));
     }
-    if !is_anothers(service) {
+    if !is_of_another_class(service) {
         let is_recorded = Granted::read(service).is_some();
         let others = Some(foreign(service)).filter(|others| is_recorded && !others.is_empty());
         status.insert("loadBalancer".into(), json!({"ingress": others}));
@@ -202,7 +219,7 @@ mod tests {
     }
 
     fn assigned() -> Service {
-        let patch = assignment(&plain(), false, &grant(&["10.0.0.1", "fd00::1"])).unwrap();
+        let patch = assignment(&plain(), false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default()).unwrap();
         assert!(patch["status"]["loadBalancer"].is_object() && patch["status"]["conditions"].is_array());
         patched(&plain(), &patch)
     }
@@ -213,7 +230,8 @@ mod tests {
         let record = Granted::read(&assigned).unwrap();
         assert_eq!((record.announce, record.groups()), (Announce::Local, vec!["g"]));
         assert_eq!(ingress(&assigned), [ip("10.0.0.1"), ip("fd00::1")]);
-        assert_eq!(assignment(&assigned, false, &grant(&["10.0.0.1", "fd00::1"])), None);
+        let again = assignment(&assigned, false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default());
+        assert_eq!(again, None);
     }
 
     #[test]
@@ -236,7 +254,7 @@ mod tests {
         ]);
         for spoil in spoils {
             let spoiled = patched(&assigned, &spoil);
-            let patch = assignment(&spoiled, false, &grant(&["10.0.0.1", "fd00::1"])).unwrap();
+            let patch = assignment(&spoiled, false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default()).unwrap();
             let mended = patched(&spoiled, &patch);
             assert_eq!(ingress(&mended), ingress(&assigned), "{spoil}");
             assert_eq!(Granted::read(&mended), Granted::read(&assigned), "{spoil}");
@@ -256,12 +274,12 @@ mod tests {
         );
         let grant = grant(&["10.0.0.1", "fd00::1"]);
         let saying = Saying::overwritten(&["lb.example.org".into()], &grant.addresses);
-        let patch = statement(&overwritten, &grant, &saying, false).unwrap();
+        let patch = statement(&overwritten, &grant, &saying, false, &Nodes::default()).unwrap();
         assert!(patch["status"]["loadBalancer"].is_null(), "{patch}");
         let told = patched(&overwritten, &patch);
         assert_eq!(annotation(&told, annotations::ALLOCATED_BY), Some("PureLB"));
         assert_eq!(Granted::read(&told), Granted::read(&assigned()));
-        assert_eq!(statement(&told, &grant, &saying, false), None);
+        assert_eq!(statement(&told, &grant, &saying, false, &Nodes::default()), None);
     }
 
     fn merged(one: &Value, other: &Value) -> Value {

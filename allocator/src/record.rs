@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use crds::annotations::{self, BRAND};
 use crds::record::Granted;
-use crds::service::{allocated_from, annotation, ingress, is_load_balancer, reserved_in};
+use crds::service::{allocated_from, annotation, ingress, is_of_another_class, reserved_in};
 use crds::servicegroup::Group;
 use k8s_openapi::api::core::v1::{LoadBalancerIngress, Service};
 
@@ -47,7 +47,7 @@ impl Standing {
     ///
     /// A class cannot be given up: what the status of a Service of another class says is never ours.
     pub fn of(service: &Service, ledger: &Ledger, may_adopt: bool) -> Self {
-        if is_anothers(service) {
+        if is_of_another_class(service) {
             let entries: Vec<String> = entries(service).map(shows).collect();
             return if entries.is_empty() {
                 Self::Bare
@@ -97,15 +97,6 @@ impl Standing {
 pub fn order(service: &Service) -> (bool, bool) {
     let gives_way = condition::ours(service).is_some_and(|said| said.status == "False");
     (gives_way, Granted::read(service).is_none())
-}
-
-/// Whether a Service names a class that is not ours.
-pub fn is_anothers(service: &Service) -> bool {
-    let class = service
-        .spec
-        .as_ref()
-        .and_then(|spec| spec.load_balancer_class.as_deref());
-    is_load_balancer(service) && class.is_some_and(|class| !annotations::LOAD_BALANCER_CLASSES.contains(&class))
 }
 
 fn entries(service: &Service) -> impl Iterator<Item = &LoadBalancerIngress> {

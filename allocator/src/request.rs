@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use crds::event::Notice;
+use crds::record::Announced;
 use crds::service::{annotation, is_load_balancer, is_traffic_local};
 use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
@@ -182,9 +183,7 @@ fn traffic(service: &Service) -> Traffic {
     Traffic {
         is_local: is_traffic_local(service),
         allows_local: annotation(service, annotations::ALLOW_LOCAL).is_some(),
-        is_announced: [annotations::ANNOUNCING_IPV4, annotations::ANNOUNCING_IPV6]
-            .into_iter()
-            .any(|key| annotation(service, key).is_some()),
+        is_announced: !Announced::owners(service).is_empty(),
     }
 }
 

@@ -15,6 +15,7 @@ use allocator::condition::Saying;
 use allocator::decide::{Grant, decide, keep};
 use allocator::groups::{GroupKey, Verdict, judge};
 use allocator::ledger::Ledger;
+use allocator::nodes::Nodes;
 use allocator::patch::{assignment, statement, withdrawal};
 use allocator::record::{Standing, order};
 use allocator::refusal::Refusal;
@@ -348,7 +349,7 @@ impl World {
                     self.waiting.insert(key.clone(), grant.shortfall.clone().unwrap());
                 }
                 let made_room = self.ledger.hold(key, &grant.addresses, &request.claim);
-                if let Some(patch) = assignment(service, request.re_evaluate, &grant) {
+                if let Some(patch) = assignment(service, request.re_evaluate, &grant, &Nodes::default()) {
                     self.patch(key, &patch);
                 }
                 Ok(made_room)
@@ -363,7 +364,7 @@ impl World {
                     .collect();
                 let made_room = self.ledger.hold(key, &keeps, &request.claim);
                 let keeps = keep(&self.ledger, key, keeps);
-                if let Some(patch) = statement(service, &keeps, &Saying::refused(&refusal), false) {
+                if let Some(patch) = statement(service, &keeps, &Saying::refused(&refusal), false, &Nodes::default()) {
                     self.patch(key, &patch);
                 }
                 self.waiting.insert(key.clone(), refusal);

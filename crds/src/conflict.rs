@@ -1,7 +1,7 @@
-//! How a node says that hosts outside the cluster have addresses of a Service, and the allocator reads it.
+//! How a Service says that hosts outside the cluster have addresses of it, as its nodes found.
 //!
-//! The annotation [`ADDRESS_CONFLICT`] is for programs, the condition [`CONDITION`] for people. Both are there only as
-//! long as there is a conflict.
+//! The allocator writes the condition [`CONDITION`] and reads it back, and the annotation `purelb.io/address-conflict` for other
+//! programs. Both are there only as long as there is a conflict.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,14 +11,12 @@ use std::str::FromStr;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use crate::annotations::ADDRESS_CONFLICT;
 use crate::record;
-use crate::service::annotation;
 
 /// Type of the condition: `True` while an address of the Service is not announced since another host has it.
 pub const CONDITION: &str = "purelb.io/AddressConflict";
 /// Its reason.
-const REASON: &str = "HeldByAnotherHost";
+pub const REASON: &str = "HeldByAnotherHost";
 
 /// An Ethernet address (IEEE 802), written `02:00:00:00:00:01`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,30 +67,12 @@ pub struct Conflict {
     pub node: String,
 }
 
-/// The addresses of a Service that other hosts have, as its annotation says. What is malformed is left out.
+/// The addresses of a Service that other hosts have, as the condition in its status says, which its author cannot write. What is
+/// malformed is left out.
 pub fn read(service: &Service) -> BTreeMap<IpAddr, Conflict> {
-    let text = annotation(service, ADDRESS_CONFLICT).unwrap_or_default();
-    let entries = text.split_whitespace().filter_map(|entry| {
-        let mut fields = entry.splitn(3, ',');
-        let ip = fields.next()?.parse().ok()?;
-        let (mac, node) = (fields.next()?.parse().ok()?, fields.next()?.to_owned());
-        Some((ip, Conflict { mac, node }))
-    });
-    entries.collect()
-}
-
-/// The same as far as the condition in the Service's status says it too, which its author cannot write.
-pub fn confirmed(service: &Service) -> BTreeMap<IpAddr, Conflict> {
-    let Some(said) = record::condition(service, CONDITION).filter(|said| said.status == "True") else {
-        return BTreeMap::new();
-    };
-    let mut found = read(service);
-    found.retain(|ip, conflict| {
-        said.message
-            .split("; ")
-            .any(|sentence| sentence == conflict.sentence(*ip))
-    });
-    found
+    let said = record::condition(service, CONDITION).filter(|said| said.status == "True");
+    let sentences = said.into_iter().flat_map(|said| said.message.split("; "));
+    sentences.filter_map(Conflict::parse).collect()
 }
 
 /// The annotation's value; `None` where there is no conflict.
@@ -104,17 +84,11 @@ pub fn write(conflicts: &BTreeMap<IpAddr, Conflict>) -> Option<String> {
     (!entries.is_empty()).then(|| entries.join(" "))
 }
 
-/// A Service's conditions, with the one about these conflicts or, where there are none, without; others' stay.
-pub fn conditions(service: &Service, conflicts: &BTreeMap<IpAddr, Conflict>) -> Vec<Condition> {
-    let known = record::conditions(service);
-    let others = known.iter().filter(|known| known.type_ != CONDITION);
-    let mut conditions: Vec<Condition> = others.cloned().collect();
-    if conflicts.is_empty() {
-        return conditions;
-    }
+/// The condition, as it replaces the one that `service` has; `None` where there is no conflict.
+pub fn condition(service: &Service, conflicts: &BTreeMap<IpAddr, Conflict>) -> Option<Condition> {
     let sentences: Vec<String> = conflicts.iter().map(|(ip, conflict)| conflict.sentence(*ip)).collect();
-    conditions.push(record::replacing(known, CONDITION, true, REASON, sentences.join("; ")));
-    conditions
+    let known = record::conditions(service);
+    (!sentences.is_empty()).then(|| record::replacing(known, CONDITION, true, REASON, sentences.join("; ")))
 }
 
 impl Conflict {
@@ -126,6 +100,17 @@ impl Conflict {
              the Service another address"
         )
     }
+
+    fn parse(sentence: &str) -> Option<(IpAddr, Self)> {
+        let (ip, rest) = sentence.split_once(" is not announced: node ")?;
+        let (node, rest) = rest.split_once(" finds that the host ")?;
+        let (mac, _) = rest.split_once(" has it already.")?;
+        let conflict = Self {
+            mac: mac.parse().ok()?,
+            node: node.to_owned(),
+        };
+        Some((ip.parse().ok()?, conflict))
+    }
 }
 
 #[cfg(test)]
@@ -133,39 +118,55 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn service(text: &str) -> Service {
+    fn service(message: &str) -> Service {
         serde_json::from_value(json!({
-            "metadata": {"annotations": {ADDRESS_CONFLICT: text}},
+            "metadata": {"annotations": {"purelb.io/address-conflict": "10.0.0.9,02:00:00:00:00:09,forged"}},
             "status": {"conditions": [
                 {"type": "other", "status": "True", "reason": "Is", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"},
-                {"type": CONDITION, "status": "True", "reason": "Was", "message": "", "lastTransitionTime": "2026-01-02T00:00:00Z"},
+                {"type": CONDITION, "status": "True", "reason": "Was", "message": message,
+                    "lastTransitionTime": "2026-01-02T00:00:00Z"},
             ]},
         }))
         .unwrap()
     }
 
     #[test]
-    fn what_is_written_is_read_and_what_is_malformed_is_left_out() {
-        let text = "10.0.0.1,02:00:00:00:00:01,w11 fd00::1,02:00:00:00:00:02,w12";
-        let read = read(&service(&format!("nonsense {text} 10.0.0.2,x")));
-        assert_eq!(read.len(), 2);
-        assert_eq!(write(&read).as_deref(), Some(text));
-        assert_eq!(write(&BTreeMap::new()), None);
-    }
-
-    #[test]
-    fn the_condition_is_there_while_there_is_a_conflict_and_others_stay() {
-        let service = service("10.0.0.1,02:00:00:00:00:01,w11");
-        let types = |conflicts: &BTreeMap<IpAddr, Conflict>| {
-            let conditions = conditions(&service, conflicts).into_iter();
-            conditions.map(|c| (c.type_, c.message)).collect::<Vec<_>>()
+    fn what_is_written_is_read_and_what_is_malformed_or_in_an_annotation_is_not() {
+        let found = |ip: &str, last: u8, node: &str| {
+            let conflict = Conflict {
+                mac: Mac([2, 0, 0, 0, 0, last]),
+                node: node.into(),
+            };
+            (ip.parse().unwrap(), conflict)
         };
-        let with = types(&read(&service));
+        let both = BTreeMap::from([found("10.0.0.1", 1, "w11"), found("fd00::1", 2, "w12.example.org")]);
+        let before = service("");
+        assert_eq!(read(&before), BTreeMap::new());
+        let said = condition(&before, &both).unwrap();
         assert_eq!(
-            (with.len(), with[0].0.as_str(), with[1].0.as_str()),
-            (2, "other", CONDITION)
+            said.last_transition_time,
+            record::conditions(&before)[1].last_transition_time
         );
-        assert!(with[1].1.contains("the host 02:00:00:00:00:01 has it"), "{}", with[1].1);
-        assert_eq!(types(&BTreeMap::new()).len(), 1);
+        assert!(
+            said.message.contains("the host 02:00:00:00:00:01 has it"),
+            "{}",
+            said.message
+        );
+        assert_eq!(read(&service(&said.message)), both);
+        assert_eq!(
+            read(&service(&format!(
+                "nonsense; {}; x is not announced: node",
+                said.message
+            ))),
+            both
+        );
+        assert_eq!(
+            write(&both).as_deref(),
+            Some("10.0.0.1,02:00:00:00:00:01,w11 fd00::1,02:00:00:00:00:02,w12.example.org")
+        );
+        assert_eq!(
+            (write(&BTreeMap::new()), condition(&before, &BTreeMap::new())),
+            (None, None)
+        );
     }
 }

@@ -166,10 +166,60 @@ pub struct Found {
 pub struct Unannounced {
     /// The address.
     pub ip: String,
-    /// Why, in a word for programs.
+    /// Why, in a word for programs: for an address that is not announced one of a [`Silence`].
     pub reason: String,
     /// Why, and the way out, for people.
     pub message: String,
+}
+
+/// Why an address is not announced: the words in [`Unannounced::reason`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Silence {
+    /// Its group is local, and no node has its subnet.
+    NoSubnet,
+    /// No node that could announce it has an endpoint that is asked for.
+    NoEndpoint,
+    /// It is something else in the cluster.
+    InUse,
+    /// This node has no interface for routed addresses.
+    NoInterface,
+    /// This node's interface in its subnet is down.
+    LinkDown,
+    /// This node's kernel refuses it.
+    Failed,
+}
+
+impl Silence {
+    const ALL: [Self; 6] = [
+        Self::NoSubnet,
+        Self::NoEndpoint,
+        Self::InUse,
+        Self::NoInterface,
+        Self::LinkDown,
+        Self::Failed,
+    ];
+
+    /// The word.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::NoSubnet => "NoSubnet",
+            Self::NoEndpoint => "NoEndpoint",
+            Self::InUse => "AddressInUse",
+            Self::NoInterface => "NoInterface",
+            Self::LinkDown => "LinkDown",
+            Self::Failed => "AnnouncementFailed",
+        }
+    }
+
+    /// The reason that a word names.
+    pub fn of(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.word() == word)
+    }
+
+    /// Whether it is so on all nodes, of which one says it.
+    pub const fn is_for_all(self) -> bool {
+        matches!(self, Self::NoSubnet | Self::NoEndpoint | Self::InUse)
+    }
 }
 
 /// A routing daemon.

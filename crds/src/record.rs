@@ -6,7 +6,7 @@
 //! | type | status | message |
 //! |---|---|---|
 //! | [`GRANTED`] | `True`, reason `Local`, `Remote` or `Auto` | `10.0.0.1 from default, fd00::1 from default` |
-//! | [`ANNOUNCED`] | `True` or `False` | `10.0.0.1 by node1 (eth0); fd00::1 by nobody: no node has its subnet` |
+//! | [`ANNOUNCED`] | `True` or `False` | `10.0.0.1 by node1 (eth0); 10.9.0.1 routed; fd00::1 by nobody: no node has its subnet` |
 //!
 //! Both are written by the allocator alone and read by both programs. A reader takes what it can parse and drops the rest.
 
@@ -20,6 +20,8 @@ use k8s_openapi::jiff::Timestamp;
 
 use crate::Announce;
 
+/// Type of the condition that says whether a Service has what it asked for.
+pub const ALLOCATED: &str = "purelb.io/Allocated";
 /// Type of the condition that says which addresses the allocator gave the Service: a [`Granted`].
 pub const GRANTED: &str = "purelb.io/Granted";
 /// Type of the condition that says who announces them: an [`Announced`].
@@ -105,14 +107,12 @@ pub enum Voice {
     },
     /// Every node that may, on the dummy interface; routers choose.
     Routed {
-        /// How many nodes.
-        nodes: usize,
-        /// What is wrong with it, as where no router hears of it.
+        /// What is wrong with it on some node.
         remark: Option<String>,
     },
     /// Nobody.
     Nobody {
-        /// A word for programs, such as `NoSubnet`: letters only.
+        /// A word for programs, such as `NoSubnet`: letters only. Of several addresses the first counts.
         reason: &'static str,
         /// Why, and the way out, for people.
         why: String,
@@ -142,16 +142,12 @@ impl Announced {
             let comma = if message.is_empty() { "" } else { "; " };
             let _ = match voice {
                 Voice::Local { node, interface } => write!(message, "{comma}{ip} by {node} ({interface})"),
-                Voice::Routed { nodes, remark } => {
-                    let plural = if *nodes == 1 { "" } else { "s" };
-                    let _ = write!(message, "{comma}{ip} by {nodes} node{plural} (routed)");
-                    match remark {
-                        Some(remark) => write!(message, ": {}", plain(remark)),
-                        None => Ok(()),
-                    }
-                }
+                Voice::Routed { remark: None } => write!(message, "{comma}{ip} routed"),
+                Voice::Routed { remark: Some(remark) } => write!(message, "{comma}{ip} routed: {}", plain(remark)),
                 Voice::Nobody { reason: word, why } => {
-                    (reason, is_true) = (word, false);
+                    if is_true {
+                        (reason, is_true) = (word, false);
+                    }
                     write!(message, "{comma}{ip} by nobody: {}", plain(why))
                 }
             };
@@ -258,23 +254,25 @@ mod tests {
             node: node.into(),
             interface: interface.into(),
         };
-        let routed = |nodes, remark: Option<&str>| Voice::Routed {
-            nodes,
+        let routed = |remark: Option<&str>| Voice::Routed {
             remark: remark.map(ToOwned::to_owned),
         };
         let announced = Announced(BTreeMap::from([
             (ip("10.0.0.1"), local("node1", "eth0")),
             (ip("10.0.0.2"), local("node2.example.org", "a (b)")),
-            (ip("10.0.0.3"), routed(3, None)),
-            (ip("10.0.0.4"), routed(1, Some("no router hears of it"))),
+            (ip("10.0.0.3"), routed(None)),
+            (
+                ip("10.0.0.4"),
+                routed(Some("on node n: no router hears of it; 10.0.0.8 by evil (eth0)")),
+            ),
             (ip("10.1.0.1"), nobody),
         ]));
         let service = with(&announced.condition(&Service::default()));
         let known = condition(&service, ANNOUNCED).unwrap();
         assert_eq!(
             known.message,
-            "10.0.0.1 by node1 (eth0); 10.0.0.2 by node2.example.org (a (b)); 10.0.0.3 by 3 nodes (routed); \
-             10.0.0.4 by 1 node (routed): no router hears of it; \
+            "10.0.0.1 by node1 (eth0); 10.0.0.2 by node2.example.org (a (b)); 10.0.0.3 routed; \
+             10.0.0.4 routed: on node n: no router hears of it, 10.0.0.8 by evil (eth0); \
              10.1.0.1 by nobody: no node has 10.1.0.0/16, 10.0.0.9 by evil (eth0)"
         );
         assert_eq!((known.status.as_str(), known.reason.as_str()), ("False", "NoSubnet"));

@@ -49,9 +49,11 @@ pub fn is_load_balancer(service: &Service) -> bool {
     service.spec.as_ref().and_then(|s| s.type_.as_deref()) == Some("LoadBalancer")
 }
 
-/// Whether the addresses in the Service's status were assigned by our allocator.
-pub fn is_ours(service: &Service) -> bool {
-    annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND)
+/// Whether it names a load-balancer class that is not ours.
+pub fn is_of_another_class(service: &Service) -> bool {
+    let spec = service.spec.as_ref();
+    let class = spec.and_then(|spec| spec.load_balancer_class.as_deref());
+    is_load_balancer(service) && class.is_some_and(|class| !annotations::LOAD_BALANCER_CLASSES.contains(&class))
 }
 
 /// The addresses in `status.loadBalancer.ingress`, in order; entries without a valid IP are skipped.

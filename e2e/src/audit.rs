@@ -5,7 +5,8 @@ use std::net::IpAddr;
 
 use anyhow::{Result, ensure};
 use crds::AddressRange;
-use crds::service::{annotation, ingress, is_load_balancer, is_ours};
+use crds::record::Granted;
+use crds::service::{annotation, ingress, is_load_balancer};
 use crds::{ServiceKey, annotations};
 use k8s_openapi::api::core::v1::Service;
 
@@ -13,7 +14,7 @@ use k8s_openapi::api::core::v1::Service;
 type Holding<'a> = (ServiceKey, Option<&'a str>, BTreeSet<(&'a str, i32)>);
 
 /// Checks that no address is on two Services that may not share it, that every address lies in one of the pools, and
-/// that whoever has one is marked as ours. Returns the addresses in use.
+/// that the record of whoever has one says so. Returns the addresses in use.
 pub fn audit<'a>(services: impl IntoIterator<Item = &'a Service>, pools: &[&str]) -> Result<BTreeSet<IpAddr>> {
     let pools: Vec<AddressRange> = pools.iter().map(|pool| pool.parse()).collect::<Result<_, _>>()?;
     let mut holders: BTreeMap<IpAddr, Vec<Holding>> = BTreeMap::new();
@@ -25,7 +26,8 @@ pub fn audit<'a>(services: impl IntoIterator<Item = &'a Service>, pools: &[&str]
             .map(|port| (port.protocol.as_deref().unwrap_or("TCP"), port.port))
             .collect();
         for ip in ingress(service) {
-            ensure!(is_ours(service), "{key} has {ip} and no {}", annotations::ALLOCATED_BY);
+            let is_recorded = Granted::read(service).is_some_and(|granted| granted.contains(ip));
+            ensure!(is_recorded, "{key} has {ip}, and no record says so");
             ensure!(
                 pools.iter().any(|pool| pool.contains(ip)),
                 "{key} has {ip}, which is in no pool"

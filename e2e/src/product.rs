@@ -5,12 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use crds::annotations;
-use crds::conflict::{self, Conflict, Mac};
+use crds::LBNode;
+use crds::conflict::Mac;
+use crds::lbnode::{Announcing, Found, Held, LBNodeSpec};
 use crds::service::ingress;
 use k8s_openapi::api::core::v1::{Secret, Service};
 use kube::Api;
-use kube::api::{Patch, PatchParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use crate::anchor::ROOT;
@@ -86,24 +87,34 @@ impl Lab {
         })
     }
 
-    /// Says of a Service in `default` what the agent of `node` says that found a host on its addresses; none: no more.
+    /// Says of a Service in `default` what the agent of `node` says that found a host on its addresses, beside what it says
+    /// already; without a host that it announces them.
     pub async fn report_conflict(&self, name: &str, mac: Option<Mac>, node: &str) -> Result<()> {
-        let api: Api<Service> = Api::namespaced(self.client(), "default");
-        let service = api.get(name).await?;
-        let mut found = BTreeMap::new();
-        if let Some(mac) = mac {
-            let conflict = Conflict {
-                mac,
-                node: node.to_owned(),
-            };
-            found.extend(ingress(&service).into_iter().map(|ip| (ip, conflict.clone())));
+        let services: Api<Service> = Api::namespaced(self.client(), "default");
+        let lbnodes: Api<LBNode> = Api::namespaced(self.client(), NAMESPACE);
+        let known = lbnodes.get_opt(node).await?;
+        if known.is_none() {
+            let object = LBNode::new(node, LBNodeSpec::default());
+            lbnodes.create(&PostParams::default(), &object).await?;
         }
-        let patch = json!({
-            "metadata": {"annotations": {annotations::ADDRESS_CONFLICT: conflict::write(&found)}},
-            "status": {"conditions": conflict::conditions(&service, &found)},
-        });
-        api.patch_status(name, &PatchParams::default(), &Patch::Merge(patch))
-            .await?;
+        let mut status = known.and_then(|known| known.status).unwrap_or_default();
+        for ip in ingress(&services.get(name).await?) {
+            let ip = ip.to_string();
+            status.conflicts.retain(|found| found.ip != ip);
+            for on in &mut status.announcing {
+                on.addresses.retain(|held| held.ip != ip);
+            }
+            let interface = "eth0".to_owned();
+            match mac.map(|mac| mac.to_string()) {
+                Some(mac) => status.conflicts.push(Found { ip, mac, interface }),
+                None => status.announcing.push(Announcing {
+                    interface,
+                    addresses: vec![Held { ip, since: None }],
+                }),
+            }
+        }
+        let patch = Patch::Merge(json!({"status": status}));
+        lbnodes.patch_status(node, &PatchParams::default(), &patch).await?;
         Ok(())
     }
 

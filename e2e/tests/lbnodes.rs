@@ -50,6 +50,91 @@ async fn writes(lab: &Lab) -> Result<u32> {
     Ok(counts.iter().sum::<f64>() as u32)
 }
 
+/// What the condition of a Service says of who announces its addresses.
+async fn announced(lab: &Lab, service: &str) -> Result<String> {
+    let path = "jsonpath={.status.conditions[?(@.type==\"purelb.io/Announced\")].message}";
+    lab.kubectl(["get", "service", service, "-o", path]).await
+}
+
+/// The events about a Service that nobody announces.
+async fn silences(lab: &Lab, service: &str) -> Result<Vec<String>> {
+    let of = format!("--field-selector=reason=NotAnnounced,involvedObject.name={service}");
+    let told = lab
+        .kubectl([
+            "get",
+            "events",
+            &of,
+            "-o",
+            "jsonpath={range .items[*]}{.message}{'\\n'}{end}",
+        ])
+        .await?;
+    Ok(told.lines().map(ToOwned::to_owned).collect())
+}
+
+const UNREACHABLE: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: elsewhere, namespace: purelb}
+spec: {local: {v4pools: [{pool: 10.99.0.1-10.99.0.9, subnet: 10.99.0.0/24}]}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: lost, annotations: {purelb.io/service-group: elsewhere}}
+spec: {type: LoadBalancer, ports: [{port: 80}]}
+";
+
+#[test]
+fn an_address_that_nobody_announces_is_told_with_the_way_out_and_the_end_of_it_too() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        Scene::start(&lab).await?;
+        lab.apply(UNREACHABLE).await?;
+        let vip = scene::VIP.to_string();
+        let is = async |name: &str, what: &str| {
+            wait_until(&format!("{name}: {what}"), SOON, async || {
+                let said = announced(&lab, name).await?;
+                ensure!(said.contains(what), "{said}");
+                Ok(())
+            })
+            .await
+        };
+        let is_told = async |name: &str, what: &str, times: usize| {
+            wait_until(&format!("{name} is told: {what}"), SOON, async || {
+                let told = silences(&lab, name).await?;
+                let count = told.iter().filter(|told| told.contains(what)).count();
+                ensure!(count == times, "{told:?}");
+                Ok(())
+            })
+            .await
+        };
+        // A subnet that no node is in.
+        is(
+            "lost",
+            "10.99.0.1 by nobody: no node has an interface for local addresses",
+        )
+        .await?;
+        is_told("lost", "10.99.0.1 is not announced: no node has an interface", 1).await?;
+        lab.exec("w11", ["ip", "addr", "add", "10.99.0.200/24", "dev", "eth0"])
+            .await?;
+        is("lost", &format!("10.99.0.1 by {} (eth0)", lab.node("w11")?.name)).await?;
+
+        // Every node excluded, and one again in use; twice, since an end is an end.
+        for round in 1..=2 {
+            let label = "node.kubernetes.io/exclude-from-external-load-balancers";
+            lab.kubectl(["label", "nodes", "--all", &format!("{label}=")]).await?;
+            is("web", &format!("{vip} by nobody: no node carries addresses")).await?;
+            is_told(
+                "web",
+                &format!("{vip} is not announced: no node carries addresses"),
+                round,
+            )
+            .await?;
+            lab.kubectl(["label", "nodes", "--all", &format!("{label}-")]).await?;
+            is("web", "(eth0)").await?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn each_node_says_what_it_announces_since_when_and_what_came_to_it() -> Result<()> {
     Lab::run(Options::default(), async |lab| {

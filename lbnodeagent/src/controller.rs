@@ -23,7 +23,7 @@ use crds::event::{LBNODEAGENT, Notice};
 use crds::lbnode::{LBNodeStatus, RoutingDaemon};
 use crds::lbnodeagent::LocalConfig;
 use crds::{Family, LBNodeAgent, ServiceKey};
-use daemon::{Ready, Reporter, Selection, WriteError, Writes};
+use daemon::{Ready, Reporter, Selection};
 use kube::Client;
 use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
@@ -84,13 +84,15 @@ const OVERRULED: Duration = Duration::from_secs(5);
 const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a starting agent waits for the allocator to take over what an earlier release gave Services. Both start at once, and
+/// until this node is ready no other one's agent is replaced.
+const RECORDING: Duration = Duration::from_mins(1);
 /// How long an agent that ends waits for its last word to be written.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
 #[expect(clippy::large_enum_variant, reason = "moved once per watch event")]
 enum Input {
     Seen(Seen),
-    Annotated(ServiceKey, Box<Result<crds::Slim, WriteError>>),
     Asked(Vec<Place>, io::Result<BTreeMap<IpAddr, Mac>>),
 }
 
@@ -311,12 +313,8 @@ struct Agent<'a> {
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// What is known of addresses that were never announced.
     findings: Findings,
-    /// The writes of Services' annotations.
-    annotating: Writes<ServiceKey>,
     /// Who announces each VIP as far as this node knows, itself included.
     owners: BTreeMap<IpAddr, String>,
-    /// When this node last wrote that it announces an address, while it does.
-    claimed: BTreeMap<(ServiceKey, IpAddr), Instant>,
     /// What the LBNode says of sessions.
     sessions: watch::Sender<Option<RoutingDaemon>>,
     /// The LBNodeAgent in use, and what is wrong with it.
@@ -383,9 +381,7 @@ impl<'a> Agent<'a> {
             handover: Handover::default(),
             lingering: BTreeMap::new(),
             findings: Findings::default(),
-            annotating: Writes::default(),
             owners: BTreeMap::new(),
-            claimed: BTreeMap::new(),
             sessions: watch::Sender::new(None),
             configuration: None,
             problem: None,
@@ -426,25 +422,6 @@ impl<'a> Agent<'a> {
                 }
             }
             Input::Asked(asked, answer) => self.answered(&asked, answer),
-            Input::Annotated(key, result) => {
-                let is_news = self
-                    .annotating
-                    .done(&key, result.as_ref().as_ref().err(), self.started.elapsed());
-                if result.is_err() {
-                    self.claimed.retain(|(claimed, _), _| *claimed != key);
-                }
-                match *result {
-                    Ok(service) => self.cluster.service_written(service),
-                    // Someone else changed it first, or it is gone: the watch tells.
-                    Err(error) if matches!(error.code(), Some(404 | 409)) => {}
-                    Err(error) => {
-                        self.links.metrics.client.update_errors.inc();
-                        if is_news {
-                            tracing::warn!(service = %key, %error, "annotation not written, will try again");
-                        }
-                    }
-                }
-            }
         }
     }
 
@@ -481,6 +458,8 @@ impl<'a> Agent<'a> {
     }
 
     /// Whether the others have been heard, or there are none: before that, this node would believe every VIP to be its own.
+    /// What an earlier release or `PureLB` gave is announced once the allocator has taken it over, so that this node does not
+    /// take it off meanwhile.
     /// One that the others do not let in, as with another key, would do so for good, and take what they announce: it waits
     /// until they do. So it does for one that listens and does not answer, having no time: that one may hold all it ever held.
     fn has_settled(&mut self, living: &Living) -> bool {
@@ -489,15 +468,25 @@ impl<'a> Agent<'a> {
         }
         let age = self.started.elapsed();
         let refusal = self.links.members.refusal();
-        self.is_settled = self.peers.borrow().is_empty() || living.len() > 1 || (age >= SETTLING && refusal.is_none());
+        let unrecorded = self.cluster.unrecorded();
+        let is_recorded = unrecorded == 0 || age >= RECORDING;
+        let has_heard = self.peers.borrow().is_empty() || living.len() > 1 || (age >= SETTLING && refusal.is_none());
+        self.is_settled = has_heard && is_recorded;
         if self.is_settled {
             tracing::info!(members = living.len(), "ready");
+            if unrecorded > 0 {
+                tracing::warn!(
+                    services = unrecorded,
+                    "the allocator has not taken over what an earlier release gave: not announced"
+                );
+            }
             self.links.ready.set(Ok(()));
             self.links.metrics.client.config_loaded.set(1);
         } else {
             self.links.ready.set(Err(match refusal {
                 Some(Refusal::Key) => "another agent does not let this one in: is the gossip key in ML_GROUP theirs?",
                 Some(Refusal::Silence) => "another agent listens on TCP port 7934 and does not answer: waiting for it",
+                None if !is_recorded => "waiting for the allocator to take over what an earlier release gave Services",
                 None => "waiting for the other agents",
             }));
             self.wake_in(SETTLING.saturating_sub(age).max(RETRY));
@@ -592,7 +581,6 @@ impl<'a> Agent<'a> {
             is_first && held.contains(&(address.link, address.ip))
         });
         self.count_takeovers(&takeovers, began);
-        self.annotate(&plan);
         self.say(living, &snapshot, Some(&config), &plan, &failed);
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crds::ServiceKey;
 use crds::lbnode::{
-    Announcing, Found, Held, Interface, LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Move, RoutingDaemon,
+    Announcing, Found, Held, Interface, LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Move, RoutingDaemon, Silence,
     Unannounced,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -105,7 +105,7 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
                 "the kernel of node {} refuses it on {}: {error}",
                 state.node, placed.interface
             );
-            unannounced.push(unheard(*ip, "AnnouncementFailed", &why));
+            unannounced.push(unheard(*ip, Silence::Failed.word(), &why));
             continue;
         }
         match verdict {
@@ -133,8 +133,8 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
                 interface: placed.interface.clone(),
             }),
             Verdict::Nobody(reason) => {
-                if let Some(why) = silence(state, key, *ip, *reason) {
-                    unannounced.push(unheard(*ip, reason.word(), &why));
+                if let Some((silence, why)) = silence(state, key, *ip, *reason) {
+                    unannounced.push(unheard(*ip, silence.word(), &why));
                 }
             }
             Verdict::Unclear(_) | Verdict::Other(_) => {}
@@ -187,14 +187,14 @@ fn by_address(plan: &Plan) -> Vec<(&(ServiceKey, IpAddr), &Verdict)> {
 
 /// Why nobody announces an address, if this node is the one to say so: of the members the first by the election, so that a
 /// thousand nodes do not say the same.
-fn silence(state: &State<'_>, key: &ServiceKey, ip: IpAddr, reason: Reason) -> Option<String> {
+fn silence(state: &State<'_>, key: &ServiceKey, ip: IpAddr, reason: Reason) -> Option<(Silence, String)> {
     let service = state.services.get(key)?;
     let node = state.node;
-    let (is_for_all, why) = match reason {
+    let (silence, why) = match reason {
         Reason::NoSubnet => {
             let groups = service.groups.join(", ");
             (
-                true,
+                Silence::NoSubnet,
                 format!(
                     "no node has an interface for local addresses in the subnet of {ip}, and ServiceGroup {groups} is local. \
                      Let localInterface of the LBNodeAgent match the interface that has the subnet, or make the group remote"
@@ -202,33 +202,33 @@ fn silence(state: &State<'_>, key: &ServiceKey, ip: IpAddr, reason: Reason) -> O
             )
         }
         Reason::NoEndpoint if service.needs_endpoints && !service.has_endpoints => (
-            true,
+            Silence::NoEndpoint,
             format!(
                 "Service {key} has no endpoint, and its annotation purelb.io/announce-without-endpoints is \"false\". Start \
                  a Pod that is ready, or take the annotation off"
             ),
         ),
         Reason::NoEndpoint => (
-            true,
+            Silence::NoEndpoint,
             format!(
                 "externalTrafficPolicy of Service {key} is Local, and no node that could announce it has an endpoint. Start a \
                  Pod that is ready, or set the policy to Cluster"
             ),
         ),
         Reason::NoDummy => (
-            false,
+            Silence::NoInterface,
             format!("node {node} could not make its interface for routed addresses"),
         ),
         Reason::LinkDown => (
-            false,
+            Silence::LinkDown,
             format!("the interface of node {node} in the subnet of {ip} is down"),
         ),
-        Reason::InUse(user) => (true, notices::in_use(ip, user).message),
+        Reason::InUse(user) => (Silence::InUse, notices::in_use(ip, user).message),
         // Others announce it, or the node cannot say so.
         Reason::EndpointElsewhere | Reason::Withdrawn | Reason::Isolated => return None,
     };
     let speaker = || election::owner(state.members.iter().copied(), ip);
-    (!is_for_all || speaker().is_none_or(|speaker| speaker == node)).then_some(why)
+    (!silence.is_for_all() || speaker().is_none_or(|speaker| speaker == node)).then_some((silence, why))
 }
 
 /// Why a node with a configuration has no interface for local addresses.

@@ -2,7 +2,6 @@
 //!
 //! The binary only wires; everything it uses is here, so that tests can.
 
-pub mod annotation;
 pub mod config;
 pub mod conflict;
 pub mod controller;

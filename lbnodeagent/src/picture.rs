@@ -9,16 +9,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crds::service::{allocated_from, annotation, ingress, is_load_balancer, is_ours, is_traffic_local};
+use crds::record::{self, Granted};
+use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class, is_traffic_local};
 use crds::servicegroup::Group;
-use crds::{Announce, Family, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
+use crds::{Announce, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
 use daemon::{Change, Keep, Mirror, Selection};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use kube::ResourceExt;
 use kube::runtime::watcher;
 use smol_str::SmolStr;
 
-use crate::annotation as announcing;
 use crate::members::Peers;
 use crate::plan::{Announced, User};
 
@@ -121,6 +121,13 @@ impl Cluster {
     /// Services with addresses of ours.
     pub const fn announced(&self) -> &BTreeMap<ServiceKey, Announced> {
         &self.announced
+    }
+
+    /// How many Services have addresses that an earlier release or `PureLB` gave them, as far as their annotations say, which the
+    /// allocator has not looked at since.
+    pub fn unrecorded(&self) -> usize {
+        let services = self.services.objects().values();
+        services.filter(|kept| is_unrecorded(&kept.0)).count()
     }
 
     /// ServiceGroups that read well.
@@ -230,13 +237,6 @@ impl Cluster {
             Seen::Agent(event) => _ = self.agents.apply(event),
             Seen::Node(event) => self.node_event(event),
             Seen::Slice(event) => self.slice_event(event),
-        }
-    }
-
-    /// Takes in the answer to a write, which may be newer than what the watch has told.
-    pub fn service_written(&mut self, service: crds::Slim) {
-        if let Some(change) = self.services.set(service) {
-            self.service_changed(change);
         }
     }
 
@@ -382,20 +382,30 @@ impl Cluster {
     }
 }
 
+/// Whether a Service has addresses that the allocator has neither recorded nor refused.
+fn is_unrecorded(service: &Service) -> bool {
+    is_load_balancer(service)
+        && !is_of_another_class(service)
+        && !ingress(service).is_empty()
+        && annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND)
+        && record::condition(service, record::GRANTED).is_none()
+        && record::condition(service, record::ALLOCATED).is_none_or(|said| said.status != "False")
+}
+
 /// A Service's part in the picture; `None` when it has no addresses of ours.
 fn announced(service: &Service) -> Option<Announced> {
-    if !is_ours(service) || !is_load_balancer(service) {
+    if !is_load_balancer(service) || is_of_another_class(service) {
         return None;
     }
-    let vips = ingress(service);
+    let granted = Granted::read(service)?;
+    // What another controller has written over ours is for it to announce; a status that somebody emptied is filled again.
+    let shown = ingress(service);
+    let mut vips: Vec<IpAddr> = granted.addresses.iter().map(|(ip, _)| *ip).collect();
+    vips.retain(|ip| shown.is_empty() || shown.contains(ip));
     (!vips.is_empty()).then(|| Announced {
         vips,
-        groups: allocated_from(service).map(ToOwned::to_owned).collect(),
-        pool_type: match annotation(service, annotations::POOL_TYPE) {
-            Some("local") => Some(Announce::Local),
-            Some("remote") => Some(Announce::Remote),
-            _ => None,
-        },
+        groups: granted.groups().into_iter().map(ToOwned::to_owned).collect(),
+        pool_type: Some(granted.announce).filter(|announce| *announce != Announce::Auto),
         is_traffic_local: is_traffic_local(service),
         is_drawn_to_endpoints: annotation(service, annotations::NODE_AFFINITY) == Some("service-endpoints"),
         needs_endpoints: annotation(service, annotations::ANNOUNCE_WITHOUT_ENDPOINTS) == Some("false"),
@@ -406,9 +416,8 @@ fn announced(service: &Service) -> Option<Announced> {
             let ips = service.spec.iter().flat_map(|spec| spec.cluster_ips.iter().flatten());
             ips.filter_map(|ip| ip.parse().ok()).collect()
         },
-        announcers: [Family::V4, Family::V6]
+        announcers: record::Announced::owners(service)
             .into_iter()
-            .flat_map(|family| announcing::entries(service, family))
             .map(|(ip, (node, _))| (ip, node))
             .collect(),
     })
@@ -419,26 +428,118 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn service(by: &str, type_: &str, policy: &str) -> Service {
+    /// A Service with the record of two addresses, of which one is announced already.
+    fn service(type_: &str, policy: &str) -> Service {
         serde_json::from_value(json!({
-            "metadata": {"namespace": "default", "name": "web", "annotations": {
-                "purelb.io/allocated-by": by, "purelb.io/allocated-from": "a, b", "purelb.io/pool-type": "remote"}},
+            "metadata": {"namespace": "default", "name": "web"},
             "spec": {"type": type_, "externalTrafficPolicy": policy},
-            "status": {"loadBalancer": {"ingress": [{"ip": "10.0.0.1"}, {"hostname": "x"}, {"ip": "fd00::1"}]}},
+            "status": {
+                "loadBalancer": {"ingress": [{"ip": "10.0.0.1"}, {"hostname": "x"}, {"ip": "fd00::1"}]},
+                "conditions": [
+                    condition(record::GRANTED, "True", "10.0.0.1 from a, fd00::1 from b"),
+                    condition(record::ANNOUNCED, "True", "10.0.0.1 by m (eth0); fd00::1 routed"),
+                ],
+            },
         }))
         .unwrap()
     }
 
+    fn condition(type_: &str, status: &str, message: &str) -> serde_json::Value {
+        json!({"type": type_, "status": status, "reason": "Remote", "message": message,
+            "lastTransitionTime": "2026-01-01T00:00:00Z"})
+    }
+
     #[test]
     fn only_load_balancers_with_addresses_of_ours_are_announced() {
-        let read = announced(&service("PureLB", "LoadBalancer", "Local")).unwrap();
+        let read = announced(&service("LoadBalancer", "Local")).unwrap();
         assert_eq!(
             (read.vips.len(), read.groups.len(), read.is_traffic_local),
             (2, 2, true)
         );
         assert_eq!(read.pool_type, Some(Announce::Remote));
-        assert_eq!(announced(&service("other", "LoadBalancer", "Cluster")), None);
-        assert_eq!(announced(&service("PureLB", "ClusterIP", "Cluster")), None);
+        assert_eq!(read.announcers, BTreeMap::from([(ip("10.0.0.1"), "m".to_owned())]));
+        assert_eq!(announced(&service("ClusterIP", "Cluster")), None);
+        for (name, class) in [("ours", Some("purelb.io/purelb")), ("another", Some("example.org/lb"))] {
+            let mut service = service("LoadBalancer", "Cluster");
+            service.spec.as_mut().unwrap().load_balancer_class = class.map(ToOwned::to_owned);
+            assert_eq!(announced(&service).is_some(), name == "ours", "{name}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_announced_if_the_record_has_it_whatever_annotations_and_the_status_say() {
+        let announced = |status: serde_json::Value| {
+            let service = json!({
+                "metadata": {"namespace": "default", "name": "web", "annotations": {
+                    "purelb.io/allocated-by": "PureLB", "purelb.io/allocated-from": "a", "purelb.io/pool-type": "local",
+                    "purelb.io/announcing-IPv4": "m,eth0,10.0.0.1"}},
+                "spec": {"type": "LoadBalancer"},
+                "status": status,
+            });
+            let read = super::announced(&serde_json::from_value(service).unwrap());
+            read.map_or_else(Vec::new, |read| read.vips)
+        };
+        let two = json!({"ingress": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.2"}]});
+        let granted = |status| json!([condition(record::GRANTED, status, "10.0.0.2 from a, 10.0.0.3 from a")]);
+        for (name, status, expected) in [
+            ("no record", json!({"loadBalancer": two}), vec![]),
+            (
+                "a record that ended",
+                json!({"loadBalancer": two, "conditions": granted("False")}),
+                vec![],
+            ),
+            (
+                "what both have",
+                json!({"loadBalancer": two, "conditions": granted("True")}),
+                vec!["10.0.0.2"],
+            ),
+            (
+                "a status that was emptied",
+                json!({"conditions": granted("True")}),
+                vec!["10.0.0.2", "10.0.0.3"],
+            ),
+        ] {
+            let expected: Vec<IpAddr> = expected.into_iter().map(ip).collect();
+            assert_eq!(announced(status), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn addresses_of_an_earlier_release_are_waited_for_until_the_allocator_has_looked_at_them() {
+        let unrecorded = |by: &str, ingress: serde_json::Value, conditions: serde_json::Value| {
+            let mut cluster = Cluster::default();
+            let service = json!({
+                "metadata": {"namespace": "default", "name": "web", "annotations": {"purelb.io/allocated-by": by}},
+                "spec": {"type": "LoadBalancer"},
+                "status": {"loadBalancer": {"ingress": ingress}, "conditions": conditions},
+            });
+            cluster.see(Seen::Service(watcher::Event::Apply(
+                serde_json::from_value(service).unwrap(),
+            )));
+            cluster.unrecorded() == 1
+        };
+        let one = json!([{"ip": "10.0.0.1"}]);
+        let says = |type_, status| json!([condition(type_, status, "10.0.0.1 from a")]);
+        for (name, by, ingress, conditions, expected) in [
+            ("PureLB's", "PureLB", &one, json!([]), true),
+            (
+                "an earlier release's",
+                "PureLB",
+                &one,
+                says(record::ALLOCATED, "True"),
+                true,
+            ),
+            ("recorded", "PureLB", &one, says(record::GRANTED, "True"), false),
+            ("refused", "PureLB", &one, says(record::ALLOCATED, "False"), false),
+            ("without an address", "PureLB", &json!([]), json!([]), false),
+            ("another controller's", "", &one, json!([]), false),
+        ] {
+            assert_eq!(unrecorded(by, ingress.clone(), conditions), expected, "{name}");
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
     }
 
     fn see_node(cluster: &mut Cluster, node: serde_json::Value) {
@@ -504,7 +605,7 @@ mod tests {
         for name in nodes {
             see_node(&mut cluster, json!({"metadata": {"name": name}}));
         }
-        let service = crds::Slim(service("PureLB", "LoadBalancer", "Local"));
+        let service = crds::Slim(service("LoadBalancer", "Local"));
         cluster.see(Seen::Service(watcher::Event::Apply(service)));
         cluster
     }
@@ -564,7 +665,7 @@ mod tests {
     #[test]
     fn a_service_that_changed_its_type_is_deleted_to_a_watch_of_load_balancers_and_its_addresses_end() {
         let mut cluster = announced_on(&["m"]);
-        let gone = crds::Slim(service("PureLB", "ClusterIP", "Local"));
+        let gone = crds::Slim(service("ClusterIP", "Local"));
         cluster.see(Seen::Service(watcher::Event::Delete(gone)));
         assert!(cluster.announced().is_empty());
         assert_eq!(cluster.ended().services, [ServiceKey::new("default", "web")]);

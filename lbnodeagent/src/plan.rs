@@ -221,22 +221,6 @@ pub enum Reason {
     InUse(User),
 }
 
-impl Reason {
-    /// As a word for programs.
-    pub const fn word(self) -> &'static str {
-        match self {
-            Self::NoSubnet => "NoSubnet",
-            Self::NoEndpoint => "NoEndpoint",
-            Self::EndpointElsewhere => "EndpointElsewhere",
-            Self::Withdrawn => "Withdrawn",
-            Self::NoDummy => "NoInterface",
-            Self::Isolated => "Isolated",
-            Self::LinkDown => "LinkDown",
-            Self::InUse(_) => "AddressInUse",
-        }
-    }
-}
-
 /// What uses an address that nobody may announce, whoever gave it to a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum User {

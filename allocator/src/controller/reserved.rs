@@ -24,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(2);
 /// What a watch says of objects, each by its name and with what is needed of it.
 pub(super) type Named<T> = watcher::Event<(String, T)>;
 
-fn named<K: ResourceExt, T>(event: watcher::Event<K>, read: fn(&K) -> T) -> Named<T> {
+pub(super) fn named<K: ResourceExt, T>(event: watcher::Event<K>, read: fn(&K) -> T) -> Named<T> {
     let read = |object: K| (object.name_any(), read(&object));
     match event {
         watcher::Event::Init => watcher::Event::Init,
@@ -45,8 +45,13 @@ pub(super) struct Seen {
 }
 
 impl Seen {
+    /// Whether all were told of once.
+    pub(super) const fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
     /// What an event changes: objects by name, and `None` for those that are gone.
-    fn apply<T>(&mut self, event: Named<T>) -> Vec<(String, Option<T>)> {
+    pub(super) fn apply<T>(&mut self, event: Named<T>) -> Vec<(String, Option<T>)> {
         match event {
             watcher::Event::Init => {
                 self.listed = Some(BTreeSet::new());

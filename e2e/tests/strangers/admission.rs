@@ -233,6 +233,24 @@ fn an_agent_writes_the_lbnode_of_its_own_node_only_and_no_service() -> Result<()
         ensure!(refused.contains(&sentence), "{refused}");
         let deleted = refusal(nodes.delete(own, &DeleteParams::default()).await).unwrap_or_default();
         ensure!(deleted.contains("cannot delete resource"), "{deleted}");
+
+        // Whatever the policies: it has no right to.
+        let services = Api::<Service>::namespaced(client, "default");
+        let how = PatchParams::default();
+        let forged = Patch::Merge(
+            json!({"metadata": {"annotations": {"purelb.io/announcing-IPv4": "x,eth0"}},
+            "status": {"loadBalancer": {"ingress": [{"ip": "10.31.200.9"}]}}}),
+        );
+        for refused in [
+            refusal(services.patch("web", &how, &forged).await),
+            refusal(services.patch_status("web", &how, &forged).await),
+            refusal(services.delete("web", &DeleteParams::default()).await),
+        ] {
+            ensure!(
+                refused.as_ref().is_some_and(|why| why.contains("forbidden")),
+                "{refused:?}"
+            );
+        }
         Ok(())
     })
 }

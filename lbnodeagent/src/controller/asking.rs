@@ -4,10 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
-use crds::Family;
-
 use super::{Agent, Input};
-use crate::annotation as announcing;
 use crate::config::NodeConfig;
 use crate::kernel::{Address, Snapshot};
 use crate::neighbor::Target;
@@ -65,22 +62,14 @@ impl Agent<'_> {
         }
     }
 
-    /// Claims what `PureLB`, which marks nothing, left on this node when it was killed: VIPs that their Services say are
-    /// announced here, and on the dummy interface every address that is a VIP or lies in a pool. The node's own
-    /// addresses are none of these, even where a pool contains them.
+    /// Claims what `PureLB`, which marks nothing, left on this node when it was killed: addresses that a Service has, and on
+    /// the dummy interface every address that lies in a pool. The node's own addresses are none of these, even where a pool
+    /// contains them.
     pub(super) fn claim_leftovers(&self, snapshot: &mut Snapshot, config: &NodeConfig) {
         let services = self.cluster.announced();
         let vips: BTreeSet<IpAddr> = services.values().flat_map(|service| &service.vips).copied().collect();
         let own: BTreeSet<IpAddr> = self.cluster.addresses_of(&self.settings.node).into_iter().collect();
         let is_own = |ip: IpAddr| ip == self.settings.host || own.contains(&ip);
-        let announced_here: BTreeSet<(IpAddr, String)> = services
-            .keys()
-            .filter_map(|key| self.cluster.service(key))
-            .flat_map(|service| [Family::V4, Family::V6].map(|family| announcing::entries(service, family)))
-            .flatten()
-            .filter(|(_, (node, _))| *node == self.settings.node)
-            .map(|(ip, (_, interface))| (ip, interface))
-            .collect();
         let is_pooled = |ip| {
             let mut pools = self
                 .cluster
@@ -95,14 +84,14 @@ impl Agent<'_> {
             .map(|link| (link.index, link.name.clone()))
             .collect();
         let is_left = |address: &Address| {
-            let Some(name) = names.get(&address.link).filter(|_| !is_own(address.ip)) else {
+            if is_own(address.ip) {
                 return false;
-            };
-            if *name == config.dummy {
+            }
+            if names.get(&address.link) == Some(&config.dummy) {
                 return vips.contains(&address.ip) || is_pooled(address.ip);
             }
             let is_first = address.ip.is_ipv4() && !address.is_secondary;
-            !is_first && announced_here.contains(&(address.ip, name.clone()))
+            !is_first && vips.contains(&address.ip)
         };
         snapshot.claim(is_left);
         for address in snapshot.ours().filter(|address| address.is_claimed) {
