@@ -21,7 +21,7 @@ use crds::event::{ALLOCATOR, Kind, Notice};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class};
 use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
-use daemon::{Change, Mirror, Ready, Reporter, Selection};
+use daemon::{Change, Mirror, Ready, Reporter, Selection, Turn, WriteError, Writes};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
@@ -71,9 +71,10 @@ pub struct Settings {
 enum Input {
     Service(watcher::Event<Slim>),
     Group(watcher::Event<ServiceGroup>),
-    Written(ServiceKey, kube::Result<Written>),
-    StatusWritten(GroupKey, kube::Result<ServiceGroup>),
+    Written(ServiceKey, Result<Written, WriteError>),
+    StatusWritten(GroupKey, Result<(), WriteError>),
     Retry(ServiceKey),
+    Unpaused(ServiceKey),
     Forget(IpAddr, Timestamp),
     LookAgain(ServiceKey),
     Node(Named<crate::reserved::Node>),
@@ -131,12 +132,16 @@ struct Controller {
     ledger: Ledger,
     external: External,
 
-    /// Services with a write under way, and whether to decide again when it is done.
-    writing: HashMap<ServiceKey, bool>,
+    /// The writes of Services; their times count from `began`.
+    writes: Writes<ServiceKey>,
+    began: Instant,
+    /// Services to decide about again when the write that is under way is done.
+    again: HashSet<ServiceKey>,
     /// Services to decide about when there is room for more writes, in this order.
     queue: VecDeque<ServiceKey>,
     queued: HashSet<ServiceKey>,
-    failures: HashMap<ServiceKey, u32>,
+    /// Services to decide about after a pause, since writing fails.
+    paused: HashSet<ServiceKey>,
     /// New addresses whose write is under way.
     granted: HashMap<ServiceKey, Granted>,
     /// Services without (all of) what they ask for.
@@ -149,6 +154,7 @@ struct Controller {
     told: HashMap<ServiceKey, Vec<Notice>>,
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
     status_due: Option<Instant>,
+    status_writes: Writes<GroupKey>,
     /// What is known of other addresses in the cluster.
     others: reserved::Sources,
     /// What nodes say of addresses, and the LBNodes that they say it in.
@@ -197,10 +203,12 @@ impl Controller {
             verdicts: BTreeMap::new(),
             ledger: Ledger::default(),
             external: External::default(),
-            writing: HashMap::new(),
+            writes: Writes::default(),
+            began: Instant::now(),
+            again: HashSet::new(),
             queue: VecDeque::new(),
             queued: HashSet::new(),
-            failures: HashMap::new(),
+            paused: HashSet::new(),
             granted: HashMap::new(),
             waiting: BTreeSet::new(),
             made_room: false,
@@ -208,6 +216,7 @@ impl Controller {
             told: HashMap::new(),
             statuses: BTreeMap::new(),
             status_due: None,
+            status_writes: Writes::default(),
             others: reserved::Sources::default(),
             nodes: Nodes::default(),
             lbnodes: reserved::Seen::default(),
@@ -229,8 +238,12 @@ impl Controller {
             Input::Service(event) => self.service_event(event),
             Input::Group(event) => self.group_event(event),
             Input::Written(key, result) => self.written(key, result),
-            Input::StatusWritten(key, result) => self.status_written(&key, result),
+            Input::StatusWritten(key, result) => self.status_written(&key, &result),
             Input::Retry(key) => self.reconcile(&key),
+            Input::Unpaused(key) => {
+                self.paused.remove(&key);
+                self.reconcile(&key);
+            }
             Input::Forget(ip, until) => self.forget_stranger(ip, until),
             Input::LookAgain(key) => self.look_at_stranger_again(&key),
             Input::Node(event) => self.node_event(event),
@@ -292,7 +305,7 @@ impl Controller {
     fn service_gone(&mut self, key: &ServiceKey) {
         self.waiting.remove(key);
         self.told.remove(key);
-        self.failures.remove(key);
+        self.writes.forget(key);
         self.granted.remove(key);
         self.foreign.remove(key);
         self.silent.remove(key);
@@ -348,7 +361,7 @@ impl Controller {
         if self.ledger.reserve_for(key, has) && self.is_started {
             self.reserved_changed();
         }
-        if self.writing.contains_key(key) || !is_load_balancer(&service) {
+        if self.writes.is_under_way(key) || !is_load_balancer(&service) {
             return Vec::new();
         }
         let standing = self.standing(&service);
@@ -387,9 +400,11 @@ impl Controller {
 
     /// Goes on with Services whose turn had to wait for others' writes.
     fn serve_queued(&mut self) {
-        while self.writing.len() < daemon::CONCURRENCY
-            && let Some(key) = self.queue.pop_front()
-        {
+        while let Some(key) = self.queue.pop_front() {
+            if !self.writes.is_under_way(&key) && self.turn(&key) == Turn::Later {
+                self.queue.push_front(key);
+                break;
+            }
             self.queued.remove(&key);
             self.reconcile(&key);
         }
@@ -415,16 +430,14 @@ impl Controller {
         if !self.is_started {
             return;
         }
-        if let Some(again) = self.writing.get_mut(key) {
-            *again = true;
+        if self.writes.is_under_way(key) {
+            self.again.insert(key.clone());
             return;
         }
         // What cannot be written now is not decided now: ten thousand PATCHes that wait are memory.
-        if self.writing.len() >= daemon::CONCURRENCY {
-            if self.queued.insert(key.clone()) {
-                self.queue.push_back(key.clone());
-            }
-            return;
+        let turn = self.turn(key);
+        if turn != Turn::Now {
+            return self.wait_for_turn(key, turn);
         }
         let Some(service) = self.service(key) else {
             return;

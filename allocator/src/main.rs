@@ -52,6 +52,7 @@ async fn main() -> anyhow::Result<()> {
     if let Some(errand) = flags.errand {
         return errand.run(client, &flags.common.namespace).await;
     }
+    let (bare_client, _) = flags.common.bare_client_and_server().await?;
     let metrics = Metrics::default();
     let ready = daemon::serve(&flags.common.listen, None, metrics.registry(), &client).await?;
     let settings = Settings {
@@ -93,7 +94,7 @@ async fn main() -> anyhow::Result<()> {
         metrics.leading.set(1);
         // The picture is read from the start: what was true before this term is not.
         tokio::select! {
-            ended = controller::run(client.clone(), settings.clone(), &metrics, &ready) => ended?,
+            ended = controller::run(bare_client.clone(), settings.clone(), &metrics, &ready) => ended?,
             () = candidate.deposed() => tracing::warn!(instance = settings.instance, "not leading any more"),
             signal = &mut stop => break signal?,
         }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crds::Family as IpFamily;
-use daemon::ClientMetrics;
+use daemon::{ClientMetrics, WriteError};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -269,11 +269,11 @@ impl Metrics {
     }
 
     /// The status of a ServiceGroup was written, or was not.
-    pub fn status_written<T>(&self, result: &kube::Result<T>) {
-        let outcome = match result {
-            Ok(_) => "success",
-            Err(kube::Error::Api(status)) if status.is_conflict() => "conflict",
-            Err(kube::Error::Api(status)) if status.is_forbidden() => "forbidden",
+    pub fn status_written(&self, result: &Result<(), WriteError>) {
+        let outcome = match result.as_ref().map_err(WriteError::code) {
+            Ok(()) => "success",
+            Err(Some(409)) => "conflict",
+            Err(Some(403)) => "forbidden",
             Err(_) => "other",
         };
         self.status_writes.get_or_create(&Outcome { outcome }).inc();

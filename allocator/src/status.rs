@@ -4,9 +4,12 @@ use crds::event::ALLOCATOR;
 use crds::record::replacing;
 use crds::servicegroup::Source;
 use crds::{Family, ServiceGroup, ServiceGroupStatus};
+use daemon::WriteError;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Patch, PatchParams};
+use kube::core::Request;
 use kube::{Client, Resource};
+use serde::de::IgnoredAny;
 use serde_json::json;
 
 use crate::groups::{GroupKey, Verdict};
@@ -91,13 +94,14 @@ pub fn status(
 ///
 /// # Errors
 /// What the API server answered.
-pub async fn write_status(client: Client, key: &GroupKey, status: &ServiceGroupStatus) -> kube::Result<ServiceGroup> {
-    let api: Api<ServiceGroup> = Api::namespaced(client, &key.0);
+pub async fn write_status(client: &Client, key: &GroupKey, status: &ServiceGroupStatus) -> Result<(), WriteError> {
+    let requests = Request::new(ServiceGroup::url_path(&(), Some(&key.0)));
     let patch = json!({
         "apiVersion": ServiceGroup::api_version(&()),
         "kind": ServiceGroup::kind(&()),
         "status": status,
     });
-    api.patch_status(&key.1, &PatchParams::apply(ALLOCATOR).force(), &Patch::Apply(patch))
-        .await
+    let params = PatchParams::apply(ALLOCATOR).force();
+    let request = requests.patch_subresource("status", &key.1, &params, &Patch::Apply(patch));
+    daemon::send::<IgnoredAny>(client, request).await.map(|_| ())
 }

@@ -99,7 +99,7 @@ pub enum Turn {
     Now,
     /// Not before this time has passed.
     In(Duration),
-    /// When a write that is under way is done.
+    /// When a write that is under way, of this object or of another, is done.
     Later,
 }
 
@@ -125,20 +125,25 @@ impl<K> Default for Writes<K> {
 }
 
 impl<K: Ord + Clone> Writes<K> {
-    /// Asks for a turn, at a time since any beginning. Whoever gets it writes, and says when that is [`Self::done`].
-    pub fn begin(&mut self, key: &K, now: Duration) -> Turn {
+    /// Whether an object may be written at this time, since any beginning.
+    pub fn turn(&self, key: &K, now: Duration) -> Turn {
         let most = if self.pace.is_failing() { 1 } else { CONCURRENCY };
         if self.under_way.len() >= most || self.under_way.contains(key) {
             return Turn::Later;
         }
         let refused = self.refused.get(key).map_or(Duration::ZERO, |(_, until)| *until);
         let wait = self.not_before.max(refused).saturating_sub(now);
-        if wait.is_zero() {
-            self.under_way.insert(key.clone());
-            Turn::Now
-        } else {
-            Turn::In(wait)
-        }
+        if wait.is_zero() { Turn::Now } else { Turn::In(wait) }
+    }
+
+    /// An object whose turn it is gets written. Whoever does so says when that is [`Self::done`].
+    pub fn begin(&mut self, key: K) {
+        self.under_way.insert(key);
+    }
+
+    /// Whether a write of this object is under way.
+    pub fn is_under_way(&self, key: &K) -> bool {
+        self.under_way.contains(key)
     }
 
     /// A write is done. Returns whether its failure is worth a line in the log.
@@ -166,9 +171,9 @@ impl<K: Ord + Clone> Writes<K> {
         pause.is_news
     }
 
-    /// Forgets objects that there are no more.
-    pub fn retain(&mut self, is_there: impl Fn(&K) -> bool) {
-        self.refused.retain(|key, _| is_there(key));
+    /// Forgets an object that there is no more.
+    pub fn forget(&mut self, key: &K) {
+        self.refused.remove(key);
     }
 }
 
@@ -254,6 +259,15 @@ mod tests {
         assert!(pace.failed(&busy(None)).is_news);
     }
 
+    /// Asks for a turn, and begins if it is there.
+    fn begins<K: Ord + Clone>(writes: &mut Writes<K>, key: K, now: Duration) -> Turn {
+        let turn = writes.turn(&key, now);
+        if turn == Turn::Now {
+            writes.begin(key);
+        }
+        turn
+    }
+
     /// Plays a thousand objects that all have something to write, looked at every 10 ms, for ten minutes. Returns how many
     /// attempts there were, and how many lines in the log.
     fn play(answer: impl Fn(u32) -> Option<WriteError>) -> (u32, u32) {
@@ -265,7 +279,7 @@ mod tests {
             let begun: Vec<u32> = (0..1000)
                 .filter(|key| !written.contains(key))
                 .take(40)
-                .filter(|key| writes.begin(key, now) == Turn::Now)
+                .filter(|key| begins(&mut writes, *key, now) == Turn::Now)
                 .collect();
             assert!(begun.len() <= CONCURRENCY);
             for key in begun {
@@ -305,22 +319,22 @@ mod tests {
         let mut writes = Writes::default();
         let now = Duration::from_secs(100);
         for key in 0..CONCURRENCY {
-            assert_eq!(writes.begin(&key, now), Turn::Now);
+            assert_eq!(begins(&mut writes, key, now), Turn::Now);
         }
-        assert_eq!(writes.begin(&99, now), Turn::Later);
+        assert_eq!(begins(&mut writes, 99, now), Turn::Later);
         assert!(writes.done(&0, Some(&away()), now));
-        assert_eq!(writes.begin(&0, now), Turn::Later, "others are under way");
+        assert_eq!(begins(&mut writes, 0, now), Turn::Later, "others are under way");
         for key in 1..CONCURRENCY {
             assert!(!writes.done(&key, Some(&away()), now), "the cause is known");
         }
         for _ in 0..3 {
-            assert!(matches!(writes.begin(&0, now), Turn::In(wait) if wait >= SHORTEST / 2));
+            assert!(matches!(begins(&mut writes, 0, now), Turn::In(wait) if wait >= SHORTEST / 2));
         }
         let later = now + SHORTEST;
-        assert_eq!(writes.begin(&0, later), Turn::Now);
-        assert_eq!(writes.begin(&1, later), Turn::Later, "one finds out");
+        assert_eq!(begins(&mut writes, 0, later), Turn::Now);
+        assert_eq!(begins(&mut writes, 1, later), Turn::Later, "one finds out");
         writes.done(&0, None, later);
-        assert_eq!(writes.begin(&1, later), Turn::Now);
-        assert_eq!(writes.begin(&0, later), Turn::Now);
+        assert_eq!(begins(&mut writes, 1, later), Turn::Now);
+        assert_eq!(begins(&mut writes, 0, later), Turn::Now);
     }
 }

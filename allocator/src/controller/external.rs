@@ -294,7 +294,7 @@ impl Controller {
 
     /// Gives back what is reserved for a Service and not needed, and takes the finalizer off when all is.
     pub(super) fn settle(&mut self, key: &ServiceKey) {
-        if !self.is_started || self.writing.contains_key(key) {
+        if !self.is_started || self.writes.is_under_way(key) {
             return;
         }
         let groups: Vec<String> = self.ledger.offers().groups(key).map(ToOwned::to_owned).collect();

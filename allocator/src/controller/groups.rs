@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crds::{ServiceGroup, ServiceGroupStatus};
+use daemon::{Change, Turn, WriteError};
 use kube::runtime::watcher;
 use tokio::time::Instant;
 
 use super::{Controller, Input};
 use crate::groups::{GroupKey, Verdict, judge};
 use crate::{notices, refusal, status};
-use daemon::Change;
 
 /// How long changes of a group's usage are gathered before its status is written.
 const STATUS_DELAY: Duration = Duration::from_millis(250);
@@ -23,6 +23,7 @@ impl Controller {
                 Change::Set(..) => self.groups_changed(),
                 Change::Gone(key, _) => {
                     self.statuses.remove(&key);
+                    self.status_writes.forget(&key);
                     self.groups_changed();
                 }
                 Change::Ready => self.start(),
@@ -105,6 +106,7 @@ impl Controller {
         self.status_due = None;
         self.measure();
         self.ask_stats();
+        let mut again = None;
         for (key, verdict) in &self.verdicts {
             let known = self
                 .statuses
@@ -113,6 +115,15 @@ impl Controller {
             let hosts = self.hosts_of(&key.1);
             let current = status::status(verdict, &key.1, &self.ledger, hosts.as_deref(), known);
             if known == Some(&current) {
+                continue;
+            }
+            let wait = match self.status_writes.turn(key, self.began.elapsed()) {
+                Turn::Now => None,
+                Turn::In(pause) => Some(pause),
+                Turn::Later => Some(STATUS_DELAY),
+            };
+            if let Some(wait) = wait {
+                again = Some(again.map_or(wait, |other: Duration| other.min(wait)));
                 continue;
             }
             // What is new about its ranges is told as well.
@@ -127,12 +138,14 @@ impl Controller {
                 self.reporter.tell(object.as_ref(), &notices::left_out(said));
             }
             self.statuses.insert(key.clone(), current.clone());
+            self.status_writes.begin(key.clone());
             let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
             self.spawn(async move {
-                let result = status::write_status(client, &key, &current).await;
+                let result = status::write_status(&client, &key, &current).await;
                 let _ = sender.send(Input::StatusWritten(key, result));
             });
         }
+        self.status_due = again.map(|wait| Instant::now() + wait);
     }
 
     /// Which hosts outside the cluster have addresses of a group that its Services keep; `None` where there are none.
@@ -145,16 +158,19 @@ impl Controller {
         (!all.is_empty()).then(|| notices::hosts(&refusal::list(&all, ", ")))
     }
 
-    pub(super) fn status_written(&mut self, key: &GroupKey, result: kube::Result<ServiceGroup>) {
-        self.metrics.status_written(&result);
+    pub(super) fn status_written(&mut self, key: &GroupKey, result: &Result<(), WriteError>) {
+        self.metrics.status_written(result);
+        let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
+        let is_news = self.status_writes.done(key, failure, self.began.elapsed());
         match result {
-            Ok(_) => {}
-            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Ok(()) => {}
+            Err(error) if error.code() == Some(404) => {}
             Err(error) => {
-                tracing::warn!(group = %key.1, %error, "status of ServiceGroup not written, will try again");
+                if is_news {
+                    tracing::warn!(group = %key.1, %error, "status of ServiceGroup not written, will try again");
+                }
                 self.statuses.remove(key);
-                self.status_due
-                    .get_or_insert_with(|| Instant::now() + Duration::from_secs(5));
+                self.usage_changed();
             }
         }
     }

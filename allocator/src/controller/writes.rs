@@ -1,22 +1,19 @@
-//! The loop's part that writes: one PATCH at a time per Service, many at once, tried again when they fail.
+//! The loop's part that writes: one PATCH at a time per Service, many at once, and when they fail at the pace for writes.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use crds::event::{ALLOCATOR, Notice};
 use crds::record;
 use crds::service::{annotation, ingress};
 use crds::{ServiceKey, Slim, annotations};
+use daemon::{Turn, WriteError};
 use k8s_openapi::api::core::v1::Service;
-use kube::api::{Api, Patch, PatchParams};
+use kube::Resource;
+use kube::api::{GetParams, Patch, PatchParams};
+use kube::core::Request;
 use serde_json::Value;
 
 use super::{Controller, Input};
-
-/// First wait before a failed write is tried again; it doubles up to [`RETRY_MAX`].
-const RETRY_MIN: Duration = Duration::from_millis(100);
-/// Longest wait before a failed write is tried again.
-const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// What is told when the write that makes it true is done.
 pub(super) struct Granted {
@@ -43,24 +40,24 @@ pub(super) enum Written {
 
 impl Controller {
     pub(super) fn write(&mut self, key: ServiceKey, part: Part, patch: Value) {
-        self.writing.insert(key.clone(), false);
-        let api: Api<Slim> = Api::namespaced(self.client.clone(), &key.namespace);
-        let sender = self.sender.clone();
+        self.writes.begin(key.clone());
+        let (client, sender) = (self.client.clone(), self.sender.clone());
         self.spawn(async move {
             let params = PatchParams {
                 field_manager: Some(ALLOCATOR.into()),
                 ..PatchParams::default()
             };
             let patch = Patch::Merge(patch);
+            let requests = Request::new(Service::url_path(&(), Some(&key.namespace)));
             let patched = match part {
-                Part::Status => api.patch_status(&key.name, &params, &patch).await,
-                Part::Spec => api.patch(&key.name, &params, &patch).await,
+                Part::Status => requests.patch_subresource("status", &key.name, &params, &patch),
+                Part::Spec => requests.patch(&key.name, &params, &patch),
             };
-            let result = match patched {
+            let result = match daemon::send(&client, patched).await {
                 Ok(service) => Ok(Written::Done(Box::new(service))),
                 // Decide again on what the object is now.
-                Err(kube::Error::Api(status)) if status.is_conflict() => {
-                    let fresh = api.get(&key.name).await;
+                Err(error) if error.code() == Some(409) => {
+                    let fresh = daemon::send(&client, requests.get(&key.name, &GetParams::default())).await;
                     fresh.map(|fresh| Written::Outrun(Box::new(fresh)))
                 }
                 Err(error) => Err(error),
@@ -74,11 +71,13 @@ impl Controller {
         tokio::spawn(self.life.clone().run_until_cancelled_owned(work));
     }
 
-    pub(super) fn written(&mut self, key: ServiceKey, result: kube::Result<Written>) {
-        let again = self.writing.remove(&key).unwrap_or(false);
+    pub(super) fn written(&mut self, key: ServiceKey, result: Result<Written, WriteError>) {
+        let again = self.again.remove(&key);
+        // Gone meanwhile: the watch says so as well.
+        let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
+        let is_news = self.writes.done(&key, failure, self.began.elapsed());
         match result {
             Ok(written) => {
-                self.failures.remove(&key);
                 // Gone meanwhile: the watch has told.
                 let Some(known) = self.service(&key) else {
                     return self.settle(&key);
@@ -101,19 +100,38 @@ impl Controller {
                     self.settle(&key);
                 }
             }
-            // Gone meanwhile: the watch says so as well.
-            Err(kube::Error::Api(status)) if status.is_not_found() => self.settle(&key),
+            Err(error) if error.code() == Some(404) => self.settle(&key),
             Err(error) => {
                 self.metrics.client.update_errors.inc();
-                let failures = self.failures.entry(key.clone()).or_default();
-                *failures += 1;
-                let wait = RETRY_MIN.saturating_mul(1 << (*failures - 1).min(10)).min(RETRY_MAX);
-                tracing::warn!(service = %key, %error, failures, "write failed, will try again");
-                let sender = self.sender.clone();
-                self.spawn(async move {
-                    tokio::time::sleep(wait).await;
-                    let _ = sender.send(Input::Retry(key));
-                });
+                if is_news {
+                    tracing::warn!(service = %key, %error, "write failed, will try again");
+                }
+                self.reconcile(&key);
+            }
+        }
+    }
+
+    pub(super) fn turn(&self, key: &ServiceKey) -> Turn {
+        self.writes.turn(key, self.began.elapsed())
+    }
+
+    /// Waits for a Service's turn to be written: behind others, or after a pause.
+    pub(super) fn wait_for_turn(&mut self, key: &ServiceKey, turn: Turn) {
+        match turn {
+            Turn::Now => {}
+            Turn::Later => {
+                if self.queued.insert(key.clone()) {
+                    self.queue.push_back(key.clone());
+                }
+            }
+            Turn::In(pause) => {
+                if self.paused.insert(key.clone()) {
+                    let (sender, key) = (self.sender.clone(), key.clone());
+                    self.spawn(async move {
+                        tokio::time::sleep(pause).await;
+                        let _ = sender.send(Input::Unpaused(key));
+                    });
+                }
             }
         }
     }
