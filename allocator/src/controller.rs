@@ -146,6 +146,8 @@ struct Controller {
     granted: HashMap<ServiceKey, Granted>,
     /// Services without (all of) what they ask for.
     waiting: BTreeSet<ServiceKey>,
+    /// Those of them that have no address at all.
+    without: HashSet<ServiceKey>,
     /// Whether there may be room for one of them.
     made_room: bool,
     /// Services in whose status another controller has a say.
@@ -211,6 +213,7 @@ impl Controller {
             paused: HashSet::new(),
             granted: HashMap::new(),
             waiting: BTreeSet::new(),
+            without: HashSet::new(),
             made_room: false,
             foreign: HashSet::new(),
             told: HashMap::new(),
@@ -253,7 +256,7 @@ impl Controller {
             Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),
         }
-        let waiting = i64::try_from(self.waiting.len()).unwrap_or(i64::MAX);
+        let waiting = i64::try_from(self.without.len()).unwrap_or(i64::MAX);
         self.metrics.waiting.set(waiting);
     }
 
@@ -304,6 +307,7 @@ impl Controller {
 
     fn service_gone(&mut self, key: &ServiceKey) {
         self.waiting.remove(key);
+        self.without.remove(key);
         self.told.remove(key);
         self.writes.forget(key);
         self.granted.remove(key);
@@ -461,6 +465,11 @@ impl Controller {
                 self.refuse(&key, &service, &refusal, keeps);
             }
             Reading::Wants(request) => self.serve(&service, &request),
+        }
+        if self.waiting.contains(key) && self.ledger.addresses_of(key).is_empty() {
+            self.without.insert(key.clone());
+        } else {
+            self.without.remove(key);
         }
         self.tell_of_silence(key, &service);
         self.settle(key);

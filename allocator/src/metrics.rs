@@ -176,7 +176,7 @@ impl Metrics {
         );
         allocator.register(
             "services_waiting",
-            "Services that wait for something they ask for",
+            "Services that wait for an address and have none",
             self.waiting.clone(),
         );
         registry

@@ -358,6 +358,11 @@ fn both_programs_serve_metrics_and_health() -> Result<()> {
         .await?;
         create(lab, "default", "lost", in_group("nowhere")).await?;
         has(lab, "default", "web", &["10.31.200.1", "fd00:10:31::c8:1"]).await?;
+        // One that could have more has what it needs: nobody is to be woken for it.
+        let mut half = in_group("many");
+        half["spec"] = json!({"ipFamilyPolicy": "PreferDualStack"});
+        create(lab, "default", "half", half).await?;
+        says(lab, "default", "half", ("True", "Incomplete", "no IPv6 range")).await?;
         says(
             lab,
             "default",
