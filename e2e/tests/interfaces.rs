@@ -254,6 +254,13 @@ fn vips_stay_without_a_default_route_an_lbnodeagent_or_one_that_reads() -> Resul
         told("ConfigError", 3).await?;
         configure("default").await?;
         told("ConfigRight", 3).await?;
+        configure("^wlan[0-9]$").await?;
+        told("matches no interface of this node, which has eth0", 3).await?;
+        stays_there("with one that names no interface that there is").await?;
+        configure("^eth0$").await?;
+        told("ConfigRight", 6).await?;
+        stays_there("with another name of the same interface").await?;
+        configure("default").await?;
         lab.kubectl(["delete", "lbna", "default", "-n", "purelb"]).await?;
         stays_there("without an LBNodeAgent").await
     })

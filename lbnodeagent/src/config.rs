@@ -9,7 +9,8 @@ use kube::core::{Selector, SelectorExt};
 use kube::{Resource, ResourceExt};
 use regex::Regex;
 
-use crate::kernel::{Lifetime, VipAddress};
+use crate::kernel::{Lifetime, Link, Snapshot, VipAddress};
+use crate::lbnode::listed;
 use crate::neighbor::Repetition;
 
 /// Rounds of announcements where none are configured.
@@ -107,6 +108,14 @@ pub enum ConfigError {
         /// What the parser says.
         cause: String,
     },
+    /// No interface of this node has a name that it gives.
+    #[error("localInterface \"{name}\" matches no interface of this node, which has {has}")]
+    Unmatched {
+        /// As written.
+        name: String,
+        /// The names of the node's interfaces.
+        has: String,
+    },
     /// Another one of the same rank comes first.
     #[error("LBNodeAgent {0} takes precedence")]
     Ignored(String),
@@ -184,6 +193,22 @@ impl NodeConfig {
             detects_conflicts: config.detect_conflicts.unwrap_or(true),
             local_addresses: AddressStyle::read(options.local_interface.as_ref()),
             routed_addresses: AddressStyle::read(options.dummy_interface.as_ref()),
+        })
+    }
+}
+
+impl NodeConfig {
+    /// What is wrong where this node has no interface of the names that are given for local VIPs, be it up or down.
+    pub fn misses(&self, kernel: &Snapshot) -> Option<ConfigError> {
+        let Choice::Matching(pattern) = &self.local else {
+            return None;
+        };
+        let is_named = |link: &Link| pattern.is_match(&link.name) || self.extra.contains(&link.name);
+        let links: Vec<&Link> = kernel.links_matching(|name| name != self.dummy).collect();
+        let names: Vec<&str> = links.iter().map(|link| link.name.as_str()).collect();
+        (!links.into_iter().any(is_named)).then(|| ConfigError::Unmatched {
+            name: pattern.to_string(),
+            has: listed(&names),
         })
     }
 }

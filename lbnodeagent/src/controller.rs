@@ -496,10 +496,11 @@ impl<'a> Agent<'a> {
 
     async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
         let began = Instant::now();
-        let Some(config) = self.config() else {
+        let snapshot = self.links.kernel.snapshot().await?;
+        let Some(config) = self.config(&snapshot) else {
             return self.idle(living).await;
         };
-        let mut snapshot = self.with_dummy(&config).await?;
+        let mut snapshot = self.with_dummy(&config, snapshot).await?;
         let mut own = self.cluster.addresses_of(&self.settings.node);
         own.push(self.settings.host);
         self.usual.stand_in(&mut snapshot, &own);
@@ -702,7 +703,7 @@ impl<'a> Agent<'a> {
     }
 
     /// The configuration of this node. What is wrong with an LBNodeAgent is told to its author.
-    fn config(&mut self) -> Option<NodeConfig> {
+    fn config(&mut self, kernel: &Snapshot) -> Option<NodeConfig> {
         let (chosen, mut bad) = config::select(self.cluster.agents(), self.cluster.labels());
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
         let selector = match chosen {
@@ -720,10 +721,16 @@ impl<'a> Agent<'a> {
         let is_there = |title: &String| self.cluster.agents().any(|agent| config::title(agent) == *title);
         let kept = || self.last_right.as_ref().map(|(_, config)| config.clone());
         let config = match read {
-            Some((agent, Ok(config))) => {
-                self.last_right = Some((config::title(agent), config.clone()));
-                Some(config)
-            }
+            Some((agent, Ok(config))) => match (config.misses(kernel), kept()) {
+                (Some(error), Some(kept)) if kept.misses(kernel).is_none() => {
+                    told.push((agent.clone(), notices::misconfigured(node, &error)));
+                    Some(kept)
+                }
+                _ => {
+                    self.last_right = Some((config::title(agent), config.clone()));
+                    Some(config)
+                }
+            },
             Some((agent, Err(error))) => {
                 told.push((agent.clone(), notices::misconfigured(node, &error)));
                 kept()
@@ -749,6 +756,7 @@ impl<'a> Agent<'a> {
             ),
             None => None,
         };
+        self.links.metrics.configured(self.problem.is_some());
         // What is right again, or gone, is told anew if it comes back.
         let is_wrong = |title: &str, reason: &str| {
             let mut told = told.iter();
@@ -776,8 +784,7 @@ impl<'a> Agent<'a> {
     }
 
     /// A snapshot in which the dummy interface exists and is up.
-    async fn with_dummy(&mut self, config: &NodeConfig) -> anyhow::Result<Snapshot> {
-        let snapshot = self.links.kernel.snapshot().await?;
+    async fn with_dummy(&mut self, config: &NodeConfig, snapshot: Snapshot) -> anyhow::Result<Snapshot> {
         let is_there = snapshot.link_named(&config.dummy).is_some_and(|link| link.is_up);
         if is_there && self.dummy.as_deref() == Some(&config.dummy) {
             return Ok(snapshot);

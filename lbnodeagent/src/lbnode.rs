@@ -240,11 +240,7 @@ fn missing_interface(state: &State<'_>) -> Option<String> {
     let links = state.kernel.links.iter();
     let links = links.filter(|link| !link.is_loopback && link.name != config.dummy);
     let names: Vec<&str> = links.map(|link| link.name.as_str()).collect();
-    let has = if names.is_empty() {
-        "none".to_owned()
-    } else {
-        list(&names)
-    };
+    let has = listed(&names);
     let node = state.node;
     Some(match &config.local {
         Choice::Default => format!(
@@ -258,9 +254,12 @@ fn missing_interface(state: &State<'_>) -> Option<String> {
     })
 }
 
-/// The first few of a list.
-fn list(items: &[impl Display]) -> String {
+/// The first few of a list, or that there are none.
+pub fn listed(items: &[impl Display]) -> String {
     const SHOWN: usize = 8;
+    if items.is_empty() {
+        return "none".to_owned();
+    }
     let shown: Vec<String> = items.iter().take(SHOWN).map(ToString::to_string).collect();
     let more = if items.len() > SHOWN { ", …" } else { "" };
     format!("{}{more}", shown.join(", "))

@@ -137,6 +137,7 @@ pub struct Metrics {
     steals: Family<Steal, Counter>,
     winner_changes: Family<OfService, Counter>,
     selector: Family<State, Gauge>,
+    configuration_problem: Gauge,
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
     unadvertised: Family<OfCause, Gauge>,
@@ -228,6 +229,11 @@ impl Metrics {
             "selector_state",
             "1 for which LBNodeAgent applies here",
             self.selector.clone(),
+        );
+        agent.register(
+            "configuration_problem",
+            "1 while something is wrong with the LBNodeAgent that is to apply here",
+            self.configuration_problem.clone(),
         );
         agent.register(
             "takeovers",
@@ -322,6 +328,11 @@ impl Metrics {
             let count = i64::try_from(*count).unwrap_or(i64::MAX);
             self.unadvertised.get_or_create(&labels).set(count);
         }
+    }
+
+    /// Whether something is wrong with the LBNodeAgent that is to apply here.
+    pub fn configured(&self, has_problem: bool) {
+        self.configuration_problem.set(has_problem.into());
     }
 
     /// Which LBNodeAgent applies.

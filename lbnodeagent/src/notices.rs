@@ -79,7 +79,7 @@ pub fn misconfigured(node: &str, error: &ConfigError) -> Notice {
     match error {
         ConfigError::Ignored(_) => Notice::warning("ConfigIgnored", format!("{error} on node {node}")),
         ConfigError::Selector(_) => Notice::warning("InvalidNodeSelector", error.to_string()),
-        ConfigError::Pattern { .. } => Notice::warning(
+        ConfigError::Pattern { .. } | ConfigError::Unmatched { .. } => Notice::warning(
             "ConfigError",
             format!(
                 "invalid configuration: node {node} goes on with what was last right, if anything, until this is fixed: {error}"
