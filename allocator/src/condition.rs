@@ -148,6 +148,7 @@ pub fn replaced(service: &Service, new: Vec<Condition>, gone: &[&str]) -> Option
 mod tests {
     use super::*;
     use crate::ledger::tests::service;
+    use crate::refusal::Others;
     use crds::Family;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -157,7 +158,7 @@ mod tests {
             family: Family::V4,
             service: service("a"),
             used,
-            holders: [service("b")].into(),
+            holders: Others::seen_by(&service("a"), [&service("b")]).into(),
             left_out: 0,
             strangers: [].into(),
         })

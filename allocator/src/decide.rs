@@ -7,7 +7,7 @@ use crds::{Family, ServiceKey};
 
 use crate::ledger::Ledger;
 use crate::offers;
-use crate::refusal::{self, Ambiguity, Refusal};
+use crate::refusal::{self, Ambiguity, Others, Refusal};
 use crate::request::{Request, Traffic};
 
 /// The addresses a Service shall have.
@@ -321,10 +321,11 @@ fn none_free(ledger: &Ledger, request: &Request, home: &Home, family: Family) ->
         return Refusal::NoFamily { group, family, service };
     }
     let usage = ledger.usage(home.name, family);
+    let holders = ledger.holders_in(home.name, family, refusal::LISTED + 1);
     Refusal::Exhausted {
         family,
         used: usage.used,
-        holders: ledger.holders_in(home.name, family, refusal::LISTED + 1).into(),
+        holders: Others::seen_by(&service, &holders).into(),
         left_out: usage.left_out,
         strangers: ledger.strangers_in(home.name, family, refusal::LISTED + 1).into(),
         group,

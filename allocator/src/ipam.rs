@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 pub use netbox::Access;
 
 use crate::metrics::Calls;
+use crate::refusal::Others;
 use crate::strangers::Stranger;
 
 /// How long a provider may take for one answer.
@@ -139,8 +140,8 @@ pub enum Problem {
     #[error("gave no {0} address; change spec.ipFamilies, or add some there")]
     Lacks(Family),
     /// An address another Service has.
-    #[error("gave {ip}, which is in use by {holders}; correct its records", ip = .0, holders = names(.1))]
-    Taken(IpAddr, Vec<ServiceKey>),
+    #[error("gave {0}, which is in use by {1}; correct its records")]
+    Taken(IpAddr, Others),
     /// An address that a host outside the cluster has.
     #[error("gave {0}, which is in use by {1}; take it off that host, or correct its records")]
     Strangers(IpAddr, Stranger),
@@ -177,11 +178,6 @@ impl Problem {
             other => other.to_string(),
         }
     }
-}
-
-fn names(services: &[ServiceKey]) -> String {
-    let names: Vec<String> = services.iter().take(8).map(ToString::to_string).collect();
-    names.join(", ")
 }
 
 impl Query {

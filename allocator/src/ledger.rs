@@ -18,7 +18,7 @@ use crate::claim::{Holder, Holders, Obstacle};
 use crate::namespaces::Namespaces;
 use crate::offers::Offers;
 use crate::pool::Space;
-use crate::refusal::Refusal;
+use crate::refusal::{Others, Refusal};
 use crate::reserved::{OfService, Reserved, Why};
 use crate::strangers::{Excess, Stranger, Strangers};
 
@@ -353,10 +353,11 @@ impl Ledger {
     /// Whether `service` may hold `ip`: it is free, its own, or shared by the rules of sharing.
     ///
     /// # Errors
-    /// Why not, naming the Services in the way.
+    /// Why not, naming the Services in the way as far as the author of `service` may see them.
     pub fn check(&self, ip: IpAddr, service: &ServiceKey, claim: &Claim) -> Result<(), Refusal> {
         if let Some(why) = self.reserved.why(ip, service) {
-            return Err(Refusal::Reserved { ip, why: why.clone() });
+            let why = why.told_to(service);
+            return Err(Refusal::Reserved { ip, why });
         }
         self.refusal(ip, service, self.obstacles(ip, service, claim))
             .map_or(Ok(()), Err)
@@ -373,20 +374,20 @@ impl Ledger {
         if obstacles.iter().any(|(_, obstacle)| *obstacle == Obstacle::Key) {
             let others = self.holders.get(&ip).into_iter().flat_map(Holders::iter);
             let others = others.map(|holder| &holder.service).filter(|holder| *holder != service);
+            let holders = Others::seen_by(service, others);
             return Some(Refusal::SharingKey {
                 service: service.clone(),
                 ip,
-                holders: others.cloned().collect(),
+                holders,
             });
         }
         let is_namespace = |(_, obstacle): &&(&Holder, Obstacle)| *obstacle == Obstacle::Namespace;
         let (holder, obstacle) = obstacles.iter().find(is_namespace).or_else(|| obstacles.first())?;
-        let holder = holder.service.clone();
+        let holder = Others::seen_by(service, [&holder.service]);
         Some(match obstacle {
             Obstacle::Namespace | Obstacle::Key => Refusal::OtherNamespace {
                 service: service.clone(),
                 ip,
-                holder,
             },
             Obstacle::Port(port) => Refusal::PortInUse {
                 port: port.clone(),
@@ -411,7 +412,8 @@ impl Ledger {
         let mut contested = BTreeMap::new();
         for &ip in self.addresses_of(service) {
             if let Some(why) = self.reserved.why_not_keep(ip, service) {
-                let why = Refusal::Reserved { ip, why: why.clone() };
+                let why = why.told_to(service);
+                let why = Refusal::Reserved { ip, why };
                 let is_bearable = false;
                 contested.insert(ip, Conflict { why, is_bearable });
                 continue;
@@ -651,7 +653,7 @@ pub(crate) mod tests {
             let refusal = ledger.check(ip("10.0.0.1"), &b, &with_b).err();
             assert_eq!(refusal.is_none(), may, "{name}");
             if let Some(refusal) = refusal {
-                let sentence = "can't change sharing key for \"b/web\", address also in use by a/web of another namespace (to share 10.0.0.1, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)";
+                let sentence = "can't change sharing key for \"b/web\", address also in use by a Service of another namespace (to share 10.0.0.1, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)";
                 assert_eq!(refusal.to_string(), sentence, "{name}");
             }
             let bound = ledger.bound_by_others(&b, &with_b, Family::V4);

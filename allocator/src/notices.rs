@@ -226,7 +226,7 @@ mod tests {
     use super::*;
     use crate::decide::tests::request;
     use crate::ledger::tests::ip;
-    use crate::refusal::Ambiguity;
+    use crate::refusal::{Ambiguity, Others};
     use crds::event::Kind;
     use serde_json::json;
 
@@ -334,7 +334,10 @@ mod tests {
                 number: 80,
             },
             ip: ip("10.0.0.1"),
-            holder: ServiceKey::new("default", "other"),
+            holder: Others::seen_by(
+                &ServiceKey::new("default", "web"),
+                [&ServiceKey::new("default", "other")],
+            ),
         };
         for (notice, kind, reason, message) in [
             (

@@ -1,12 +1,14 @@
 //! Why a Service gets no address, in words for its author.
+//!
+//! An author may see the Services of one namespace, so that others' are never named here: see [`Others`].
 
+use std::fmt;
 use std::net::IpAddr;
 
 use crds::{Family, ServiceKey};
 
 use crate::ipam::Problem;
 use crate::ledger::Port;
-use crate::reserved::Why;
 use crate::strangers::Stranger;
 
 /// A reason to refuse, naming the object and, where there is one, the way out.
@@ -58,8 +60,8 @@ pub enum Refusal {
         service: ServiceKey,
         /// How many are in use.
         used: u64,
-        /// Who holds the first of them: as many as are listed, and one more where there are more.
-        holders: Box<[ServiceKey]>,
+        /// Who holds the first of them.
+        holders: Box<Others>,
         /// How many nobody is given: left out, or of hosts outside the cluster.
         left_out: u64,
         /// The first of such hosts, as many as are listed, and one more where there are more.
@@ -108,7 +110,7 @@ pub enum Refusal {
     /// Others hold the address without sharing it.
     #[error(
         "can't change sharing key for \"{service}\", address also in use by {} (to share {ip}, give all of them the same purelb.io/allow-shared-ip and ports of their own)",
-        list(holders, ",")
+        holders.joined(",")
     )]
     SharingKey {
         /// Who asked.
@@ -116,7 +118,7 @@ pub enum Refusal {
         /// The address.
         ip: IpAddr,
         /// Who holds it.
-        holders: Vec<ServiceKey>,
+        holders: Others,
     },
     /// A host outside the cluster has the address.
     #[error("{ip} is in use by {stranger}: take it off that host, or let the Service have another address")]
@@ -131,20 +133,18 @@ pub enum Refusal {
     Reserved {
         /// The address.
         ip: IpAddr,
-        /// What it is.
-        why: Why,
+        /// What it is, to be read after the address.
+        why: String,
     },
     /// The address is shared in another namespace.
     #[error(
-        "can't change sharing key for \"{service}\", address also in use by {holder} of another namespace (to share {ip}, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)"
+        "can't change sharing key for \"{service}\", address also in use by a Service of another namespace (to share {ip}, each of the two has to name the other's namespace in purelb.io/allow-shared-ip-namespaces)"
     )]
     OtherNamespace {
         /// Who asked.
         service: ServiceKey,
         /// The address.
         ip: IpAddr,
-        /// Who holds it.
-        holder: ServiceKey,
     },
     /// The address is shared, and one of the two takes traffic on the nodes of its own endpoints only.
     #[error(
@@ -154,7 +154,7 @@ pub enum Refusal {
         /// The address.
         ip: IpAddr,
         /// Who holds it.
-        holder: ServiceKey,
+        holder: Others,
     },
     /// The address is shared, but the port is not free.
     #[error(
@@ -166,7 +166,7 @@ pub enum Refusal {
         /// The address.
         ip: IpAddr,
         /// Who listens there.
-        holder: ServiceKey,
+        holder: Others,
     },
     /// A sharing key already has another address.
     #[error("sharing key \"{key}\" is bound to {bound}, cannot use {asked}: ask for {bound}, or use another key")]
@@ -245,6 +245,57 @@ pub enum Ambiguity {
         /// Those that say so.
         groups: Vec<String>,
     },
+}
+
+/// Other Services, as the author of one is told of them: those of its own namespace by name, all others by their number.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Others {
+    named: Box<[ServiceKey]>,
+    elsewhere: usize,
+    has_more: bool,
+}
+
+impl Others {
+    /// Those that the author of `service` is told of. Of many it is the first [`LISTED`].
+    pub fn seen_by<'a>(service: &ServiceKey, all: impl IntoIterator<Item = &'a ServiceKey>) -> Self {
+        let mut all = all.into_iter();
+        let first: Vec<&ServiceKey> = all.by_ref().take(LISTED).collect();
+        let is_own = |other: &&&ServiceKey| other.namespace == service.namespace;
+        let named: Box<[ServiceKey]> = first.iter().filter(is_own).copied().cloned().collect();
+        Self {
+            elsewhere: first.len() - named.len(),
+            named,
+            has_more: all.next().is_some(),
+        }
+    }
+
+    /// Those that are named.
+    pub fn named(&self) -> &[ServiceKey] {
+        &self.named
+    }
+
+    fn joined(&self, separator: &str) -> String {
+        let elsewhere = match self.elsewhere {
+            0 => None,
+            1 => Some("a Service of another namespace".to_owned()),
+            count => Some(format!("{count} Services of other namespaces")),
+        };
+        let mut parts: Vec<String> = self.named.iter().map(ToString::to_string).collect();
+        if self.has_more {
+            parts.extend(elsewhere);
+            parts.push("…".to_owned());
+            return parts.join(separator);
+        }
+        let named = (!parts.is_empty()).then(|| parts.join(separator));
+        let parts: Vec<String> = named.into_iter().chain(elsewhere).collect();
+        parts.join(" and ")
+    }
+}
+
+impl fmt::Display for Others {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.joined(", "))
+    }
 }
 
 impl Refusal {
@@ -397,17 +448,17 @@ fn fullness(
     group: &str,
     family: Family,
     used: u64,
-    holders: &[ServiceKey],
+    holders: &Others,
     left_out: u64,
     strangers: &[(IpAddr, Stranger)],
 ) -> String {
     if left_out == 0 {
-        return format!("all {used} {family} addresses are in use, by {}", list(holders, ", "));
+        return format!("all {used} {family} addresses are in use, by {holders}");
     }
     let mut parts = vec![match used {
         0 => format!("no Service has one of its {family} addresses"),
-        1 => format!("1 {family} address is in use, by {}", list(holders, ", ")),
-        _ => format!("{used} {family} addresses are in use, by {}", list(holders, ", ")),
+        1 => format!("1 {family} address is in use, by {holders}"),
+        _ => format!("{used} {family} addresses are in use, by {holders}"),
     }];
     let of_host = |(ip, stranger): &(IpAddr, Stranger)| format!("{ip} is in use by {stranger}");
     let hosts: Vec<String> = strangers.iter().map(of_host).collect();
@@ -428,4 +479,231 @@ fn ranges(pools: &[String], family: Family) -> String {
     let more = if pools.len() > LISTED { ", …" } else { "" };
     let pools: Vec<&str> = pools.iter().take(LISTED).map(String::as_str).collect();
     format!(": ask for one of {}{more}", pools.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::claim::{Claim, Endpoints};
+    use crate::condition::{self, Saying};
+    use crate::decide::decide;
+    use crate::decide::tests::request;
+    use crate::ledger::Ledger;
+    use crate::ledger::tests::{claim, groups, ip};
+    use crate::notices;
+    use crate::request::Request;
+    use crate::reserved::OfService;
+    use k8s_openapi::api::core::v1::Service;
+
+    const GROUPS: [(&str, &str); 3] = [
+        ("pool", "remote: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24}}"),
+        ("full", "remote: {v4pool: {pool: 10.1.0.0/32, subnet: 10.1.0.0/24}}"),
+        ("ext", "external: {provider: Acme, announce: remote}"),
+    ];
+
+    /// What is asked for, and where; and who is there.
+    type Case<'a> = (Request, &'a str, Vec<(&'a ServiceKey, Claim)>);
+
+    /// What a refusal says of other Services, or `None` where it can say nothing of them. Without a wildcard: who adds a
+    /// variant has to say here whether it can.
+    const fn of_others(refusal: &Refusal) -> Option<&'static str> {
+        match refusal {
+            Refusal::Exhausted { .. } => Some("full"),
+            Refusal::SharingKey { .. } => Some("key"),
+            Refusal::OtherNamespace { .. } => Some("namespace"),
+            Refusal::OtherEndpoints { .. } => Some("endpoints"),
+            Refusal::PortInUse { .. } => Some("port"),
+            Refusal::Reserved { .. } => Some("reserved"),
+            Refusal::Provider { .. } => Some("provider"),
+            Refusal::UnknownGroup { .. }
+            | Refusal::Rejected { .. }
+            | Refusal::Awaited { .. }
+            | Refusal::NoFamily { .. }
+            | Refusal::NotInAnyGroup { .. }
+            | Refusal::InvalidAddress(_)
+            | Refusal::InvalidLoadBalancerIp(_)
+            | Refusal::TwoOfAFamily(..)
+            | Refusal::FamilyNotAsked { .. }
+            | Refusal::Stranger { .. }
+            | Refusal::BoundElsewhere { .. }
+            | Refusal::GroupClosed { .. }
+            | Refusal::NamespaceConfined { .. }
+            | Refusal::Ambiguous(_)
+            | Refusal::MultiPoolBalanced(_)
+            | Refusal::MultiPoolShared
+            | Refusal::RangesFull { .. } => None,
+        }
+    }
+
+    /// All that is refused to `default/web`, or taken from it, since Services of `namespace` are in the way.
+    fn refusals(namespace: &str) -> Vec<Refusal> {
+        let others: Vec<ServiceKey> = (0..12)
+            .map(|n| ServiceKey::new(namespace, format!("hidden-{n}")))
+            .collect();
+        let (other, many) = (&others[0], &others);
+        let shared = |key: &str, port, of: &str| {
+            let mut claim = claim(key, port);
+            claim.sharing.as_mut().unwrap().namespaces = vec![of.into()];
+            claim
+        };
+        let on_the_node = |mut claim: Claim| {
+            claim.sharing.as_mut().unwrap().endpoints = Endpoints::OnTheNode {
+                selector: [("app".into(), "a".into())].into(),
+                is_kept: true,
+            };
+            claim
+        };
+        let alone = || claim("", 80);
+        let asks = |address: Option<&str>, group: &str, claim: Claim| Request {
+            pinned: address.map(ip).into_iter().collect(),
+            claim,
+            ..request("web", group, &[Family::V4])
+        };
+        let pins = |claim| asks(Some("10.0.0.1"), "pool", claim);
+        let cases: Vec<Case> = vec![
+            (pins(alone()), "10.0.0.1", vec![(other, alone())]),
+            (
+                pins(alone()),
+                "10.0.0.1",
+                many.iter()
+                    .zip(80..)
+                    .map(|(key, port)| (key, claim("k", port)))
+                    .collect(),
+            ),
+            (pins(claim("k", 80)), "10.0.0.1", vec![(other, claim("k", 81))]),
+            (
+                pins(shared("k", 80, "*")),
+                "10.0.0.1",
+                vec![(other, shared("k", 80, "*"))],
+            ),
+            (
+                pins(on_the_node(shared("k", 80, "*"))),
+                "10.0.0.1",
+                vec![(other, shared("k", 81, "*"))],
+            ),
+            (asks(None, "full", alone()), "10.1.0.0", vec![(other, alone())]),
+            (
+                asks(None, "full", alone()),
+                "10.1.0.0",
+                many.iter()
+                    .zip(80..)
+                    .map(|(key, port)| (key, claim("k", port)))
+                    .collect(),
+            ),
+            (asks(None, "ext", alone()), "10.9.0.1", vec![(other, alone())]),
+        ];
+        let mut found = Vec::new();
+        for (request, address, holders) in cases {
+            let mut ledger = Ledger::default();
+            ledger.set_groups(groups(&GROUPS));
+            for (holder, claim) in &holders {
+                ledger.hold(holder, &[ip(address)], claim);
+            }
+            let own = &request.service;
+            ledger.offers_mut().account_mut(own, "ext").addresses = vec![ip("10.9.0.1")];
+            found.extend(decide(&ledger, &request, &[]).err());
+            ledger.hold(own, &[ip(address)], &request.claim);
+            let contested = ledger.contested(own, &request.claim);
+            found.extend(contested.into_values().map(|conflict| conflict.why));
+        }
+        for has in [
+            OfService {
+                cluster_ips: vec![ip("10.0.0.1")],
+                ..OfService::default()
+            },
+            OfService {
+                external_ips: vec![ip("10.0.0.1")],
+                ..OfService::default()
+            },
+        ] {
+            let mut ledger = Ledger::default();
+            ledger.set_groups(groups(&GROUPS));
+            ledger.reserve_for(other, has);
+            let request = pins(alone());
+            found.extend(decide(&ledger, &request, &[]).err());
+            ledger.hold(&request.service, &[ip("10.0.0.1")], &request.claim);
+            let contested = ledger.contested(&request.service, &request.claim);
+            found.extend(contested.into_values().map(|conflict| conflict.why));
+        }
+        found
+    }
+
+    /// Everything that an author reads of a refusal.
+    fn told(refusal: &Refusal) -> String {
+        let service: Service =
+            serde_json::from_str(r#"{"metadata": {"namespace": "default", "name": "web"}}"#).unwrap();
+        let notices = [
+            notices::refused(&service, refusal),
+            notices::incomplete(refusal),
+            notices::conflict(ip("10.0.0.1"), refusal, &[]),
+            notices::conflict(ip("10.0.0.1"), refusal, &[ip("10.0.0.2")]),
+            notices::not_released(refusal, true),
+        ];
+        let conditions =
+            [Saying::refused(refusal), Saying::incomplete(refusal)].map(|saying| saying.condition(&service));
+        assert!(conditions.iter().all(|condition| condition.type_ == condition::TYPE));
+        let events = notices.into_iter().map(|notice| notice.message);
+        let all: Vec<String> = events.chain(conditions.map(|condition| condition.message)).collect();
+        all.join("\n")
+    }
+
+    #[test]
+    fn no_author_is_told_the_name_of_a_service_of_another_namespace() {
+        let all = ["full", "key", "namespace", "endpoints", "port", "reserved", "provider"];
+        let mut seen = BTreeSet::new();
+        for refusal in refusals("secret") {
+            let told = told(&refusal);
+            assert!(!told.contains("secret") && !told.contains("hidden"), "{told}");
+            assert!(
+                told.contains("of another namespace") || told.contains("of other namespaces"),
+                "{told}"
+            );
+            seen.extend(of_others(&refusal));
+        }
+        assert_eq!(seen, BTreeSet::from(all), "not all were tried");
+        // Of its own it is: each but that about namespaces.
+        let named = refusals("default");
+        assert!(named.len() > all.len());
+        for refusal in named {
+            let told = told(&refusal);
+            assert!(
+                told.contains("default/hidden-0") && !told.contains("namespaces,"),
+                "{told}"
+            );
+        }
+    }
+
+    #[test]
+    fn services_of_other_namespaces_are_counted_behind_those_of_ones_own() {
+        let key = |text: &str| {
+            let (namespace, name) = text.split_once('/').unwrap();
+            ServiceKey::new(namespace, name)
+        };
+        for (others, expected) in [
+            (&["default/a"][..], "default/a"),
+            (&["default/a", "default/b"], "default/a, default/b"),
+            (&["x/a"], "a Service of another namespace"),
+            (&["x/a", "y/a"], "2 Services of other namespaces"),
+            (&["x/a", "default/b"], "default/b and a Service of another namespace"),
+            (
+                &[
+                    "a/1",
+                    "a/2",
+                    "a/3",
+                    "default/4",
+                    "default/5",
+                    "x/6",
+                    "x/7",
+                    "x/8",
+                    "x/9",
+                ],
+                "default/4, default/5, 6 Services of other namespaces, …",
+            ),
+        ] {
+            let others: Vec<ServiceKey> = others.iter().map(|text| key(text)).collect();
+            assert_eq!(Others::seen_by(&key("default/web"), &others).to_string(), expected);
+        }
+    }
 }

@@ -14,7 +14,7 @@ use crds::pool::AddressRange;
 use crds::{Family, ServiceKey};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// Why an address is given to nobody. It is written to be read after the address.
+/// Why an address is given to nobody. It is written to be read after the address, and names Services: [`Why::told_to`] does not.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Why {
     /// No host can have it: what it is, and the RFC.
@@ -61,6 +61,18 @@ impl fmt::Display for Why {
 }
 
 impl Why {
+    /// The same for the author of `service`, who is told no name of a Service of another namespace.
+    pub fn told_to(&self, service: &ServiceKey) -> String {
+        let is_hidden = |of: &ServiceKey| of.namespace != service.namespace;
+        match self {
+            Self::ClusterIp(of) if is_hidden(of) => "is the cluster IP of a Service of another namespace".to_owned(),
+            Self::ExternalIp(of) if is_hidden(of) => {
+                "is in spec.externalIPs of a Service of another namespace".to_owned()
+            }
+            why => why.to_string(),
+        }
+    }
+
     /// Whether a Service that has the address gives it up.
     pub const fn takes_away(&self) -> bool {
         match self {

@@ -530,11 +530,13 @@ impl World {
                 prop_assert_eq!(self.ranges(group, Family::V4), None, "{} is there", group);
             }
             Refusal::PortInUse { ip, holder, .. } => {
-                let other = on(ip, holder).unwrap();
-                prop_assert!(!other.ports.is_disjoint(&ports), "{holder} has none of the ports");
+                for named in holder.named() {
+                    let other = on(ip, named).unwrap();
+                    prop_assert!(!other.ports.is_disjoint(&ports), "{named} has none of the ports");
+                }
             }
             Refusal::SharingKey { ip, holders, .. } => {
-                for holder in holders {
+                for holder in holders.named() {
                     prop_assert!(on(ip, holder).is_some(), "{holder} is not on {ip}");
                 }
             }
