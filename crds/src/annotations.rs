@@ -82,8 +82,8 @@ pub const WRITTEN_BY_US: [&str; 6] = [
 ];
 /// How all of them begin.
 pub const OURS: &str = "purelb.io/";
-/// Keys of other load balancers, whose they are, and the key of ours that asks for the same.
-pub const FOREIGN: [(&str, &str, &str); 15] = [
+/// Keys of other load balancers, whose they are, and what asks for the same here: mostly a key of ours.
+pub const FOREIGN: [(&str, &str, &str); 17] = [
     ("metallb.io/address-pool", "MetalLB", SERVICE_GROUP),
     ("metallb.io/loadBalancerIPs", "MetalLB", ADDRESSES),
     ("metallb.io/allow-shared-ip", "MetalLB", ALLOW_SHARED_IP),
@@ -91,6 +91,11 @@ pub const FOREIGN: [(&str, &str, &str); 15] = [
     ("metallb.universe.tf/loadBalancerIPs", "MetalLB", ADDRESSES),
     ("metallb.universe.tf/allow-shared-ip", "MetalLB", ALLOW_SHARED_IP),
     ("kube-vip.io/loadbalancerIPs", "kube-vip", ADDRESSES),
+    (
+        "kube-vip.io/serviceInterface",
+        "kube-vip",
+        "localInterface of an LBNodeAgent",
+    ),
     ("lbipam.cilium.io/ips", "Cilium", ADDRESSES),
     ("lbipam.cilium.io/sharing-key", "Cilium", ALLOW_SHARED_IP),
     (
@@ -107,6 +112,7 @@ pub const FOREIGN: [(&str, &str, &str); 15] = [
     ),
     ("projectcalico.org/loadBalancerIPs", "Calico", ADDRESSES),
     ("projectcalico.org/ipv4pools", "Calico", SERVICE_GROUP),
+    ("projectcalico.org/ipv6pools", "Calico", SERVICE_GROUP),
 ];
 
 /// How much is read of an annotation that authors write, in bytes.
@@ -119,6 +125,104 @@ pub const LONGEST_WRITTEN: usize = 8 * 1024;
 pub fn known(key: &str) -> Option<&'static str> {
     let all = WRITTEN_BY_AUTHORS.into_iter().chain(WRITTEN_BY_US);
     all.into_iter().find(|known| *known == key)
+}
+
+/// What a key that nobody reads is likely to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// One of another load balancer.
+    Foreign {
+        /// Whose it is.
+        whose: &'static str,
+        /// What asks for the same here.
+        ours: &'static str,
+    },
+    /// One of ours in another spelling.
+    Misspelt {
+        /// The one that is likely to be meant.
+        meant: Option<&'static str>,
+    },
+}
+
+/// How alike two names are, of which one is taken for the other under our own prefix, where 1 is the same.
+const ALIKE: f64 = 0.8;
+/// No key that is likely to be meant for us is longer than this.
+const LONGEST_KEY: usize = 96;
+
+/// What a key that nobody reads is likely to be: one of [`FOREIGN`] or of [`WRITTEN_BY_AUTHORS`] in another case, with other
+/// separators or another prefix, or with up to two letters wrong; and whatever has our prefix.
+pub fn unread(key: &str) -> Option<Unread> {
+    if known(key).is_some() {
+        return None;
+    }
+    let (prefix, name) = match key.rsplit_once('/') {
+        Some((prefix, name)) => (Some(prefix.to_lowercase()), name),
+        None => (None, key),
+    };
+    let is_ours = prefix.as_deref() == OURS.strip_suffix('/');
+    if key.len() > LONGEST_KEY {
+        return is_ours.then_some(Unread::Misspelt { meant: None });
+    }
+    let of_prefix = |(foreign, ..): &&(&str, &str, &str)| {
+        let parts = foreign.rsplit_once('/');
+        parts.is_some_and(|(of, name_of)| Some(of) == prefix.as_deref() && is_near(name, name_of))
+    };
+    if let Some((_, whose, ours)) = FOREIGN.iter().find(of_prefix) {
+        return Some(Unread::Foreign { whose, ours });
+    }
+    if is_ours {
+        let meant = meant(name);
+        return Some(Unread::Misspelt { meant });
+    }
+    let near = |name: &str| {
+        let mut all = WRITTEN_BY_AUTHORS.into_iter();
+        all.find(|known| is_near(name, rest(known)))
+    };
+    let meant = if let Some(prefix) = prefix {
+        let prefix = letters(&prefix);
+        let is_like_ours = prefix.contains("purelb") || strsim::osa_distance(&prefix, &letters(OURS)) <= 2;
+        is_like_ours.then(|| near(name)).flatten()
+    } else {
+        let all = letters(name);
+        match all.strip_prefix("purelbio").or_else(|| all.strip_prefix("purelb")) {
+            Some(name) => near(name),
+            // A key without a prefix may be anything of anybody.
+            None => WRITTEN_BY_AUTHORS.into_iter().find(|known| all == letters(rest(known))),
+        }
+    }?;
+    Some(Unread::Misspelt { meant: Some(meant) })
+}
+
+/// The key that a name with our prefix is likely to stand for: it may be one that asks for the same elsewhere.
+fn meant(name: &str) -> Option<&'static str> {
+    let name_of = |(foreign, _, ours): &(&'static str, &str, &'static str)| {
+        let (_, foreign) = foreign.rsplit_once('/')?;
+        (ours.starts_with(OURS) && is_near(name, foreign)).then_some(*ours)
+    };
+    let likeness = |known: &'static str| (strsim::jaro_winkler(&letters(rest(known)), &letters(name)), known);
+    let nearest = WRITTEN_BY_AUTHORS.into_iter().map(likeness);
+    let nearest = nearest.max_by(|(a, _), (b, _)| a.total_cmp(b));
+    let mut near = WRITTEN_BY_AUTHORS.into_iter();
+    near.find(|known| is_near(name, rest(known)))
+        .or_else(|| FOREIGN.iter().find_map(name_of))
+        .or_else(|| Some(nearest.filter(|(likeness, _)| *likeness >= ALIKE)?.1))
+}
+
+/// Whether one of two names may be the other: no more than two letters are wrong, in a short one no more than one.
+fn is_near(name: &str, right: &str) -> bool {
+    let right = letters(right);
+    let most = if right.len() < 8 { 1 } else { 2 };
+    strsim::osa_distance(&letters(name), &right) <= most
+}
+
+/// What is left of a key in any case and with any separators.
+fn letters(text: &str) -> String {
+    let all = text.chars().filter(char::is_ascii_alphanumeric);
+    all.map(|letter| letter.to_ascii_lowercase()).collect()
+}
+
+fn rest(key: &str) -> &str {
+    key.strip_prefix(OURS).unwrap_or(key)
 }
 
 /// What is read of the value of an annotation: all of it, unless it is longer than anything that makes sense. Then it

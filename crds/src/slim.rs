@@ -15,11 +15,13 @@ use kube::Resource;
 use serde::de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::annotations::{self, FOREIGN, OURS};
+use crate::annotations;
 use crate::service::{is_load_balancer, reserved_in};
 
 /// How many annotations are read by their key only.
 const TOLD: usize = 8;
+/// How many keys are looked at for what they may stand for.
+const LOOKED_AT: usize = 64;
 /// How much is read of an annotation of a Service that is no load balancer, in bytes.
 const LEFT_OF_A_VALUE: usize = 64;
 /// How many of `spec.externalIPs` are read.
@@ -274,13 +276,16 @@ fn read_annotations<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeM
 
         fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
             let mut read = BTreeMap::new();
-            let mut told = 0;
-            while let Some(key) = map.next_key_seed(KeyOf)? {
+            let (mut told, mut unread) = (0, 0);
+            while let Some(key) = map.next_key_seed(KeyOf {
+                is_looked_at: unread < LOOKED_AT,
+            })? {
                 if let Key::Known(key) = key {
                     read.insert(key.to_owned(), map.next_value_seed(ValueOf(key))?);
                     continue;
                 }
                 map.next_value::<IgnoredAny>()?;
+                unread += 1;
                 if let Key::Told(key) = key
                     && told < TOLD
                 {
@@ -305,7 +310,9 @@ enum Key {
     Other,
 }
 
-struct KeyOf;
+struct KeyOf {
+    is_looked_at: bool,
+}
 
 impl<'de> DeserializeSeed<'de> for KeyOf {
     type Value = Key;
@@ -323,10 +330,9 @@ impl Visitor<'_> for KeyOf {
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-        let is_told = || text.starts_with(OURS) || FOREIGN.iter().any(|(foreign, ..)| *foreign == text);
         Ok(match annotations::known(text) {
             Some(known) => Key::Known(known),
-            None if is_told() => Key::Told(text.to_owned()),
+            None if self.is_looked_at && annotations::unread(text).is_some() => Key::Told(text.to_owned()),
             None => Key::Other,
         })
     }
@@ -358,6 +364,7 @@ impl Visitor<'_> for ValueOf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::annotations::OURS;
     use crate::service::annotation;
     use serde_json::json;
 
@@ -422,7 +429,9 @@ mod tests {
         let foreign = ("metallb.io/address-pool".to_owned(), json!("x"));
         let many: serde_json::Map<_, _> = (0..1000).map(unknown).collect();
         let some: serde_json::Map<_, _> = [unknown(1), foreign].into_iter().collect();
-        for (annotations, expected) in [(many, TOLD), (some, 2)] {
+        let other = |n: usize| (format!("example.org/{n}"), json!("x"));
+        let behind: serde_json::Map<_, _> = (0..LOOKED_AT - 1).map(other).chain([unknown(1), unknown(2)]).collect();
+        for (annotations, expected) in [(many, TOLD), (some, 2), (behind, 1)] {
             let service = slim(json!({"metadata": {"annotations": annotations}, "spec": {"type": "LoadBalancer"}}));
             let left = service.metadata.annotations.unwrap();
             assert_eq!(left.len(), expected);
