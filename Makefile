@@ -119,6 +119,7 @@ bench-routing: kubernetes ## What a node's death and a lost next hop cost, measu
 
 docs: ## Build the book in target/book (and mdBook itself, once: some minutes); unit tests check its links
 	"$$(docs/mdbook | tail -n 1)" build docs
+	@rm -f target/book/mdbook target/book/book.toml
 
 # What a virtual node needs beside PACKAGES.
 VM_PACKAGES := busybox-static kmod qemu-system-x86

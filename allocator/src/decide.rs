@@ -749,7 +749,7 @@ pub(crate) mod tests {
             (
                 "v4",
                 Family::V6,
-                "pool \"v4\" has no IPv6 range for default/a: add one to the ServiceGroup, or change spec.ipFamilies",
+                "pool \"v4\" has no IPv6 range for default/a: add one to the ServiceGroup, or change spec.ipFamilyPolicy or spec.ipFamilies",
             ),
         ] {
             assert_eq!(run(&mut ledger, &request("a", group, &[family])).unwrap_err(), sentence);

@@ -19,7 +19,14 @@ pub enum Verdict {
     /// It cannot be read.
     Invalid(GroupError),
     /// An older group has some of its addresses.
-    Overlaps(String),
+    Overlaps {
+        /// That group.
+        other: String,
+        /// The range of that group, as written.
+        theirs: String,
+        /// The range of this one that has addresses of it.
+        own: String,
+    },
     /// It is not in the install namespace.
     OutOfScope {
         /// That namespace.
@@ -35,7 +42,9 @@ impl Verdict {
         match self {
             Self::Valid(_) => None,
             Self::Invalid(error) => Some(format!("Failed to parse: {error}")),
-            Self::Overlaps(other) => Some(format!("Pool overlaps with already defined pool \"{other}\"")),
+            Self::Overlaps { other, theirs, own } => Some(format!(
+                "Pool overlaps with already defined pool \"{other}\": {own} has addresses of {theirs} there, and the older group counts"
+            )),
             Self::OutOfScope { install, .. } => Some(format!(
                 "it is in namespace \"{namespace}\", and only those in \"{install}\" count"
             )),
@@ -47,7 +56,7 @@ impl Verdict {
         let (namespace, name) = key;
         match self {
             Self::Valid(_) => Notice::normal("Parsed", "ServiceGroup parsed successfully"),
-            Self::Invalid(_) | Self::Overlaps(_) => {
+            Self::Invalid(_) | Self::Overlaps { .. } => {
                 Notice::warning("ParseFailed", self.fault(namespace).unwrap_or_default())
             }
             Self::OutOfScope { install, kind } => Notice::warning(
@@ -84,12 +93,18 @@ pub fn judge(
                     ..
                 }) if let Some(fault) = no_netbox => Verdict::Invalid(fault.clone()),
                 Ok(group) => {
-                    let taken = valid.iter().find(|(_, other)| overlap(other, &group));
-                    let overlapped = taken.map(|(other, _)| other.1.to_string());
+                    let overlapped = valid.iter().find_map(|(other, older)| {
+                        let (theirs, own) = overlap(older, &group)?;
+                        Some(Verdict::Overlaps {
+                            other: other.1.to_string(),
+                            theirs,
+                            own,
+                        })
+                    });
                     if overlapped.is_none() {
                         valid.push((key, group.clone()));
                     }
-                    overlapped.map_or(Verdict::Valid(group), Verdict::Overlaps)
+                    overlapped.unwrap_or(Verdict::Valid(group))
                 }
             }
         } else {
@@ -103,10 +118,12 @@ pub fn judge(
     verdicts
 }
 
-fn overlap(one: &Group, other: &Group) -> bool {
-    one.pools()
-        .iter()
-        .any(|a| other.pools().iter().any(|b| a.range.overlaps(&b.range)))
+/// Two ranges as written, one of each group, that have addresses in common.
+fn overlap(one: &Group, other: &Group) -> Option<(String, String)> {
+    one.pools().iter().find_map(|a| {
+        let found = other.pools().iter().find(|b| a.range.overlaps(&b.range))?;
+        Some((a.text.clone(), found.text.clone()))
+    })
 }
 
 #[cfg(test)]
@@ -174,7 +191,8 @@ mod tests {
             (
                 Kind::Warning,
                 "ParseFailed",
-                "Pool overlaps with already defined pool \"good\"",
+                "Pool overlaps with already defined pool \"good\": 10.0.0.0/25 has addresses of 10.0.0.0/24 there, and the older group \
+                 counts",
             ),
         ]
         .map(|(kind, reason, message)| (kind, reason, message.to_owned()));
@@ -192,12 +210,12 @@ mod tests {
             ("10.0.0.10-10.0.0.20", "10.0.0.0/24"),
             ("10.0.0.10-10.0.0.20", "10.0.0.20-10.0.0.30"),
         ] {
+            let refused = format!(
+                "a-young: Pool overlaps with already defined pool \"b-old\": {younger} has addresses of {older} there, and the older group counts"
+            );
             assert_eq!(
                 notices(&[("purelb", "a-young", NEW, younger), ("purelb", "b-old", OLD, older)]),
-                [
-                    "a-young: Pool overlaps with already defined pool \"b-old\"",
-                    "b-old: ServiceGroup parsed successfully"
-                ]
+                [refused, "b-old: ServiceGroup parsed successfully".to_owned()]
             );
         }
     }

@@ -137,7 +137,7 @@ pub enum Problem {
     #[error("did not give {0}, which was asked for")]
     Withheld(IpAddr),
     /// A family asked for is missing.
-    #[error("gave no {0} address; change spec.ipFamilies, or add some there")]
+    #[error("gave no {0} address; change spec.ipFamilyPolicy or spec.ipFamilies, or add some there")]
     Lacks(Family),
     /// An address another Service has.
     #[error("gave {0}, which is in use by {1}; correct its records")]
@@ -455,7 +455,7 @@ mod tests {
                 "half",
                 &both,
                 &["10.0.0.1"],
-                Err("gave no IPv6 address; change spec.ipFamilies, or add some there"),
+                Err("gave no IPv6 address; change spec.ipFamilyPolicy or spec.ipFamilies, or add some there"),
             ),
             (
                 "other address",

@@ -606,7 +606,7 @@ pub(crate) mod tests {
         }
     }
 
-    const NOT_SHARED: &str = "can't change sharing key for \"default/b\", address also in use by default/a (to share 10.0.0.1, give all of them the same purelb.io/allow-shared-ip and ports of their own)";
+    const NOT_SHARED: &str = "can't change sharing key for \"default/b\", address also in use by default/a (ask for another, or, to share 10.0.0.1, give all of them the same purelb.io/allow-shared-ip and ports of their own)";
 
     #[test]
     fn an_address_is_shared_only_with_an_equal_key_and_other_ports() {

@@ -57,6 +57,12 @@ pub fn granted(service: &Service, request: &Request, grant: &Grant) -> Vec<Notic
         );
         notices.push(Notice::normal("AddressReleased", message));
     }
+    let given_up = before.iter().filter(|ip| !grant.addresses.contains(ip) && asked(ip));
+    let given_up: Vec<String> = given_up.map(ToString::to_string).collect();
+    if request.re_evaluate && !given_up.is_empty() {
+        let message = format!("Released [{}], decided about again", given_up.join(" "));
+        notices.push(Notice::normal("AddressReleased", message));
+    }
     notices
 }
 
@@ -189,10 +195,10 @@ pub fn not_released(refusal: &Refusal, is_deleted: bool) -> Notice {
 
 /// `externalTrafficPolicy: Local` becomes `Cluster`.
 pub fn local_overridden() -> Notice {
-    Notice::normal(
+    Notice::warning(
         LOCAL_OVERRIDE,
-        "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster. Please see the PureLB \
-         docs for info on why we do this, and how to override this policy.",
+        "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster: Pods see a node's address as the \
+         client's. With the annotation purelb.io/allow-local it stays Local, and only Pods on the announcing node are reached",
     )
 }
 
@@ -201,7 +207,7 @@ pub fn local_allowed() -> Notice {
     Notice::normal(
         LOCAL_OVERRIDE,
         "ExternalTrafficPolicy override annotation found, will allow Local policy. Incoming traffic will NOT be \
-         forwarded inter-node. This is not a recommended configuration; please see the PureLB docs for more info.",
+         forwarded inter-node: only Pods on the announcing node are reached.",
     )
 }
 
@@ -309,6 +315,17 @@ mod tests {
             assert_eq!(told(before, &grant(now, is_multi_pool)), expected, "{name}");
         }
         assert_eq!(told(one, &grant(one, false)), [], "nothing new");
+        let asked = Request {
+            re_evaluate: true,
+            ..request("web", "g", &[Family::V4])
+        };
+        let moved = granted(&service(one), &asked, &grant(&["10.0.1.1"], false));
+        let moved: Vec<_> = moved.into_iter().map(|said| (said.reason, said.message)).collect();
+        assert_eq!(moved.len(), 2);
+        assert_eq!(
+            moved[1],
+            ("AddressReleased", "Released [10.0.0.1], decided about again".to_owned())
+        );
         let ambiguous = Grant {
             ambiguity: Some(Ambiguity::None {
                 namespace: "default".into(),
@@ -399,9 +416,9 @@ mod tests {
             ),
             (
                 local_overridden(),
-                Kind::Normal,
+                Kind::Warning,
                 "LocalOverride",
-                "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster. ",
+                "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster: ",
             ),
             (
                 local_allowed(),

@@ -69,7 +69,7 @@ pub enum Refusal {
     },
     /// The group has no range of a family.
     #[error(
-        "pool \"{group}\" has no {family} range for {service}: add one to the ServiceGroup, or change spec.ipFamilies"
+        "pool \"{group}\" has no {family} range for {service}: add one to the ServiceGroup, or change spec.ipFamilyPolicy or spec.ipFamilies"
     )]
     NoFamily {
         /// The group.
@@ -109,7 +109,7 @@ pub enum Refusal {
     },
     /// Others hold the address without sharing it.
     #[error(
-        "can't change sharing key for \"{service}\", address also in use by {} (to share {ip}, give all of them the same purelb.io/allow-shared-ip and ports of their own)",
+        "can't change sharing key for \"{service}\", address also in use by {} (ask for another, or, to share {ip}, give all of them the same purelb.io/allow-shared-ip and ports of their own)",
         holders.joined(",")
     )]
     SharingKey {

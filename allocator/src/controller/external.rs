@@ -371,7 +371,7 @@ impl Controller {
         let place = (self.settings.namespace.as_str().into(), group.into());
         let is_rejected = matches!(
             self.verdicts.get(&place),
-            Some(Verdict::Invalid(_) | Verdict::Overlaps(_))
+            Some(Verdict::Invalid(_) | Verdict::Overlaps { .. })
         );
         if let Some(service) = self.service(key) {
             let notice = notices::unreleasable(group, is_rejected, &format!("{RESERVED}{group}"));
