@@ -1,6 +1,6 @@
 //! The status of ServiceGroups: how full they are, and what of them is given to no Service.
 
-use crds::event::ALLOCATOR;
+use crds::event::{ALLOCATOR, LONGEST, cut};
 use crds::record::replacing;
 use crds::servicegroup::Source;
 use crds::{Family, ServiceGroup, ServiceGroupStatus};
@@ -48,17 +48,20 @@ fn conditions(name: &str, ledger: &Ledger, hosts: Option<&str>, known: &[Conditi
         .collect()
 }
 
-/// The status of a group: blank when it was rejected. `hosts` says which hosts outside the cluster have addresses of it that
+/// The status of a group: only why, when it was rejected. `hosts` says which hosts outside the cluster have addresses of it that
 /// are not heeded, and `known` is what its status says now.
 pub fn status(
     verdict: &Verdict,
-    name: &str,
+    (namespace, name): (&str, &str),
     ledger: &Ledger,
     hosts: Option<&str>,
     known: Option<&ServiceGroupStatus>,
 ) -> ServiceGroupStatus {
     let Verdict::Valid(group) = verdict else {
-        return ServiceGroupStatus::default();
+        return ServiceGroupStatus {
+            problem: verdict.fault(namespace).map(|fault| cut(&fault, LONGEST)),
+            ..ServiceGroupStatus::default()
+        };
     };
     let said = known.and_then(|known| known.conditions.as_deref()).unwrap_or_default();
     let [v4, v6] = [Family::V4, Family::V6].map(|family| ledger.usage(name, family));
@@ -86,6 +89,7 @@ pub fn status(
         allocated_ipv6: signed(v6.used),
         available_ipv4: has_v4.then(|| signed(v4.free)),
         available_ipv6: has_v6.then(|| signed(v6.free)),
+        problem: None,
         conditions: Some(conditions(name, ledger, hosts, said)).filter(|conditions| !conditions.is_empty()),
     }
 }

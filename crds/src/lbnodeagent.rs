@@ -83,9 +83,11 @@ pub struct GarpConfig {
     pub enabled: Option<bool>,
     /// Wait before the first, such as 100ms. Absent: none, since every millisecond of it is an outage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
     pub initial_delay: Option<String>,
     /// Time between rounds, such as 500ms. Absent: 500ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 32), regex(pattern = DURATION))]
     pub interval: Option<String>,
     /// Rounds. Absent: 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,11 +163,16 @@ impl GarpConfig {
     }
 }
 
-/// Reads a duration as Go writes it: decimal numbers with the units ns, us, ms, s, m, h, added up.
+/// What [`duration`] reads, for the API server: nothing, 0, or numbers with units.
+const DURATION: &str = "^(0|(([0-9]+([.][0-9]*)?|[.][0-9]+)(ns|us|µs|ms|s|m|h))*)$";
+
+/// Reads a duration as Go writes it: decimal numbers with the units ns, us, ms, s, m, h, added up, or 0.
 fn duration(text: Option<&str>) -> Option<Duration> {
     let mut rest = text?.trim();
-    if rest.is_empty() {
-        return None;
+    match rest {
+        "" => return None,
+        "0" => return Some(Duration::ZERO),
+        _ => {}
     }
     let mut total = Duration::ZERO;
     while !rest.is_empty() {
@@ -207,6 +214,8 @@ mod tests {
             ("5", None),
             ("ms", None),
             ("5 parsecs", None),
+            ("0", Some(0)),
+            ("fast", None),
         ] {
             assert_eq!(duration(Some(text)), expected.map(Duration::from_millis), "{text}");
         }
@@ -225,6 +234,12 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_api_server_takes_what_is_read(text in "[0-9]?[0-9.nuµmsh]{0,6}") {
+            let is_taken = regex::Regex::new(DURATION).unwrap().is_match(&text);
+            prop_assert_eq!(is_taken, text.is_empty() || duration(Some(&text)).is_some(), "{}", text);
+        }
+
         #[test]
         fn no_text_makes_the_duration_parser_panic(text in ".{0,20}") {
             let _ = duration(Some(&text));

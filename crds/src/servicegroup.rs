@@ -40,6 +40,7 @@ use crate::pool::{Aggregation, Family, Pool, PoolError};
     printcolumn = r#"{"name":"Namespaces","type":"string","jsonPath":".spec.namespaces","priority":1}"#,
     printcolumn = r#"{"name":"Enforced","type":"boolean","jsonPath":".spec.enforceNamespaces","priority":1}"#,
     printcolumn = r#"{"name":"Bound","type":"string","jsonPath":".status.boundNamespaces","priority":1}"#,
+    printcolumn = r#"{"name":"Problem","type":"string","jsonPath":".status.problem"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
 )]
 pub struct ServiceGroupSpec {
@@ -248,7 +249,7 @@ pub struct NetboxPool {
     pub aggregation: String,
 }
 
-/// How full a group is. Blank when the group was rejected.
+/// How full a group is. When the group was rejected, why, and nothing else.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceGroupStatus {
@@ -280,6 +281,9 @@ pub struct ServiceGroupStatus {
     #[serde(default, rename = "availableIPv6", skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0))]
     pub available_ipv6: Option<i64>,
+    /// Why it gives out nothing; absent where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// `AddressesLeftOut`: some addresses of its ranges are given to no Service, and why. `ForeignHosts`: hosts outside the
     /// cluster have more of them than Services are moved away from.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -268,8 +268,8 @@ async fn kubectl_says_it_all(lab: &Lab) -> Result<()> {
             "no {name} in `kubectl get purelb`: {all}"
         );
     }
-    let few = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 AGE";
-    let many = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 ADDRESSES AVAILABLE-V4 AVAILABLE-V6 NAMESPACES ENFORCED BOUND AGE";
+    let few = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 PROBLEM AGE";
+    let many = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 ADDRESSES AVAILABLE-V4 AVAILABLE-V6 NAMESPACES ENFORCED BOUND PROBLEM AGE";
     for (kind, output, expected) in [
         ("servicegroups", "", few),
         ("sg", "wide", many),

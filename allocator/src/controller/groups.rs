@@ -113,7 +113,7 @@ impl Controller {
                 .get(key)
                 .or_else(|| self.groups.get(key).and_then(|group| group.status.as_ref()));
             let hosts = self.hosts_of(&key.1);
-            let current = status::status(verdict, &key.1, &self.ledger, hosts.as_deref(), known);
+            let current = status::status(verdict, (&key.0, &key.1), &self.ledger, hosts.as_deref(), known);
             if known == Some(&current) {
                 continue;
             }
