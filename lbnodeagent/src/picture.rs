@@ -2,8 +2,8 @@
 //!
 //! Objects are read once, when they change. Owns no connection: watch events come in, values are looked at.
 
-mod node;
-mod slice;
+pub mod node;
+pub mod slice;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

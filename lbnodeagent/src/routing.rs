@@ -19,7 +19,7 @@ use crds::Family;
 use crds::lbnode::RoutingDaemon;
 use ipnet::IpNet;
 
-pub use look::keep_looking;
+pub use look::{keep_looking, sessions};
 
 /// How long something must be so before it is said, in either direction: a daemon that starts again, as when it is upgraded,
 /// has its sessions back within it.

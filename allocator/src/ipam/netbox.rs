@@ -95,13 +95,14 @@ pub struct Client {
 
 /// An IP address as Netbox has it; the rest of it plays no part here.
 #[derive(Debug, Deserialize)]
-struct Entry {
+pub struct Entry {
     id: u64,
     /// With a prefix length.
     address: String,
     status: Option<Choice>,
+    /// What people and the marks of Services say about it.
     #[serde(default)]
-    description: String,
+    pub description: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -109,10 +110,12 @@ struct Choice {
     value: String,
 }
 
+/// A page of a list of addresses.
 #[derive(Debug, Deserialize)]
-struct Page {
+pub struct Page {
     count: usize,
-    results: Vec<Entry>,
+    /// The addresses on it.
+    pub results: Vec<Entry>,
 }
 
 #[derive(Serialize)]
@@ -122,7 +125,8 @@ struct Change<'a> {
 }
 
 impl Entry {
-    fn ip(&self) -> Option<IpAddr> {
+    /// The address without its prefix length.
+    pub fn ip(&self) -> Option<IpAddr> {
         let (ip, _) = self.address.split_once('/').unwrap_or((&self.address, ""));
         ip.parse().ok()
     }
@@ -278,13 +282,8 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, method: Method, url: &Url, body: Option<Vec<u8>>) -> Result<T, Problem> {
-        let unreachable = |cause: String| Problem::Unreachable {
-            at: self.url.clone(),
-            cause,
-            field: "spec.netbox.url",
-        };
         let Some(http) = &self.http else {
-            return Err(unreachable("no TLS here".into()));
+            return Err(unreachable(&self.url, "no TLS here".into()));
         };
         let mut token = HeaderValue::try_from(format!("Token {}", self.token))
             .map_err(|_| Problem::Refused("NETBOX_USER_TOKEN has characters that no token has".into()))?;
@@ -303,39 +302,43 @@ impl Client {
                 at: self.url.clone(),
                 cause,
             },
-            None => unreachable(root(&error)),
+            None => unreachable(&self.url, root(&error)),
         })?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), LONGEST).collect().await;
         let body = body.map_err(|error| unreadable(root(error.as_ref())))?.to_bytes();
-        if status.is_success() {
-            return serde_json::from_slice(&body).map_err(unreadable);
-        }
-        // {"detail": "Invalid token"}; a page for people where a proxy answers.
-        let detail: Option<Value> = serde_json::from_slice(&body).ok();
-        let detail = detail
-            .as_ref()
-            .and_then(|body| body.get("detail"))
-            .and_then(Value::as_str);
-        let text = format!(
-            "HTTP {status}{}",
-            detail.map(|text| format!(": {}", cut(text))).unwrap_or_default()
-        );
-        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            Err(unreachable(text))
-        } else {
-            Err(Problem::Refused(text))
-        }
+        read(&self.url, status, &body)
     }
 
     fn at(&self, path: &str) -> Result<Url, Problem> {
         Url::parse(&self.url)
             .and_then(|url| url.join(path))
-            .map_err(|error| Problem::Unreachable {
-                at: self.url.clone(),
-                cause: error.to_string(),
-                field: "spec.netbox.url",
-            })
+            .map_err(|error| unreachable(&self.url, error.to_string()))
+    }
+}
+
+/// Reads the body of an answer of the Netbox at a URL.
+///
+/// # Errors
+/// What Netbox says instead of what it was asked for, or that this is not it.
+pub fn read<T: DeserializeOwned>(at: &str, status: StatusCode, body: &[u8]) -> Result<T, Problem> {
+    if status.is_success() {
+        return serde_json::from_slice(body).map_err(unreadable);
+    }
+    // {"detail": "Invalid token"}; a page for people where a proxy answers.
+    let detail: Option<Value> = serde_json::from_slice(body).ok();
+    let detail = detail
+        .as_ref()
+        .and_then(|body| body.get("detail"))
+        .and_then(Value::as_str);
+    let text = format!(
+        "HTTP {status}{}",
+        detail.map(|text| format!(": {}", cut(text))).unwrap_or_default()
+    );
+    if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+        Err(unreachable(at, text))
+    } else {
+        Err(Problem::Refused(text))
     }
 }
 
@@ -384,12 +387,13 @@ fn wanted(want: &Want) -> Vec<Wanted> {
     }
 }
 
-fn mark(service: &ServiceKey) -> String {
+/// The mark of a Service.
+pub fn mark(service: &ServiceKey) -> String {
     format!("[{service}]")
 }
 
 /// Whether any Service's mark is in a description.
-fn has_mark(description: &str) -> bool {
+pub fn has_mark(description: &str) -> bool {
     let words = description.split_whitespace();
     words
         .into_iter()
@@ -397,7 +401,10 @@ fn has_mark(description: &str) -> bool {
 }
 
 /// A description with a mark behind what it says.
-fn with(description: &str, mark: &str) -> Result<String, Problem> {
+///
+/// # Errors
+/// Where there is no room for it.
+pub fn with(description: &str, mark: &str) -> Result<String, Problem> {
     let marked = format!("{description} {mark}").trim_start().to_owned();
     if marked.chars().count() <= DESCRIPTION {
         return Ok(marked);
@@ -407,9 +414,18 @@ fn with(description: &str, mark: &str) -> Result<String, Problem> {
     )))
 }
 
-fn without(description: &str, mark: &str) -> String {
+/// A description without a mark.
+pub fn without(description: &str, mark: &str) -> String {
     let rest = description.replace(mark, "");
     rest.replace("  ", " ").trim().to_owned()
+}
+
+fn unreachable(at: &str, cause: String) -> Problem {
+    Problem::Unreachable {
+        at: at.to_owned(),
+        cause,
+        field: "spec.netbox.url",
+    }
 }
 
 fn unreadable(error: impl fmt::Display) -> Problem {

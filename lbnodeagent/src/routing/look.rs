@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
@@ -78,8 +78,16 @@ fn is_meant_here(socket: &Path) -> bool {
 /// All BGP sessions for unicast of either family, or why the daemon cannot tell.
 async fn ask(daemon: &Daemon) -> Result<Vec<Session>, String> {
     let socket = UnixStream::connect(&daemon.socket).await.map_err(in_words)?;
+    sessions(daemon.kind, socket).await
+}
+
+/// What a daemon says when it is asked for its sessions over this connection.
+///
+/// # Errors
+/// Why it cannot tell, in words.
+pub async fn sessions(kind: Kind, socket: impl AsyncRead + AsyncWrite + Unpin) -> Result<Vec<Session>, String> {
     let socket = BufReader::new(socket);
-    match daemon.kind {
+    match kind {
         Kind::Bird => ask_bird(Bird { socket }).await,
         Kind::Frr => ask_frr(Frr { socket }).await,
     }
@@ -100,7 +108,7 @@ fn in_words(error: io::Error) -> String {
     }
 }
 
-async fn ask_bird(mut bird: Bird) -> Result<Vec<Session>, String> {
+async fn ask_bird<S: AsyncRead + AsyncWrite + Unpin>(mut bird: Bird<S>) -> Result<Vec<Session>, String> {
     // Its greeting.
     bird.reply().await?;
     bird.ask(bird::RESTRICT).await?;
@@ -135,11 +143,11 @@ async fn ask_bird(mut bird: Bird) -> Result<Vec<Session>, String> {
     Ok(sessions)
 }
 
-struct Bird {
-    socket: BufReader<UnixStream>,
+struct Bird<S> {
+    socket: BufReader<S>,
 }
 
-impl Bird {
+impl<S: AsyncRead + AsyncWrite + Unpin> Bird<S> {
     async fn ask(&mut self, command: &str) -> Result<String, String> {
         let command = format!("{command}\n");
         self.socket.write_all(command.as_bytes()).await.map_err(in_words)?;
@@ -162,7 +170,7 @@ impl Bird {
     }
 }
 
-async fn ask_frr(mut frr: Frr) -> Result<Vec<Session>, String> {
+async fn ask_frr<S: AsyncRead + AsyncWrite + Unpin>(mut frr: Frr<S>) -> Result<Vec<Session>, String> {
     let mut sessions = Vec::new();
     for neighbor in frr::neighbors(&frr.ask(frr::NEIGHBORS).await?)? {
         for family in neighbor.families {
@@ -182,11 +190,11 @@ async fn ask_frr(mut frr: Frr) -> Result<Vec<Session>, String> {
     Ok(sessions)
 }
 
-struct Frr {
-    socket: BufReader<UnixStream>,
+struct Frr<S> {
+    socket: BufReader<S>,
 }
 
-impl Frr {
+impl<S: AsyncRead + AsyncWrite + Unpin> Frr<S> {
     async fn ask(&mut self, command: &str) -> Result<String, String> {
         let command = format!("{command}\0");
         self.socket.write_all(command.as_bytes()).await.map_err(in_words)?;
