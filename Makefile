@@ -20,10 +20,14 @@ MINUTES ?= 30
 # The oldest and the newest Kubernetes that are supported; `make e2e` runs on the one between.
 VERSIONS := 1.31 1.36
 
+# How long `make fuzz` takes for each parser, and for which: all of them unless TARGET names some.
+SECONDS ?= 20
+TARGET ?=
+
 # Services that wait for an address in `make bench`.
 SERVICES ?= 2000
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +86,9 @@ lint: setup ## Format and clippy, without warnings
 
 unit: setup ## Unit and property tests, and those of the node agent against the kernel
 	cargo test --quiet --locked --workspace --exclude e2e
+
+fuzz: setup ## Look for bytes that a parser of strangers' bytes does not survive (SECONDS=20 for each, TARGET=pool for one)
+	fuzz/run $(SECONDS) $(TARGET)
 
 chart: setup ## The chart's tests; the manifest must be what it renders
 	charts/test
