@@ -140,7 +140,7 @@ fn every_event_is_in_the_list() {
 
 #[test]
 fn every_test_that_the_page_of_security_names_is_there() {
-    let crates = ["allocator", "lbnodeagent", "crds", "daemon", "e2e"];
+    let crates = ["allocator", "lbnodeagent", "crds", "daemon", "e2e", "fuzz"];
     let code: String = crates
         .iter()
         .flat_map(|member| ["src", "tests"].map(|part| root().join(member).join(part)))
