@@ -228,14 +228,13 @@ pub(crate) fn endpoint_slice(bytes: &[u8]) {
             .filter_map(|endpoint| endpoint.node_name.as_deref().map(NodeId::of))
             .collect()
     };
-    same(&usable.ready.iter().copied().collect(), &nodes(|ready, _| ready));
-    same(
-        &usable.serving.iter().copied().collect(),
-        &nodes(|ready, serving| !ready && serving),
-    );
+    let ready: BTreeSet<NodeId> = usable.ready.iter().copied().collect();
+    let serving: BTreeSet<NodeId> = usable.serving.iter().copied().collect();
+    assert_eq!(ready, nodes(|ready, _| ready));
+    assert_eq!(serving, nodes(|ready, serving| !ready && serving));
     let labels = whole.metadata.labels.as_ref();
     let service = labels.and_then(|labels| labels.get("kubernetes.io/service-name"));
-    same(&kept.service.as_deref(), &service.map(String::as_str));
+    assert_eq!(kept.service.as_deref(), service.map(String::as_str));
 }
 
 /// A Node in JSON.
