@@ -126,11 +126,8 @@ pub(crate) fn standby(bytes: &[u8]) {
     // As much of it as fits, signed as whoever has the key can.
     let mut body = [0; 36];
     body.iter_mut().zip(bytes).for_each(|(byte, value)| *byte = *value);
-    let signer = Hmac::<Sha256>::new_from_slice(&KEY).unwrap();
-    let derived = signer
-        .chain_update(b"purelb.io standby watch 1")
-        .finalize()
-        .into_bytes();
+    let key = Hmac::<Sha256>::new_from_slice(&KEY).unwrap();
+    let derived = key.chain_update(b"purelb.io standby watch 1").finalize().into_bytes();
     let tag = Hmac::<Sha256>::new_from_slice(&derived)
         .unwrap()
         .chain_update(body)
