@@ -53,7 +53,7 @@ impl Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     Target {
         name: "annotations",
         check: objects::annotations,
@@ -89,6 +89,10 @@ pub const TARGETS: [Target; 15] = [
     Target {
         name: "ipam_netbox",
         check: addresses::netbox,
+    },
+    Target {
+        name: "lbnode",
+        check: objects::lbnode,
     },
     Target {
         name: "neighbor_frame",
