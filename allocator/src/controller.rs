@@ -68,6 +68,7 @@ pub struct Settings {
     pub has_agents: bool,
 }
 
+#[expect(clippy::large_enum_variant, reason = "moved once per event")]
 enum Input {
     Service(watcher::Event<Slim>),
     Group(watcher::Event<ServiceGroup>),
@@ -240,7 +241,7 @@ impl Controller {
         match input {
             Input::Service(event) => self.service_event(event),
             Input::Group(event) => self.group_event(event),
-            Input::Written(key, result) => self.written(key, result),
+            Input::Written(key, result) => self.written(&key, result),
             Input::StatusWritten(key, result) => self.status_written(&key, &result),
             Input::Retry(key) => self.reconcile(&key),
             Input::Unpaused(key) => {

@@ -104,7 +104,7 @@ fn sentence(text: &str) -> String {
 /// What all nodes say.
 #[derive(Debug, Default)]
 pub struct Nodes {
-    nodes: BTreeMap<String, Node>,
+    all: BTreeMap<String, Node>,
     /// LBNodes that were read before the first look at all of them.
     listed: BTreeMap<String, Report>,
     is_known: bool,
@@ -180,7 +180,7 @@ impl Nodes {
     }
 
     fn take(&mut self, name: &str, report: Report, is_held: impl Fn(IpAddr) -> bool) -> Touched {
-        let node = self.nodes.entry(name.to_owned()).or_default();
+        let node = self.all.entry(name.to_owned()).or_default();
         let mut ips = BTreeSet::new();
         let mut known = std::mem::take(&mut node.words);
         for (ip, word) in report.words {
@@ -203,7 +203,7 @@ impl Nodes {
     /// Takes note that a node's LBNode is gone. Returns what [`Self::hear`] does.
     pub fn gone(&mut self, name: &str) -> Touched {
         self.listed.remove(name);
-        let node = self.nodes.remove(name).unwrap_or_default();
+        let node = self.all.remove(name).unwrap_or_default();
         self.touched(node.words.into_keys().collect())
     }
 
@@ -219,7 +219,7 @@ impl Nodes {
 
     /// Looks at what the nodes have in common after something has changed about these addresses.
     fn touched(&mut self, mut ips: BTreeSet<IpAddr>) -> Touched {
-        let carrying = || self.nodes.values().filter(|node| !node.is_withdrawn);
+        let carrying = || self.all.values().filter(|node| !node.is_withdrawn);
         let common = Common {
             has_agent: carrying().next().is_some(),
             nets: carrying().flat_map(|node| &node.nets).map(IpNet::trunc).collect(),
@@ -227,7 +227,7 @@ impl Nodes {
         };
         let before = std::mem::replace(&mut self.common, common);
         if before.routing != self.common.routing {
-            let words = self.nodes.values().flat_map(|node| &node.words);
+            let words = self.all.values().flat_map(|node| &node.words);
             let unadvertised = words.filter(|(_, (_, word))| matches!(word, Word::Unadvertised(_)));
             ips.extend(unadvertised.map(|(ip, _)| *ip));
         }
@@ -337,7 +337,7 @@ impl Nodes {
 
     /// What the nodes say of an address.
     fn words(&self, ip: IpAddr) -> impl Iterator<Item = (&str, &(u64, Word))> {
-        let nodes = self.nodes.iter();
+        let nodes = self.all.iter();
         nodes.filter_map(move |(name, node)| Some((name.as_str(), node.words.get(&ip)?)))
     }
 
@@ -443,7 +443,7 @@ mod tests {
     }
 
     /// What an LBNode with this status says, in a subnet that has `MINE`.
-    fn report(more: Value) -> Report {
+    fn report(more: &Value) -> Report {
         let mut status = json!({"interfaces": [{"name": "eth0", "subnets": ["10.0.0.250/24"]}]});
         status
             .as_object_mut()
@@ -455,20 +455,20 @@ mod tests {
 
     fn announcing(ips: &[&str]) -> Report {
         let held: Vec<Value> = ips.iter().map(|ip| json!({"ip": ip})).collect();
-        report(json!({"announcing": [{"interface": "eth0", "addresses": held}]}))
+        report(&json!({"announcing": [{"interface": "eth0", "addresses": held}]}))
     }
 
     fn silent(reason: &str) -> Report {
-        report(json!({"unannounced": [{"ip": MINE, "reason": reason, "message": "since"}]}))
+        report(&json!({"unannounced": [{"ip": MINE, "reason": reason, "message": "since"}]}))
     }
 
     fn conflict() -> Report {
-        report(json!({"conflicts": [{"ip": MINE, "mac": "02:00:00:00:00:01", "interface": "eth0"}]}))
+        report(&json!({"conflicts": [{"ip": MINE, "mac": "02:00:00:00:00:01", "interface": "eth0"}]}))
     }
 
     fn unadvertised() -> Report {
         let no_route = json!([{"ip": ROUTED, "reason": "NoRoute", "message": "no router hears"}]);
-        report(json!({"routed": 1, "unadvertised": no_route}))
+        report(&json!({"routed": 1, "unadvertised": no_route}))
     }
 
     /// What nodes say who said this one after another.
@@ -593,7 +593,7 @@ mod tests {
 
     #[test]
     fn a_routed_address_is_said_to_be_so_unless_no_node_has_a_route_to_it() {
-        let fine = || report(json!({"routed": 1}));
+        let fine = || report(&json!({"routed": 1}));
         for (name, said, expected) in [
             ("one", vec![("a", fine())], "10.9.0.1 routed"),
             (
@@ -635,7 +635,7 @@ mod tests {
             ("none", heard(vec![])),
             (
                 "one that is withdrawn",
-                heard(vec![("a", report(json!({"withdrawn": true})))]),
+                heard(vec![("a", report(&json!({"withdrawn": true})))]),
             ),
             ("one that is gone", gone(heard(vec![("a", announcing(&[MINE]))]))),
         ] {
@@ -657,12 +657,12 @@ mod tests {
             some(&[]),
             "of no Service"
         );
-        assert_eq!(nodes.hear("b", report(json!({"interfaces": []})), |_| true), some(&[]));
+        assert_eq!(nodes.hear("b", report(&json!({"interfaces": []})), |_| true), some(&[]));
         assert_eq!(nodes.gone("b"), some(&[]));
         assert_eq!(nodes.gone("a"), Touched::All, "the last one");
         let mut nodes = heard(vec![("a", unadvertised())]);
         assert_eq!(
-            nodes.hear("b", report(json!({"routed": 1})), |_| true),
+            nodes.hear("b", report(&json!({"routed": 1})), |_| true),
             some(&[ROUTED]),
             "one of two now"
         );
@@ -677,7 +677,7 @@ mod tests {
             for node in ["a", "b"] {
                 let mut status = at(if node == first { 1 } else { 2 });
                 status["announcing"] = on.clone();
-                assert_eq!(nodes.hear(node, report(status), |_| true), Touched::default());
+                assert_eq!(nodes.hear(node, report(&status), |_| true), Touched::default());
             }
             nodes.know(|_| true);
             assert_eq!(
@@ -720,18 +720,18 @@ mod tests {
         let many: Vec<Value> = (0..20_000_u32)
             .map(|n| json!({"ip": std::net::Ipv4Addr::from(n).to_string()}))
             .collect();
-        let said = report(json!({"announcing": [{"interface": "eth0", "addresses": many}]}));
+        let said = report(&json!({"announcing": [{"interface": "eth0", "addresses": many}]}));
         assert_eq!(said.words.len(), MOST_VIPS);
         let evil =
             json!([{"ip": MINE, "reason": "NoSubnet", "message": format!("a\n; 10.0.0.9 by evil (eth0){long}")}]);
-        let nodes = heard(vec![("a", report(json!({"unannounced": evil})))]);
+        let nodes = heard(vec![("a", report(&json!({"unannounced": evil})))]);
         let (_, message) = says(&nodes, MINE, Announce::Auto, &[]);
         assert!(
             message.len() < 2 * MOST_TEXT && !message.contains("; ") && !message.contains('\n'),
             "{message}"
         );
         for interface in ["", "eth0; 10.0.0.9 by evil (eth0)", "a b", &long] {
-            let said = report(json!({"announcing": [{"interface": interface, "addresses": [{"ip": MINE}]}]}));
+            let said = report(&json!({"announcing": [{"interface": interface, "addresses": [{"ip": MINE}]}]}));
             assert!(said.words.is_empty(), "{interface}");
         }
     }

@@ -194,7 +194,11 @@ pub(crate) fn lbnode(bytes: &[u8]) {
             assert!(condition.message.len() <= 3 * 1_024 && !condition.message.contains('\n'));
             let service = with_condition(&Service::default(), condition);
             let owners = Announced::owners(&service);
-            assert!(owners.iter().all(|(ip, (node, _))| node == "n" && granted.contains(*ip)));
+            assert!(
+                owners
+                    .iter()
+                    .all(|(ip, (node, _))| node == "n" && granted.contains(*ip))
+            );
             assert!(conflict::read(&service).keys().all(|ip| granted.contains(*ip)));
         }
     }

@@ -71,16 +71,16 @@ impl Controller {
         tokio::spawn(self.life.clone().run_until_cancelled_owned(work));
     }
 
-    pub(super) fn written(&mut self, key: ServiceKey, result: Result<Written, WriteError>) {
-        let again = self.again.remove(&key);
+    pub(super) fn written(&mut self, key: &ServiceKey, result: Result<Written, WriteError>) {
+        let again = self.again.remove(key);
         // Gone meanwhile: the watch says so as well.
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.writes.done(&key, failure, self.began.elapsed());
+        let is_news = self.writes.done(key, failure, self.began.elapsed());
         match result {
             Ok(written) => {
                 // Gone meanwhile: the watch has told.
-                let Some(known) = self.service(&key) else {
-                    return self.settle(&key);
+                let Some(known) = self.service(key) else {
+                    return self.settle(key);
                 };
                 let (service, again, is_done) = match written {
                     Written::Done(service) => (service, again, true),
@@ -88,25 +88,25 @@ impl Controller {
                 };
                 // Another of the same name has come meanwhile.
                 if known.metadata.uid != service.0.metadata.uid {
-                    return self.service_changed(&key);
+                    return self.service_changed(key);
                 }
                 if is_done {
-                    self.assigned(&key, &service.0);
+                    self.assigned(key, &service.0);
                 }
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
-                    self.service_changed(&key);
+                    self.service_changed(key);
                 } else {
-                    self.settle(&key);
+                    self.settle(key);
                 }
             }
-            Err(error) if error.code() == Some(404) => self.settle(&key),
+            Err(error) if error.code() == Some(404) => self.settle(key),
             Err(error) => {
                 self.metrics.client.update_errors.inc();
                 if is_news {
                     tracing::warn!(service = %key, %error, "write failed, will try again");
                 }
-                self.reconcile(&key);
+                self.reconcile(key);
             }
         }
     }
