@@ -6,6 +6,7 @@ use crds::conflict::Mac;
 use crds::event::Notice;
 use crds::service::{annotation, ingress};
 use crds::{Family, ServiceKey, annotations};
+use daemon::WriteError;
 use k8s_openapi::api::core::v1::Service;
 
 use crate::condition;
@@ -209,6 +210,18 @@ pub fn local_allowed() -> Notice {
         "ExternalTrafficPolicy override annotation found, will allow Local policy. Incoming traffic will NOT be \
          forwarded inter-node: only Pods on the announcing node are reached.",
     )
+}
+
+/// The reason of the event about a Service that could not be written.
+pub const NOT_WRITTEN: &str = "NotWritten";
+
+/// The API server refuses what is written about a Service.
+pub fn not_written(error: &WriteError) -> Notice {
+    let message = format!(
+        "What was decided about this Service is not written, so that its addresses do not change: {error}. It is tried again at least \
+         once a minute. Look for the admission policy, webhook or role that refuses it"
+    );
+    Notice::warning(NOT_WRITTEN, message)
 }
 
 /// The reason of the event about addresses that nobody announces.

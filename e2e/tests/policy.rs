@@ -346,6 +346,56 @@ fn of_two_services_with_one_address_the_older_keeps_it() -> Result<()> {
     })
 }
 
+const REFUSING: &str = "
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: refusing}
+spec:
+  matchConstraints:
+    resourceRules: [{apiGroups: [''], apiVersions: [v1], operations: [UPDATE], resources: [services/status]}]
+  validations: [{expression: 'object.metadata.name != \"refused\"', message: 'no status for this one'}]
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {name: refusing}
+spec: {policyName: refusing, validationActions: [Deny]}
+";
+
+#[test]
+fn a_write_that_the_api_server_refuses_is_told_holds_up_nobody_and_is_tried_again() -> Result<()> {
+    Lab::with_allocator(GROUPS, async |lab, _| {
+        lab.apply(REFUSING).await?;
+        lab.apply("{apiVersion: v1, kind: Service, metadata: {name: refused}, spec: {ports: [{port: 80}]}}")
+            .await?;
+        let attempts = std::cell::Cell::new(0);
+        wait_until("the policy is in force", SOON, async || {
+            attempts.set(attempts.get() + 1);
+            let condition = json!({"type": "test", "status": "True", "reason": "Test", "message": attempts.get().to_string(),
+                "lastTransitionTime": "2026-01-01T00:00:00Z"});
+            let status = json!({"conditions": [condition]});
+            let written = lab.patch_status("service", "default", "refused", status).await;
+            ensure!(written.is_err(), "it was written");
+            Ok(())
+        })
+        .await?;
+        lab.kubectl(["delete", "service", "refused"]).await?;
+        create(lab, "default", "refused", json!({})).await?;
+        event(lab, "default", "refused", "NotWritten").await?;
+        event(lab, "default", "refused", "no status for this one").await?;
+        create(lab, "default", "let", json!({})).await?;
+        has(lab, "default", "let", &["10.31.200.2"]).await?;
+        lab.kubectl(["delete", "validatingadmissionpolicybinding", "refusing"])
+            .await?;
+        let lasts = Duration::from_secs(90);
+        wait_until("it has its address", lasts, async || {
+            let found = service::ingress(&api(lab, "default").get("refused").await?);
+            ensure!(found.len() == 1, "{found:?}");
+            Ok(())
+        })
+        .await
+    })
+}
+
 #[test]
 fn both_programs_serve_metrics_and_health() -> Result<()> {
     Lab::with_allocator(GROUPS, async |lab, allocator| {

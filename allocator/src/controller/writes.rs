@@ -14,6 +14,7 @@ use kube::core::Request;
 use serde_json::Value;
 
 use super::{Controller, Input};
+use crate::notices;
 
 /// What is told when the write that makes it true is done.
 pub(super) struct Granted {
@@ -92,6 +93,9 @@ impl Controller {
                 }
                 if is_done {
                     self.assigned(key, &service.0);
+                    if let Some(told) = self.told.get_mut(key) {
+                        told.retain(|notice| notice.reason != notices::NOT_WRITTEN);
+                    }
                 }
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
@@ -105,6 +109,11 @@ impl Controller {
                 self.metrics.client.update_errors.inc();
                 if is_news {
                     tracing::warn!(service = %key, %error, "write failed, will try again");
+                }
+                if !error.is_passing()
+                    && let Some(service) = self.service(key)
+                {
+                    self.tell_once(key, &service, notices::not_written(&error));
                 }
                 self.reconcile(key);
             }
