@@ -16,6 +16,9 @@ use crate::kernel::Snapshot;
 const LEAST: Duration = Duration::from_millis(1500);
 /// How long the other members are waited for.
 const MOST: Duration = Duration::from_secs(4);
+/// How long after the first of them the others are waited for: whoever comes back hears of all from one, in several messages,
+/// and of two that it heard of it would else take for itself what the second announces.
+const ALL: Duration = Duration::from_millis(300);
 /// A subnet that is back within this time was not gone: somebody has put an address in the place of another.
 const REPLACED: Duration = Duration::from_millis(500);
 /// How long the others need at most to hear that this node has lost a subnet, if they hear it at all.
@@ -27,6 +30,8 @@ pub struct Steadiness {
     since: BTreeMap<u32, State>,
     subnets: BTreeMap<(u32, IpNet), Offered>,
     has_begun: bool,
+    /// Since when another node is heard.
+    heard: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,10 +58,12 @@ impl Steadiness {
     pub fn calm(&mut self, now: Duration, snapshot: &mut Snapshot, others: Others) -> Option<Duration> {
         self.since
             .retain(|index, _| snapshot.links.iter().any(|link| link.index == *index));
-        let patience = match others {
-            Others::None => Duration::ZERO,
-            Others::Heard => LEAST,
-            Others::Missing => MOST,
+        self.heard = (others == Others::Heard).then(|| self.heard.unwrap_or(now));
+        let heard = self.heard;
+        let until = |since: Duration| match others {
+            Others::None => since,
+            Others::Heard => (since + LEAST).max(heard.unwrap_or_default() + ALL).min(since + MOST),
+            Others::Missing => since + MOST,
         };
         let mut look_again: Option<Duration> = None;
         let mut steady = BTreeSet::new();
@@ -72,8 +79,8 @@ impl Steadiness {
                 steady.insert(link.index);
             }
             let state = match state {
-                State::New(since) if since + patience > now => {
-                    let left = (since + patience).saturating_sub(now);
+                State::New(since) if until(since) > now => {
+                    let left = until(since).saturating_sub(now);
                     look_again = Some(look_again.map_or(left, |known| known.min(left)));
                     link.has_carrier = false;
                     state
@@ -84,7 +91,7 @@ impl Steadiness {
             self.since.insert(link.index, state);
         }
         self.has_begun = true;
-        let of_subnets = self.calm_subnets(now, snapshot, &steady, patience, others);
+        let of_subnets = self.calm_subnets(now, snapshot, &steady, until, others);
         look_again.into_iter().chain(of_subnets).min()
     }
 
@@ -93,7 +100,7 @@ impl Steadiness {
         now: Duration,
         snapshot: &mut Snapshot,
         steady: &BTreeSet<u32>,
-        patience: Duration,
+        until: impl Fn(Duration) -> Duration,
         others: Others,
     ) -> Option<Duration> {
         let links = snapshot.links.iter().filter(|link| !link.is_loopback);
@@ -121,13 +128,13 @@ impl Steadiness {
                 _ if !steady.contains(&place.0) => Offered::Steady,
                 None => Offered::New(now),
                 Some(Offered::Gone(at)) if now.saturating_sub(*at) >= REPLACED => Offered::New(now),
-                Some(Offered::New(since)) if *since + patience > now => Offered::New(*since),
+                Some(Offered::New(since)) if until(*since) > now => Offered::New(*since),
                 Some(_) => Offered::Steady,
             };
             if let Offered::New(since) = state
-                && since + patience > now
+                && until(since) > now
             {
-                let left = (since + patience).saturating_sub(now);
+                let left = until(since).saturating_sub(now);
                 look_again = look_again.into_iter().chain([left]).min();
                 snapshot.withheld.insert(place);
             }
@@ -209,6 +216,12 @@ mod tests {
             look(&mut steadiness, 21 * SECOND + MOST, true, Others::Missing),
             (true, None)
         );
+        // It took long to hear of the first, and the second comes a moment later.
+        look(&mut steadiness, 30 * SECOND, false, Others::Missing);
+        look(&mut steadiness, 31 * SECOND, true, Others::Missing);
+        let first = 34 * SECOND;
+        assert_eq!(look(&mut steadiness, first, true, Others::Heard), (false, Some(ALL)));
+        assert_eq!(look(&mut steadiness, first + ALL, true, Others::Heard), (true, None));
     }
 
     /// Which subnets eth0 offers, and which are withheld, of those it has.
@@ -267,7 +280,8 @@ mod tests {
         );
         assert_eq!(look(60, &both, Others::Missing), (v6_net.clone(), v4_net.clone()));
         assert_eq!(look(74, &both, Others::Heard), (v6_net.clone(), v4_net.clone()));
-        assert_eq!(look(75, &both, Others::Heard), (all.clone(), nothing.clone()));
+        assert_eq!(look(75, &both, Others::Heard), (v6_net.clone(), v4_net.clone()), "not of all");
+        assert_eq!(look(77, &both, Others::Heard), (all.clone(), nothing.clone()));
         look(80, &v6, Others::Heard);
         look(80 + 100, &v6, Others::Heard);
         assert_eq!(
