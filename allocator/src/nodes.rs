@@ -291,6 +291,13 @@ impl Nodes {
             Some(Latest::Silent(reason, why)) => return Some(nobody(reason.word(), why)),
             None => {}
         }
+        // A release before had no LBNodes: the node that has it may be the one that has said nothing yet.
+        if let Some((node, interface)) = owner.filter(|(node, _)| !self.all.contains_key(node)) {
+            return Some(Voice::Local {
+                node: node.clone(),
+                interface: interface.clone(),
+            });
+        }
         let Common {
             has_agent,
             nets,

@@ -525,6 +525,7 @@ impl<'a> Agent<'a> {
             ..self.meta.clone()
         };
         let Some(is_new) = self.is_introduced(&meta, living).await else {
+            self.look_around(living, &snapshot, &config);
             return Ok(());
         };
         let now = self.started.elapsed();
@@ -698,6 +699,7 @@ impl<'a> Agent<'a> {
         if let Some(name) = self.dummy.take() {
             self.links.kernel.remove_dummy(&name).await?;
         }
+        self.links.metrics.local_subnets.set(0);
         self.say(living, &snapshot, None, &Plan::default(), &BTreeMap::new());
         Ok(())
     }
@@ -706,9 +708,10 @@ impl<'a> Agent<'a> {
     fn config(&mut self, kernel: &Snapshot) -> Option<NodeConfig> {
         let (chosen, mut bad) = config::select(self.cluster.agents(), self.cluster.labels());
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
-        let selector = match chosen {
-            Some(agent) if config::is_catch_all(agent) => Selector::Default,
-            Some(_) => Selector::Configured,
+        let selector = match &read {
+            Some((_, Ok(_))) => Selector::Configured,
+            Some((_, Err(_))) => Selector::Invalid,
+            None if !self.cluster.agents().any(|agent| agent.spec.local.is_some()) => Selector::Default,
             None if bad.iter().all(|(_, error)| matches!(error, ConfigError::Ignored(_))) => Selector::Deselected,
             None => Selector::Invalid,
         };

@@ -9,10 +9,11 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::Agent;
-use crate::kernel::{Added, Applied, Change};
+use crate::config::NodeConfig;
+use crate::kernel::{Added, Applied, Change, Snapshot};
 use crate::members::Living;
 use crate::metrics::Cause;
-use crate::plan::{Candidate, Plan, Standing, Verdict};
+use crate::plan::{self, Candidate, Picture, Plan, Standing, Verdict};
 use crate::standby::{Verdict as Direct, Watched};
 
 /// An address that this node takes over: from whom, by which link, where that node was watched, and why.
@@ -88,6 +89,38 @@ impl Agent<'_> {
         self.handover.retain(|ip| owners.contains_key(ip));
         self.owners = owners;
         takeovers
+    }
+
+    /// Takes note of who announces what while this node stands for no election yet: from there it takes over. The Service says it too,
+    /// some time later.
+    pub(super) fn look_around(&mut self, living: &Living, snapshot: &Snapshot, config: &NodeConfig) {
+        let now = self.started.elapsed();
+        let others = self
+            .presence
+            .candidates(now, &self.settings.node, false, living, &self.heard);
+        let plan = plan::plan(&Picture {
+            node: &self.settings.node,
+            services: self.cluster.announced(),
+            groups: self.cluster.groups(),
+            candidates: &others,
+            heard: &self.heard,
+            let_go: &BTreeSet::new(),
+            kernel: snapshot,
+            config,
+            findings: &self.findings,
+            reserved: self.cluster.reserved(),
+        });
+        // What an agent that was killed finds on its node is its own, whoever else would have it.
+        let held: BTreeSet<IpAddr> = snapshot.ours().map(|address| address.ip).collect();
+        for ((_, ip), verdict) in &plan.verdicts {
+            if let Verdict::Other(owner) = verdict
+                && !held.contains(ip)
+            {
+                let address = others.get(owner).and_then(|owner| owner.address_near(*ip));
+                self.handover.owned(now, *ip, owner, address, None);
+                self.owners.insert(*ip, owner.clone());
+            }
+        }
     }
 
     fn cause(&self, from: Option<&Watched>, candidate: Option<&Candidate>) -> Cause {
