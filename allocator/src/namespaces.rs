@@ -118,14 +118,6 @@ impl Namespaces {
         Ok(())
     }
 
-    /// The namespaces whose Services use a group without naming it.
-    pub fn bound_to(&self, group: &str) -> Vec<String> {
-        let bound = self.by_name.keys().filter(|name| {
-            self.choose(name)
-                .is_ok_and(|choice| choice.group == group && choice.ambiguity.is_none())
-        });
-        bound.cloned().collect()
-    }
 }
 
 #[cfg(test)]
@@ -251,17 +243,5 @@ mod tests {
             .permit("ns", "free", Some("10.0.0.1".parse().unwrap()))
             .unwrap_err();
         assert!(pinned.to_string().starts_with("10.0.0.1: namespace denied: "));
-    }
-
-    #[test]
-    fn a_group_is_bound_to_the_namespaces_that_use_it_unnamed() {
-        let namespaces = namespaces(&[
-            ("g", "namespaces: [a, b, c]"),
-            ("h", "namespaces: [b, c], namespaceDefault: true"),
-            ("i", "namespaces: [c], namespaceDefault: true"),
-        ]);
-        assert_eq!(namespaces.bound_to("g"), ["a"]);
-        assert_eq!(namespaces.bound_to("h"), ["b"]);
-        assert_eq!(namespaces.bound_to("i"), [""; 0]);
     }
 }

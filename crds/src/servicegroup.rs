@@ -253,7 +253,7 @@ pub struct NetboxPool {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceGroupStatus {
-    /// Namespaces bound to this group.
+    /// The namespaces that this group is for, as read from spec.namespaces, whether or not their Services use it unnamed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bound_namespaces: Option<Vec<String>>,
     /// Local, Remote or Auto.

@@ -154,7 +154,7 @@ pub fn select<'a>(
 }
 
 /// Whether an LBNodeAgent applies to every node that no other selects.
-pub fn is_catch_all(agent: &LBNodeAgent) -> bool {
+fn is_catch_all(agent: &LBNodeAgent) -> bool {
     agent.spec.node_selector.as_ref().is_none_or(|selector| {
         selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
             && selector.match_expressions.as_ref().is_none_or(Vec::is_empty)

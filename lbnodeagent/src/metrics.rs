@@ -78,13 +78,13 @@ impl Cause {
 /// Which LBNodeAgent applies to this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selector {
-    /// One without a selector.
+    /// None says how to announce: this node announces as if it were given nothing.
     Default,
-    /// One whose selector fits.
+    /// One.
     Configured,
-    /// None.
+    /// None, though there are some.
     Deselected,
-    /// None that could be read.
+    /// One that cannot be read, or none since those that there are select by what cannot be read.
     Invalid,
 }
 

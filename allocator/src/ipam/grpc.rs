@@ -127,7 +127,7 @@ impl Client {
             want: Some(want),
         };
         let mut client = self.channel.clone();
-        let answered = self.call("Allocate", client.allocate(request)).await;
+        let answered = self.call("/purelb.ipam.v1.IPAM/Allocate", client.allocate(request)).await;
         let answer = answered.map_err(|status| self.problem(&status))?;
         Ok(answer.ips.into_iter().map(|address| address.ip).collect())
     }
@@ -146,7 +146,7 @@ impl Client {
             }),
         };
         let mut client = self.channel.clone();
-        match self.call("Release", client.release(request)).await {
+        match self.call("/purelb.ipam.v1.IPAM/Release", client.release(request)).await {
             Ok(_) => Ok(()),
             // It knows nothing of it: then it is not reserved.
             Err(status) if status.code() == Code::NotFound => Ok(()),
@@ -162,7 +162,7 @@ impl Client {
         self.tidy_up(pool).await;
         let request = StatsRequest { pool: pool.to_owned() };
         let mut client = self.channel.clone();
-        let answered = self.call("Stats", client.stats(request)).await;
+        let answered = self.call("/purelb.ipam.v1.IPAM/Stats", client.stats(request)).await;
         let stats = answered.map_err(|status| self.problem(&status))?;
         Ok(Stats {
             in_use: [stats.in_use_v4, stats.in_use_v6],
