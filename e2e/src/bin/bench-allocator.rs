@@ -22,6 +22,8 @@ use kube::{Client, Resource, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
+/// There are no nodes that announce anything, and nobody is to be told that.
+const WITHOUT_AGENTS: (&str, &str) = ("PURELB_AGENTS", "false");
 const POOL: &str = "10.200.0.0-10.203.255.255";
 const OBJECTS: &str = "
 apiVersion: purelb.io/v2
@@ -80,7 +82,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
     let before = requests(lab).await?;
     let mut arrivals = arrivals(lab);
     let started = Instant::now();
-    let allocator = lab.start_allocator().await?;
+    let allocator = lab.start_replica("allocator", &[WITHOUT_AGENTS]).await?;
     let mut seen = Vec::new();
     while seen.len() < n {
         let next = tokio::time::timeout(Duration::from_mins(5), arrivals.recv()).await;
@@ -148,7 +150,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
     allocator.kill().await?;
     let restarted = Instant::now();
     let again = lab
-        .start_replica("allocator-again", &[("PURELB_POD_NAME", "allocator")])
+        .start_replica("allocator-again", &[("PURELB_POD_NAME", "allocator"), WITHOUT_AGENTS])
         .await?;
     while !again.log().contains("ready") {
         again.check()?;
