@@ -117,7 +117,6 @@ impl Namespaces {
         }
         Ok(())
     }
-
 }
 
 #[cfg(test)]

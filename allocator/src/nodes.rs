@@ -651,6 +651,34 @@ mod tests {
     }
 
     #[test]
+    fn what_a_service_says_of_a_node_without_an_lbnode_stays_until_another_speaks() {
+        let local = Voice::Local {
+            node: "b".into(),
+            interface: "eth0".into(),
+        };
+        let before = [Announced(BTreeMap::from([(ip(MINE), local)])).condition(&Service::default())];
+        let elsewhere = || report(&json!({"interfaces": [{"name": "eth0", "subnets": ["10.7.0.1/24"]}]}));
+        for (name, said, expected) in [
+            ("nobody speaks", vec![], "10.0.0.1 by b (eth0)"),
+            (
+                "one of another subnet",
+                vec![("a", elsewhere())],
+                "10.0.0.1 by b (eth0)",
+            ),
+            (
+                "its successor",
+                vec![("a", announcing(&[MINE]))],
+                "10.0.0.1 by a (eth0)",
+            ),
+            ("itself, of another subnet", vec![("b", elsewhere())], "10.0.0.1 routed"),
+        ] {
+            assert_eq!(says(&heard(said), MINE, Announce::Auto, &before).1, expected, "{name}");
+        }
+        let stopping = heard(vec![("b", report(&json!({"withdrawn": true})))]);
+        assert_eq!(says(&stopping, MINE, Announce::Auto, &before).0, "NoAgent");
+    }
+
+    #[test]
     fn what_a_node_says_touches_the_addresses_it_is_about_and_those_that_a_service_has() {
         let some = |ips: &[&str]| Touched::Some(ips.iter().map(|text| ip(text)).collect());
         let mut nodes = heard(vec![("a", announcing(&[MINE]))]);

@@ -81,7 +81,8 @@ pub fn status(
         None => group.pools().iter().map(|pool| pool.text.clone()).collect(),
     };
     ServiceGroupStatus {
-        bound_namespaces: Some(group.serves.namespaces.iter().cloned().collect()).filter(|bound: &Vec<_>| !bound.is_empty()),
+        bound_namespaces: Some(group.serves.namespaces.iter().cloned().collect())
+            .filter(|bound: &Vec<_>| !bound.is_empty()),
         announce: Some(group.announce.word().to_owned()),
         ipam: Some(ipam),
         addresses: Some(ranges),

@@ -280,7 +280,11 @@ mod tests {
         );
         assert_eq!(look(60, &both, Others::Missing), (v6_net.clone(), v4_net.clone()));
         assert_eq!(look(74, &both, Others::Heard), (v6_net.clone(), v4_net.clone()));
-        assert_eq!(look(75, &both, Others::Heard), (v6_net.clone(), v4_net.clone()), "not of all");
+        assert_eq!(
+            look(75, &both, Others::Heard),
+            (v6_net.clone(), v4_net.clone()),
+            "not of all"
+        );
         assert_eq!(look(77, &both, Others::Heard), (all.clone(), nothing.clone()));
         look(80, &v6, Others::Heard);
         look(80 + 100, &v6, Others::Heard);

@@ -127,7 +127,9 @@ impl Client {
             want: Some(want),
         };
         let mut client = self.channel.clone();
-        let answered = self.call("/purelb.ipam.v1.IPAM/Allocate", client.allocate(request)).await;
+        let answered = self
+            .call("/purelb.ipam.v1.IPAM/Allocate", client.allocate(request))
+            .await;
         let answer = answered.map_err(|status| self.problem(&status))?;
         Ok(answer.ips.into_iter().map(|address| address.ip).collect())
     }
