@@ -710,10 +710,9 @@ impl<'a> Agent<'a> {
         let read = chosen.and_then(|agent| Some((agent, NodeConfig::read(agent.spec.local.as_ref()?))));
         let selector = match &read {
             Some((_, Ok(_))) => Selector::Configured,
-            Some((_, Err(_))) => Selector::Invalid,
             None if !self.cluster.agents().any(|agent| agent.spec.local.is_some()) => Selector::Default,
             None if bad.iter().all(|(_, error)| matches!(error, ConfigError::Ignored(_))) => Selector::Deselected,
-            None => Selector::Invalid,
+            _ => Selector::Invalid,
         };
         self.links.metrics.selected(selector);
         let mut told: Vec<(LBNodeAgent, Notice)> = Vec::new();
