@@ -127,7 +127,9 @@ impl Cluster {
     /// allocator has not looked at since.
     pub fn unrecorded(&self) -> usize {
         let services = self.services.objects().values();
-        services.filter(|kept| is_unrecorded(&kept.0)).count()
+        let pools: Vec<_> = self.valid_groups.values().flat_map(Group::pools).collect();
+        let is_pooled = |ip: IpAddr| pools.iter().any(|pool| pool.range.contains(ip));
+        services.filter(|kept| is_unrecorded(&kept.0, is_pooled)).count()
     }
 
     /// ServiceGroups that read well.
@@ -382,14 +384,19 @@ impl Cluster {
     }
 }
 
-/// Whether a Service has addresses that the allocator has neither recorded nor refused.
-fn is_unrecorded(service: &Service) -> bool {
+/// Whether a Service has addresses that the allocator has neither recorded nor refused. An annotation, which its author may write,
+/// counts for addresses of our pools alone: those are recorded or refused. What another controller gave may never be.
+fn is_unrecorded(service: &Service, is_pooled: impl Fn(IpAddr) -> bool) -> bool {
+    let is_marked = annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND);
+    let is_ours = match record::condition(service, record::ALLOCATED) {
+        Some(said) => is_marked && said.status != "False",
+        None => is_marked && ingress(service).into_iter().all(is_pooled),
+    };
     is_load_balancer(service)
         && !is_of_another_class(service)
         && !ingress(service).is_empty()
-        && annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND)
         && record::condition(service, record::GRANTED).is_none()
-        && record::condition(service, record::ALLOCATED).is_none_or(|said| said.status != "False")
+        && is_ours
 }
 
 /// A Service's part in the picture; `None` when it has no addresses of ours.
@@ -508,6 +515,11 @@ mod tests {
     fn addresses_of_an_earlier_release_are_waited_for_until_the_allocator_has_looked_at_them() {
         let unrecorded = |by: &str, ingress: serde_json::Value, conditions: serde_json::Value| {
             let mut cluster = Cluster::default();
+            let pool = json!({"pool": "10.0.0.0/24", "subnet": "10.0.0.0/24"});
+            let group = json!({"metadata": {"namespace": "purelb", "name": "a"}, "spec": {"local": {"v4pool": pool}}});
+            cluster.see(Seen::Group(watcher::Event::Apply(
+                serde_json::from_value(group).unwrap(),
+            )));
             let service = json!({
                 "metadata": {"namespace": "default", "name": "web", "annotations": {"purelb.io/allocated-by": by}},
                 "spec": {"type": "LoadBalancer"},
@@ -533,6 +545,20 @@ mod tests {
             ("refused", "PureLB", &one, says(record::ALLOCATED, "False"), false),
             ("without an address", "PureLB", &json!([]), json!([]), false),
             ("another controller's", "", &one, json!([]), false),
+            (
+                "another controller's, and forged",
+                "PureLB",
+                &json!([{"ip": "10.7.0.1"}]),
+                json!([]),
+                false,
+            ),
+            (
+                "of a pool that is gone",
+                "PureLB",
+                &json!([{"ip": "10.7.0.1"}]),
+                says(record::ALLOCATED, "True"),
+                true,
+            ),
         ] {
             assert_eq!(unrecorded(by, ingress.clone(), conditions), expected, "{name}");
         }
