@@ -16,15 +16,6 @@ use crate::decide::Grant;
 use crate::nodes::Nodes;
 use crate::record::foreign;
 
-/// The annotations that only the allocator has to do with.
-const MARKS: [&str; 6] = [
-    annotations::ALLOCATED_BY,
-    annotations::ALLOCATED_FROM,
-    annotations::POOL_TYPE,
-    annotations::ANNOUNCING_IPV4,
-    annotations::ANNOUNCING_IPV6,
-    annotations::ADDRESS_CONFLICT,
-];
 /// The types of our conditions.
 const CONDITIONS: [&str; 4] = [condition::TYPE, record::GRANTED, record::ANNOUNCED, conflict::CONDITION];
 
@@ -51,7 +42,7 @@ pub fn statement(
     let mut wanted: BTreeMap<&str, Option<String>> = BTreeMap::new();
     if grant.addresses.is_empty() {
         gone = vec![record::GRANTED, record::ANNOUNCED, conflict::CONDITION];
-        wanted.extend(MARKS.map(|mark| (mark, None)));
+        wanted.extend(annotations::WRITTEN_BY_US.map(|mark| (mark, None)));
         wanted.insert(annotations::SKIP_IPV6_DAD, None);
     } else {
         let granted = granted(service, grant);
@@ -133,7 +124,11 @@ pub fn load_balancer(addresses: &[IpAddr]) -> Value {
 /// others wrote into its status stays.
 pub fn withdrawal(service: &Service) -> Option<Value> {
     let is_there = |key: &&str| annotation(service, key).is_some();
-    let mut gone: BTreeMap<&str, Option<String>> = MARKS.into_iter().filter(is_there).map(|key| (key, None)).collect();
+    let mut gone: BTreeMap<&str, Option<String>> = annotations::WRITTEN_BY_US
+        .into_iter()
+        .filter(is_there)
+        .map(|key| (key, None))
+        .collect();
     let conditions = condition::replaced(service, Vec::new(), &CONDITIONS);
     if gone.is_empty() && conditions.is_none() {
         return None;
@@ -290,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_withdrawal_takes_off_every_annotation_and_condition_of_ours_and_nothing_else() {
-        let marks = MARKS.map(|key| (key, "x"));
+        let marks = annotations::WRITTEN_BY_US.map(|key| (key, "x"));
         let marks: BTreeMap<&str, &str> = marks
             .into_iter()
             .chain([(annotations::SKIP_IPV6_DAD, "true")])
@@ -317,7 +312,7 @@ mod tests {
             assert_eq!(ingress(&bare), left);
             assert_eq!(withdrawal(&bare), None);
             // Each of them alone is taken off, too.
-            for key in MARKS {
+            for key in annotations::WRITTEN_BY_US {
                 let marked = patched(&bare, &json!({"metadata": {"annotations": {key: "x"}}}));
                 let bare = patched(&marked, &withdrawal(&marked).unwrap());
                 assert_eq!(annotation(&bare, key), None);

@@ -150,7 +150,7 @@ fn whatever_tools_take_off_or_change_comes_back_and_the_address_stays() -> Resul
             .await?;
         ensure!(managers.contains("manager: purelb-allocator"), "{managers}");
 
-        // What is no load balancer any more has nothing of ours, not even what agents wrote.
+        // What is no load balancer any more has nothing of ours, not even what was forged.
         lab.kubectl([
             "annotate",
             "service",
