@@ -204,11 +204,10 @@ impl NodeConfig {
             return None;
         };
         let is_named = |link: &Link| pattern.is_match(&link.name) || self.extra.contains(&link.name);
-        let links: Vec<&Link> = kernel.links_matching(|name| name != self.dummy).collect();
-        let names: Vec<&str> = links.iter().map(|link| link.name.as_str()).collect();
-        (!links.into_iter().any(is_named)).then(|| ConfigError::Unmatched {
+        let links = || kernel.links_matching(|name| name != self.dummy);
+        (!links().any(is_named)).then(|| ConfigError::Unmatched {
             name: pattern.to_string(),
-            has: listed(&names),
+            has: listed(&links().map(|link| link.name.as_str()).collect::<Vec<_>>()),
         })
     }
 }

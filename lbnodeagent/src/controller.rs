@@ -498,7 +498,7 @@ impl<'a> Agent<'a> {
         let began = Instant::now();
         let snapshot = self.links.kernel.snapshot().await?;
         let Some(config) = self.config(&snapshot) else {
-            return self.idle(living).await;
+            return self.idle(living, &snapshot).await;
         };
         let mut snapshot = self.with_dummy(&config, snapshot).await?;
         let mut own = self.cluster.addresses_of(&self.settings.node);
@@ -673,7 +673,7 @@ impl<'a> Agent<'a> {
     }
 
     /// No LBNodeAgent applies to this node: it holds nothing and says so.
-    async fn idle(&mut self, living: &Living) -> anyhow::Result<()> {
+    async fn idle(&mut self, living: &Living, snapshot: &Snapshot) -> anyhow::Result<()> {
         self.introduced = None;
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
@@ -682,8 +682,7 @@ impl<'a> Agent<'a> {
             ..self.meta.clone()
         })
         .await;
-        let snapshot = self.links.kernel.snapshot().await?;
-        let changes = difference(&BTreeSet::new(), &snapshot);
+        let changes = difference(&BTreeSet::new(), snapshot);
         if !changes.is_empty() {
             tracing::info!(addresses = changes.len(), cause = "no LBNodeAgent applies", "withdrawn");
             self.links.kernel.apply(&changes).await;
@@ -700,7 +699,7 @@ impl<'a> Agent<'a> {
             self.links.kernel.remove_dummy(&name).await?;
         }
         self.links.metrics.local_subnets.set(0);
-        self.say(living, &snapshot, None, &Plan::default(), &BTreeMap::new());
+        self.say(living, snapshot, None, &Plan::default(), &BTreeMap::new());
         Ok(())
     }
 

@@ -25,7 +25,7 @@ use crate::notices;
 use crate::plan::{self, Announced, Plan, Reason, Verdict};
 use crate::routing::{Cause, Daemon};
 
-pub use write::{MANAGER, Owner, Writing, keep_writing};
+pub use write::{Owner, Writing, keep_writing};
 
 /// What an LBNode says and the kernel does not: since when, and what moved.
 #[derive(Debug, Default)]

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 /// The field manager (server-side apply, KEP-555).
-pub const MANAGER: &str = "purelb-lbnodeagent";
+const MANAGER: &str = "purelb-lbnodeagent";
 /// How long a change waits for others that come with it.
 const GATHER: Duration = Duration::from_millis(150);
 /// The least time between two writes.
