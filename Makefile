@@ -24,10 +24,12 @@ VERSIONS := 1.31 1.36
 SECONDS ?= 20
 TARGET ?=
 
-# Services that wait for an address in `make bench`.
-SERVICES ?= 2000
+# Services in `make bench` (2000 unless set) and `make bench-scale` (10000).
+SERVICES ?=
+# Nodes in `make bench-scale`.
+NODES ?= 3
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -109,12 +111,16 @@ versions: kubernetes ## The API's tests and the walkthrough on the oldest and th
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
 	cargo build --quiet --locked --release --package allocator --package e2e --bin allocator --bin bench-allocator --bin e2e-backend
-	PURELB_BIN_DIR=target/release target/release/bench-allocator --services $(SERVICES)
+	PURELB_BIN_DIR=target/release target/release/bench-allocator --services $(or $(SERVICES),2000)
 	cargo bench --quiet --locked --package allocator --bench decisions
 
 bench-failover: kubernetes ## How long a client is without an address, beside keepalived (ROUNDS=20)
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/bench-failover $(ROUNDS)
+
+bench-scale: kubernetes ## What many Services cost the allocator and an agent (SERVICES=10000 NODES=3)
+	cargo build --quiet --locked --release --workspace --bin allocator --bin lbnodeagent --bin bench-scale --bin e2e-backend
+	PURELB_BIN_DIR=target/release target/release/bench-scale --services $(or $(SERVICES),10000) --nodes $(NODES)
 
 soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES=30)
 	@cargo build --quiet --locked --workspace --bins
