@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::neighbor::frame::Mac;
-use crate::plan::Place;
+use crate::scope::{Place, Scope};
 
 /// Wait before an address that a stranger has is asked about again; also the least time between two defences of one that
 /// is announced (`DEFEND_INTERVAL` of RFC 5227).
@@ -21,6 +21,11 @@ const ASK_AGAIN: Duration = Duration::from_secs(10);
 const FIRST_CHECK: Duration = Duration::from_secs(5);
 /// Wait between two questions about an address that is announced.
 const CHECK: Duration = Duration::from_mins(10);
+
+/// Wait between two questions about an address that a Service may get next. What was heard of it counts until the next answer.
+const AHEAD: Duration = Duration::from_mins(2);
+/// How long what was heard of it counts if no further answer comes.
+const AHEAD_COUNTS: Duration = Duration::from_mins(3);
 
 /// Time between two questions: what comes up in between is asked about together, so that a thousand new Services are a
 /// few questions and not a thousand.
@@ -39,7 +44,10 @@ pub enum Finding {
 /// so that who gets it next asks anew.
 #[derive(Debug, Default)]
 pub struct Findings {
-    known: BTreeMap<Place, Known>,
+    /// By address and link.
+    known: BTreeMap<(IpAddr, u32), Known>,
+    /// Of the same for those that no Service has yet.
+    ahead: BTreeMap<(IpAddr, u32), Known>,
     /// When something was asked about last.
     asked: Option<Duration>,
 }
@@ -50,37 +58,91 @@ struct Known {
     /// When it was found.
     at: Duration,
     is_asking: bool,
+    /// It was found before a Service had the address: it is soon asked about again.
+    is_early: bool,
 }
 
 impl Findings {
     /// What is known of an address on a link; `None` before the first answer.
     pub fn of(&self, link: u32, ip: IpAddr) -> Option<Finding> {
-        self.known.get(&(link, ip)).and_then(|known| known.finding)
+        let known = self.known.get(&(ip, link)).or_else(|| self.ahead.get(&(ip, link)));
+        known.and_then(|known| known.finding)
     }
 
-    /// Which addresses have to be asked about now, and when to look again. `here`: those that this node would announce;
-    /// `unclear`: those of them that wait for an answer, the others are announced already.
+    /// Forgets what was found about addresses that no Service had, and was not found again in time.
+    pub fn expire(&mut self, now: Duration) {
+        for known in self.ahead.values_mut() {
+            if now.saturating_sub(known.at) >= AHEAD_COUNTS {
+                known.finding = None;
+            }
+        }
+    }
+
+    /// Which of the addresses that Services may get next have to be asked about now, and when to look at them again.
+    pub fn ahead(&mut self, now: Duration, upcoming: &BTreeSet<Place>) -> (Vec<Place>, Option<Duration>) {
+        self.ahead
+            .retain(|(ip, link), known| known.is_asking || upcoming.contains(&(*link, *ip)));
+        let pause = self.pause(now);
+        let mut due = Vec::new();
+        let mut look_again = None;
+        for place in upcoming {
+            let key = (place.1, place.0);
+            if self.known.contains_key(&key) {
+                continue;
+            }
+            let known = self.ahead.entry(key).or_default();
+            if known.is_asking {
+                continue;
+            }
+            let left = match known.finding {
+                Some(_) => (known.at + AHEAD).saturating_sub(now),
+                None => Duration::ZERO,
+            };
+            if left.is_zero() && pause.is_zero() {
+                known.is_asking = true;
+                due.push(*place);
+            } else {
+                let left = left.max(pause);
+                look_again = Some(look_again.map_or(left, |known: Duration| known.min(left)));
+            }
+        }
+        if !due.is_empty() {
+            self.asked = Some(now);
+        }
+        (due, look_again)
+    }
+
+    /// How long the next question has to wait.
+    fn pause(&self, now: Duration) -> Duration {
+        self.asked
+            .map_or(Duration::ZERO, |asked| (asked + TOGETHER).saturating_sub(now))
+    }
+
+    /// Which of the addresses that are looked at have to be asked about now, and when to look at the others again. `here`: those that
+    /// this node would announce; `unclear`: those of them that wait for an answer, the others are announced already.
     pub fn due(
         &mut self,
         now: Duration,
+        scope: &Scope,
         here: &BTreeSet<Place>,
         unclear: &BTreeSet<Place>,
-    ) -> (Vec<Place>, Option<Duration>) {
-        self.known.retain(|key, known| here.contains(key) || known.is_asking);
-        let pause = self
-            .asked
-            .map_or(Duration::ZERO, |asked| (asked + TOGETHER).saturating_sub(now));
+    ) -> (Vec<Place>, Vec<(IpAddr, Duration)>) {
+        self.forget(scope, here);
+        let pause = self.pause(now);
         let mut due = Vec::new();
-        let mut look_again: Option<Duration> = None;
+        let mut look_again = Vec::new();
         for key in here {
             let is_announced = !unclear.contains(key);
-            let known = self.known.entry(*key).or_insert(Known {
+            let slot = (key.1, key.0);
+            let early = || Known {
                 at: now,
-                ..Known::default()
-            });
+                is_early: true,
+                ..self.ahead.remove(&slot).unwrap_or_default()
+            };
+            let known = self.known.entry(slot).or_insert_with(early);
             let wait = match known.finding {
-                Some(Finding::Free) if is_announced => CHECK,
-                None if is_announced => FIRST_CHECK,
+                Some(Finding::Free) if is_announced && !known.is_early => CHECK,
+                Some(Finding::Free) | None if is_announced => FIRST_CHECK,
                 Some(_) => ASK_AGAIN,
                 None => Duration::ZERO,
             };
@@ -92,13 +154,27 @@ impl Findings {
                 known.is_asking = true;
                 due.push(*key);
             } else {
-                look_again = Some(look_again.map_or(left, |known| known.min(left)));
+                look_again.push((key.1, left));
             }
         }
         if !due.is_empty() {
             self.asked = Some(now);
         }
         (due, look_again)
+    }
+
+    /// Forgets addresses that this node is to announce no more.
+    fn forget(&mut self, scope: &Scope, here: &BTreeSet<Place>) {
+        let is_over = |(ip, link): &(IpAddr, u32), known: &mut Known| !here.contains(&(*link, *ip)) && !known.is_asking;
+        match scope {
+            Scope::All => self.known.retain(|place, known| !is_over(place, known)),
+            Scope::Vips(vips) => {
+                for vip in vips {
+                    let on_all_links = (*vip, u32::MIN)..=(*vip, u32::MAX);
+                    self.known.extract_if(on_all_links, is_over).for_each(drop);
+                }
+            }
+        }
     }
 
     /// Whether a stranger has one of these.
@@ -115,8 +191,13 @@ impl Findings {
                 finding: Some(finding),
                 at: now,
                 is_asking: false,
+                is_early: false,
             };
-            self.known.insert(*key, known);
+            let slot = (key.1, key.0);
+            match self.ahead.get_mut(&slot) {
+                Some(ahead) => *ahead = known,
+                None => _ = self.known.insert(slot, known),
+            }
         }
     }
 }
@@ -128,6 +209,17 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const MAC: Mac = [2; 6];
 
+    /// What is due of all, and when to look again.
+    fn due_of(
+        findings: &mut Findings,
+        now: Duration,
+        here: &BTreeSet<Place>,
+        unclear: &BTreeSet<Place>,
+    ) -> (Vec<Place>, Option<Duration>) {
+        let (due, look_again) = findings.due(now, &Scope::All, here, unclear);
+        (due, look_again.into_iter().map(|(_, wait)| wait).min())
+    }
+
     fn keys(hosts: &[u8]) -> BTreeSet<Place> {
         hosts.iter().map(|host| (2, IpAddr::from([10, 0, 0, *host]))).collect()
     }
@@ -136,19 +228,19 @@ mod tests {
     fn an_address_is_asked_about_once_and_again_only_while_a_stranger_has_it() {
         let mut findings = Findings::default();
         let both = keys(&[1, 2]);
-        let (due, _) = findings.due(SECOND, &both, &both);
+        let (due, _) = due_of(&mut findings, SECOND, &both, &both);
         assert_eq!(due.len(), 2);
         assert_eq!(
-            findings.due(SECOND, &both, &both),
+            due_of(&mut findings, SECOND, &both, &both),
             (vec![], None),
             "the question is under way"
         );
         findings.answered(2 * SECOND, &due, &BTreeMap::from([(IpAddr::from([10, 0, 0, 2]), MAC)]));
         assert_eq!(findings.of(2, IpAddr::from([10, 0, 0, 1])), Some(Finding::Free));
         assert_eq!(findings.of(2, IpAddr::from([10, 0, 0, 2])), Some(Finding::Taken(MAC)));
-        let (due, look_again) = findings.due(7 * SECOND, &both, &keys(&[2]));
+        let (due, look_again) = due_of(&mut findings, 7 * SECOND, &both, &keys(&[2]));
         assert_eq!((due.len(), look_again), (0, Some(ASK_AGAIN.saturating_sub(5 * SECOND))));
-        let (due, _) = findings.due(2 * SECOND + ASK_AGAIN, &both, &keys(&[2]));
+        let (due, _) = due_of(&mut findings, 2 * SECOND + ASK_AGAIN, &both, &keys(&[2]));
         assert_eq!(due.len(), 1);
         let ip = IpAddr::from([10, 0, 0, 2]);
         assert_eq!(findings.of(2, ip), Some(Finding::Taken(MAC)), "until it is answered");
@@ -162,7 +254,7 @@ mod tests {
         let (one, none) = (keys(&[1]), keys(&[]));
         let ip = IpAddr::from([10, 0, 0, 1]);
         let mut now = SECOND;
-        assert_eq!(findings.due(now, &one, &none), (vec![], Some(FIRST_CHECK)));
+        assert_eq!(due_of(&mut findings, now, &one, &none), (vec![], Some(FIRST_CHECK)));
         for (wait, is_taken) in [
             (FIRST_CHECK, false),
             (CHECK, true),
@@ -170,10 +262,10 @@ mod tests {
             (ASK_AGAIN, false),
             (CHECK, false),
         ] {
-            let (due, look_again) = findings.due(now, &one, &none);
+            let (due, look_again) = due_of(&mut findings, now, &one, &none);
             assert_eq!((due.len(), look_again), (0, Some(wait)));
             now += wait;
-            let (due, _) = findings.due(now, &one, &none);
+            let (due, _) = due_of(&mut findings, now, &one, &none);
             assert_eq!(due.len(), 1, "after {wait:?}");
             let taken = is_taken.then_some((ip, MAC));
             findings.answered(now, &due, &taken.into_iter().collect());
@@ -185,22 +277,90 @@ mod tests {
     fn what_comes_up_a_moment_later_waits_to_be_asked_about_together() {
         let mut findings = Findings::default();
         let (one, all) = (keys(&[1]), keys(&[1, 2, 3]));
-        assert_eq!(findings.due(SECOND, &one, &one).0.len(), 1);
+        assert_eq!(due_of(&mut findings, SECOND, &one, &one).0.len(), 1);
         let later = SECOND + Duration::from_millis(100);
         assert_eq!(
-            findings.due(later, &all, &all),
+            due_of(&mut findings, later, &all, &all),
             (vec![], Some(Duration::from_millis(150)))
         );
-        assert_eq!(findings.due(SECOND + TOGETHER, &all, &all).0.len(), 2);
+        assert_eq!(due_of(&mut findings, SECOND + TOGETHER, &all, &all).0.len(), 2);
+    }
+
+    #[test]
+    fn an_address_that_was_asked_about_before_a_service_had_it_is_not_waited_for_and_soon_asked_about_again() {
+        let mut findings = Findings::default();
+        let (one, none) = (keys(&[1]), keys(&[]));
+        let ip = IpAddr::from([10, 0, 0, 1]);
+        let (due, _) = findings.ahead(SECOND, &one);
+        assert_eq!(due.len(), 1);
+        assert_eq!(
+            findings.ahead(SECOND, &one),
+            (vec![], None),
+            "the question is under way"
+        );
+        findings.answered(2 * SECOND, &due, &BTreeMap::new());
+        assert_eq!(findings.of(2, ip), Some(Finding::Free));
+        assert_eq!(
+            findings.ahead(3 * SECOND, &one),
+            (vec![], Some(AHEAD.saturating_sub(SECOND)))
+        );
+        assert_eq!(findings.ahead(2 * SECOND + AHEAD, &one).0.len(), 1);
+        findings.answered(2 * SECOND + AHEAD, &due, &BTreeMap::new());
+
+        let now = 60 * SECOND + AHEAD;
+        assert_eq!(due_of(&mut findings, now, &one, &none), (vec![], Some(FIRST_CHECK)));
+        assert_eq!(findings.ahead(now, &one), (vec![], None), "a Service has it");
+        assert_eq!(due_of(&mut findings, now + FIRST_CHECK, &one, &none).0.len(), 1);
+        findings.answered(now + FIRST_CHECK, &due, &BTreeMap::new());
+        assert_eq!(
+            due_of(&mut findings, now + FIRST_CHECK, &one, &none),
+            (vec![], Some(CHECK))
+        );
+    }
+
+    #[test]
+    fn a_service_that_gets_an_address_while_it_is_asked_about_waits_for_that_answer() {
+        let mut findings = Findings::default();
+        let one = keys(&[1]);
+        let (due, _) = findings.ahead(SECOND, &one);
+        assert_eq!(due_of(&mut findings, 2 * SECOND, &one, &one), (vec![], None));
+        findings.answered(2 * SECOND, &due, &BTreeMap::from([(IpAddr::from([10, 0, 0, 1]), MAC)]));
+        assert_eq!(findings.of(2, IpAddr::from([10, 0, 0, 1])), Some(Finding::Taken(MAC)));
+        assert_eq!(due_of(&mut findings, 2 * SECOND, &one, &one), (vec![], Some(ASK_AGAIN)));
+    }
+
+    #[test]
+    fn what_was_heard_before_a_service_had_an_address_counts_for_minutes() {
+        let mut findings = Findings::default();
+        let (one, ip) = (keys(&[1]), IpAddr::from([10, 0, 0, 1]));
+        let (due, _) = findings.ahead(SECOND, &one);
+        findings.answered(SECOND, &due, &BTreeMap::new());
+        findings.expire(AHEAD_COUNTS);
+        assert_eq!(findings.of(2, ip), Some(Finding::Free));
+        findings.expire(SECOND + AHEAD_COUNTS);
+        assert_eq!(findings.of(2, ip), None);
+        assert_eq!(findings.ahead(SECOND + AHEAD_COUNTS, &one).0.len(), 1);
+        findings.answered(SECOND + AHEAD_COUNTS, &due, &BTreeMap::new());
+        findings.ahead(SECOND + AHEAD_COUNTS, &keys(&[2]));
+        assert_eq!(findings.of(2, ip), None, "it is not next any more");
     }
 
     #[test]
     fn what_another_node_is_to_announce_is_forgotten() {
         let mut findings = Findings::default();
         let one = keys(&[1]);
-        let (due, _) = findings.due(SECOND, &one, &one);
+        let (due, _) = due_of(&mut findings, SECOND, &one, &one);
         findings.answered(SECOND, &due, &BTreeMap::new());
-        findings.due(SECOND, &keys(&[]), &keys(&[]));
-        assert_eq!(findings.of(2, IpAddr::from([10, 0, 0, 1])), None);
+        let (ip, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        for (scope, is_known) in [
+            (Scope::Vips(BTreeSet::from([other])), true),
+            (Scope::Vips(BTreeSet::from([ip])), false),
+        ] {
+            findings.due(SECOND, &scope, &keys(&[]), &keys(&[]));
+            assert_eq!(findings.of(2, ip).is_some(), is_known, "{scope:?}");
+        }
+        findings.answered(SECOND, &due, &BTreeMap::new());
+        findings.due(SECOND, &Scope::All, &keys(&[]), &keys(&[]));
+        assert_eq!(findings.of(2, ip), None);
     }
 }

@@ -1,8 +1,9 @@
 //! One loop: any change → plan → difference → apply → report.
 //!
 //! Whatever happens (the API server says something, a member comes or goes, the kernel changed) leads to
-//! the same reconciliation of what should be with what is. The API server is not on the failover path:
-//! when it is away, what was last heard from it holds, and members and kernel go on.
+//! the same reconciliation of what should be with what is. A Service that changes has its own VIPs decided anew, on the picture of the
+//! last look at everything; whatever else changes leads to such a look, and so does time: see [`LOOK_AT_ALL`]. The API server is not on
+//! the failover path: when it is away, what was last heard from it holds, and members and kernel go on.
 
 mod asking;
 mod counting;
@@ -26,6 +27,7 @@ use crds::{Family, LBNodeAgent, ServiceKey};
 use daemon::{Ready, Reporter, Selection};
 use kube::Client;
 use kube::api::Api;
+use smol_str::SmolStr;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -44,12 +46,14 @@ use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
 use crate::notices;
 use crate::picture::{self, Cluster, Seen};
-use crate::plan::{self, Candidate, Picture, Place, Plan, User};
+use crate::plan::{self, Candidate, Picture, Plan, User};
 use crate::presence::Presence;
 use crate::routing::{self as daemons, Cause as Unadvertised};
+use crate::scope::{Place, Scope};
 use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
+use crate::wakes::Wakes;
 
 /// What the agent is told at start.
 #[derive(Clone, Debug)]
@@ -84,6 +88,14 @@ const OVERRULED: Duration = Duration::from_secs(5);
 const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// The wait before a change that the kernel refuses is tried again doubles up to this.
+const LONGEST_RETRY: Duration = Duration::from_secs(30);
+/// How often the kernel is listed and everything decided though nothing is known to have changed.
+const LOOK_AT_ALL: Duration = Duration::from_mins(5);
+/// How soon after a change it is looked which addresses Services will get next.
+const AHEAD: Duration = Duration::from_millis(100);
+/// How often what this node says in its LBNode is put together at most while only single VIPs change.
+const SAYING: Duration = Duration::from_millis(300);
 /// How long a starting agent waits for the allocator to take over what an earlier release gave Services. Both start at once, and
 /// until this node is ready no other one's agent is replaced.
 const RECORDING: Duration = Duration::from_mins(1);
@@ -160,10 +172,15 @@ pub async fn run(
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
     let mut stop = std::pin::pin!(stop);
     let mut look_round = tokio::time::interval(LOOK_ROUND);
+    let mut members_now = living.borrow_and_update().clone();
     loop {
-        let wake = agent.wake_at;
+        let wake = agent.next_wake();
+        let mut is_about_all = true;
         tokio::select! {
-            input = inputs.recv() => agent.take(input.context("the agent's inputs ended")?),
+            input = inputs.recv() => {
+                agent.take(input.context("the agent's inputs ended")?);
+                is_about_all = false;
+            }
             Ok(()) = living.changed() => {}
             Ok(()) = heard.changed() => {}
             Ok(()) = api_reachable.changed() => {}
@@ -182,7 +199,7 @@ pub async fn run(
             _ = look_round.tick() => if !agent.looks_round() { continue },
             () = &mut announcing => {}
             () = &mut asking => {}
-            () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+            () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => is_about_all = false,
             () = &mut joining => {}
             () = &mut stop => break,
         }
@@ -190,17 +207,15 @@ pub async fn run(
         while let Ok(input) = inputs.try_recv() {
             agent.take(input);
         }
-        let members = living.borrow_and_update().clone();
-        if members.keys().any(|name| !agent.members_before.contains(name)) {
-            // It may have believed this node dead, and told the neighbours so.
-            again.notify_one();
+        let scope = agent.scope(is_about_all || living.has_changed().unwrap_or(true));
+        if scope == Scope::All {
+            members_now = living.borrow_and_update().clone();
+            agent.meet(&members_now);
+            agent.heard = heard.borrow_and_update().clone();
+            agent.is_api_reachable = *api_reachable.borrow_and_update();
+            agent.unadvertised = not_advertised.borrow_and_update().clone();
         }
-        agent.members_before = members.keys().cloned().collect();
-        agent.know(&members);
-        agent.heard = heard.borrow_and_update().clone();
-        agent.is_api_reachable = *api_reachable.borrow_and_update();
-        agent.unadvertised = not_advertised.borrow_and_update().clone();
-        agent.reconcile(&members).await?;
+        agent.reconcile(&members_now, scope).await?;
     }
     agent.leave(writing).await;
     members.leave().await;
@@ -255,6 +270,35 @@ struct Links<'a> {
     ready: Ready,
 }
 
+/// What the last look at everything found: until the next one single VIPs are decided on it.
+struct Basis {
+    config: NodeConfig,
+    /// Without addresses of ours.
+    kernel: Snapshot,
+    candidates: BTreeMap<String, Candidate>,
+    let_go: BTreeSet<Family>,
+    reserved: BTreeMap<IpAddr, User>,
+}
+
+/// An address that this node announces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Here {
+    /// Name of the interface.
+    interface: SmolStr,
+    /// The Services that have it.
+    services: Vec<ServiceKey>,
+}
+
+/// A change that the kernel has refused.
+#[derive(Clone, Debug)]
+struct Refused {
+    change: Change,
+    error: String,
+    /// The wait before it is tried again, and when that is.
+    wait: Duration,
+    until: Instant,
+}
+
 struct Agent<'a> {
     client: Client,
     settings: Settings,
@@ -297,8 +341,18 @@ struct Agent<'a> {
     is_api_reachable: bool,
     /// Name of the dummy interface in use.
     dummy: Option<String>,
-    /// What this process announces: interface by Service and address.
-    announcing: BTreeMap<(ServiceKey, IpAddr), String>,
+    /// The picture for single VIPs; `None` where all have to be decided.
+    basis: Option<Basis>,
+    /// What was decided of every VIP.
+    plan: Plan,
+    /// VIPs that have to be decided anew, beside those that Services touch.
+    touched: Scope,
+    /// When single VIPs have to be.
+    wakes: Wakes<Instant>,
+    /// What the kernel refuses.
+    refused: BTreeMap<IpAddr, Refused>,
+    /// What this process announces.
+    announcing: BTreeMap<IpAddr, Here>,
     /// Local addresses held, for announcements under way to look at.
     held: watch::Sender<Held>,
     /// Routed addresses held, for the routing daemon to be asked about.
@@ -327,6 +381,12 @@ struct Agent<'a> {
     memory: Memory,
     /// What was last said of an LBNodeAgent, by its title, and of a Service's address.
     told: Told,
+    /// When something was last said in the LBNode, and when there is something to be said that waits.
+    said_at: Option<Instant>,
+    say_at: Option<Instant>,
+    /// When to look which addresses Services will get next.
+    ahead_at: Option<Instant>,
+    /// When to look at everything.
     wake_at: Option<Instant>,
 }
 
@@ -373,6 +433,11 @@ impl<'a> Agent<'a> {
             is_alone: watch::Sender::new(false),
             is_api_reachable: true,
             dummy: None,
+            basis: None,
+            plan: Plan::default(),
+            touched: Scope::default(),
+            wakes: Wakes::default(),
+            refused: BTreeMap::new(),
             announcing: BTreeMap::new(),
             held: watch::Sender::new(Held::new()),
             routed: watch::Sender::new(BTreeSet::new()),
@@ -389,6 +454,9 @@ impl<'a> Agent<'a> {
             owner: watch::Sender::new(None),
             memory: Memory::default(),
             told: Told::default(),
+            said_at: None,
+            say_at: None,
+            ahead_at: None,
             wake_at: None,
         }
     }
@@ -425,11 +493,45 @@ impl<'a> Agent<'a> {
         }
     }
 
+    /// Takes note of who is there.
+    fn meet(&mut self, living: &Living) {
+        if living.keys().any(|name| !self.members_before.contains(name)) {
+            // It may have believed this node dead, and told the neighbours so.
+            self.links.again.notify_one();
+        }
+        self.members_before = living.keys().cloned().collect();
+        self.know(living);
+    }
+
     /// Has those who may speak to this agent known: whoever is at an address of a Node, or of a member.
     fn know(&mut self, living: &Living) {
         if let Some(nodes) = self.cluster.node_addresses() {
             self.links.known.set(self.addresses.of(&nodes, living));
         }
+    }
+
+    /// When there is something to do though nothing happens.
+    fn next_wake(&self) -> Option<Instant> {
+        [self.wake_at, self.wakes.next(), self.say_at, self.ahead_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// What has to be decided now.
+    fn scope(&mut self, is_about_all: bool) -> Scope {
+        let now = Instant::now();
+        let mut scope = self.cluster.touched();
+        match std::mem::take(&mut self.touched) {
+            Scope::Vips(vips) => scope.add(vips),
+            Scope::All => scope = Scope::All,
+        }
+        scope.add(self.wakes.due(now));
+        let is_time = self.wake_at.is_some_and(|at| at <= now);
+        if is_about_all || is_time || self.basis.is_none() {
+            scope = Scope::All;
+        }
+        scope
     }
 
     fn wake_in(&mut self, wait: Duration) {
@@ -441,12 +543,28 @@ impl<'a> Agent<'a> {
     ///
     /// # Errors
     /// Only what trying again does not mend.
-    async fn reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
-        self.wake_at = None;
-        if !self.cluster.is_ready() || !self.has_settled(living) {
-            return Ok(());
-        }
-        match self.try_reconcile(living).await {
+    async fn reconcile(&mut self, living: &Living, scope: Scope) -> anyhow::Result<()> {
+        let basis = self.basis.take();
+        let looked = match (scope, basis) {
+            (Scope::Vips(vips), Some(basis)) if vips.is_empty() => {
+                self.do_what_is_due(living, &basis);
+                self.basis = Some(basis);
+                return Ok(());
+            }
+            (Scope::Vips(vips), Some(basis)) => {
+                self.look_at(living, basis, vips).await;
+                return Ok(());
+            }
+            _ => {
+                self.wake_at = None;
+                self.wakes.clear();
+                if !self.cluster.is_ready() || !self.has_settled(living) {
+                    return Ok(());
+                }
+                self.look_at_all(living).await
+            }
+        };
+        match looked {
             Err(error) if matches!(error.downcast_ref(), Some(KernelError::Closed)) => Err(error),
             Err(error) => {
                 tracing::error!(error = format!("{error:#}"), "reconciling failed, will try again");
@@ -494,7 +612,8 @@ impl<'a> Agent<'a> {
         self.is_settled
     }
 
-    async fn try_reconcile(&mut self, living: &Living) -> anyhow::Result<()> {
+    /// Looks at everything.
+    async fn look_at_all(&mut self, living: &Living) -> anyhow::Result<()> {
         let began = Instant::now();
         let snapshot = self.links.kernel.snapshot().await?;
         let Some(config) = self.config(&snapshot) else {
@@ -546,51 +665,145 @@ impl<'a> Agent<'a> {
         let mut reserved = self.cluster.reserved().clone();
         reserved.extend(living.values().map(|member| (member.addr.ip(), User::Node)));
         reserved.extend(self.settings.api_server.map(|ip| (ip, User::ApiServer)));
-        let mut plan = plan::plan(&Picture {
-            node: &self.settings.node,
-            services: self.cluster.announced(),
-            groups: self.cluster.groups(),
-            candidates: &candidates,
-            heard: &self.heard,
-            let_go: &let_go,
-            kernel: &snapshot,
-            config: &config,
-            findings: &self.findings,
-            reserved: &reserved,
-        });
-        self.ask(&plan, &snapshot, &config, &candidates);
         self.handover.look(now, living, &self.heard);
-        for (watched, inquiry) in self.handover.watches() {
-            plan.watches.entry(watched).or_insert(inquiry);
-        }
-        if self.watches != plan.watches {
-            self.watches.clone_from(&plan.watches);
-            self.links.watcher.watch(plan.watches.clone());
-        }
         self.count_members(&subnets, &candidates, living);
-        let takeovers = self.takeovers(&plan, &candidates);
-        let mut desired = plan.addresses();
-        self.linger(&plan, &snapshot, &mut desired);
-        // Before the addresses are here: not one segment of such a connection must go astray.
-        self.hand_on(&takeovers, &candidates, &desired, living, &snapshot).await;
-        let held: BTreeSet<(u32, IpAddr)> = snapshot.ours().map(|address| (address.link, address.ip)).collect();
-        let applied = self.links.kernel.apply(&difference(&desired, &snapshot)).await;
-        if let Some(wait) = refresh_in(&desired, &snapshot) {
-            self.wake_in(wait);
-        }
-        let is_first = std::mem::take(&mut self.is_first);
-        let failed = self.report(&plan, &snapshot, &config, &applied, |address| {
-            is_first && held.contains(&(address.link, address.ip))
-        });
-        self.count_takeovers(&takeovers, began);
-        self.say(living, &snapshot, Some(&config), &plan, &failed);
+        let mut basis = Basis {
+            config,
+            kernel: snapshot,
+            candidates,
+            let_go,
+            reserved,
+        };
+        self.carry_out(began, living, &basis, &Scope::All).await;
+        self.say(living, &basis.kernel, Some(&basis.config));
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
             is_starting: false,
             ..meta
         })
         .await;
+        basis.kernel.addresses.retain(|address| !address.is_ours);
+        self.basis = Some(basis);
+        self.wake_in(LOOK_AT_ALL);
         Ok(())
+    }
+
+    /// Looks at single VIPs.
+    async fn look_at(&mut self, living: &Living, mut basis: Basis, vips: BTreeSet<IpAddr>) {
+        let own = basis.kernel.addresses.len();
+        let ours = self.links.kernel.held(vips.iter().copied());
+        basis.kernel.addresses.extend(ours);
+        for vip in &vips {
+            self.wakes.forget(*vip);
+        }
+        self.carry_out(Instant::now(), living, &basis, &Scope::Vips(vips)).await;
+        basis.kernel.addresses.truncate(own);
+        self.say_at.get_or_insert_with(Instant::now);
+        self.do_what_is_due(living, &basis);
+        self.basis = Some(basis);
+    }
+
+    /// What takes a look at all VIPs and need not be done at each change.
+    fn do_what_is_due(&mut self, living: &Living, basis: &Basis) {
+        self.say_if_due(living, basis);
+        if self.ahead_at.is_some_and(|at| at <= Instant::now()) {
+            self.look_ahead(basis);
+        }
+    }
+
+    /// Decides about the VIPs that are looked at, has the kernel hold them, and tells of it.
+    async fn carry_out(&mut self, began: Instant, living: &Living, basis: &Basis, scope: &Scope) {
+        let Basis {
+            kernel: snapshot,
+            candidates,
+            ..
+        } = basis;
+        self.findings.expire(self.started.elapsed());
+        let picture = self.picture(basis);
+        let plan = match scope {
+            Scope::All => plan::plan(&picture),
+            Scope::Vips(vips) => plan::decide(&picture, vips.iter().copied()),
+        };
+        self.ask(&plan, basis, scope);
+        self.watch(&plan, scope);
+        let takeovers = self.takeovers(&plan, candidates, scope);
+        let mut desired = plan.addresses();
+        self.linger(&plan, snapshot, &mut desired, scope);
+        // Before the addresses are here: not one segment of such a connection must go astray.
+        self.hand_on(&takeovers, basis, &desired, living, scope).await;
+        let held: BTreeSet<(u32, IpAddr)> = if self.is_first {
+            snapshot.ours().map(|address| (address.link, address.ip)).collect()
+        } else {
+            BTreeSet::new()
+        };
+        let mut changes = difference(&desired, snapshot);
+        self.hold_back(&mut changes);
+        let applied = self.links.kernel.apply(&changes).await;
+        if let Some(wait) = refresh_in(&desired, snapshot) {
+            self.wake_in(wait);
+        }
+        self.is_first = false;
+        self.report(&plan, basis, &applied, scope, |address| {
+            held.contains(&(address.link, address.ip))
+        });
+        self.count_takeovers(&takeovers, began);
+        match scope {
+            Scope::All => self.plan = plan,
+            Scope::Vips(vips) => self.plan.revise(vips, plan),
+        }
+        // What is next to be had may be something else now.
+        let soon = Instant::now() + AHEAD;
+        self.ahead_at = Some(self.ahead_at.map_or(soon, |at| at.min(soon)));
+    }
+
+    fn picture<'b>(&'b self, basis: &'b Basis) -> Picture<'b> {
+        Picture {
+            node: &self.settings.node,
+            services: self.cluster.announced(),
+            groups: self.cluster.groups(),
+            candidates: &basis.candidates,
+            heard: &self.heard,
+            let_go: &basis.let_go,
+            kernel: &basis.kernel,
+            config: &basis.config,
+            findings: &self.findings,
+            reserved: &basis.reserved,
+        }
+    }
+
+    /// Has those watched that this node would take over from.
+    fn watch(&mut self, plan: &Plan, scope: &Scope) {
+        let mut watches = plan.watches.clone();
+        match scope {
+            Scope::All => {
+                for (watched, inquiry) in self.handover.watches() {
+                    watches.entry(watched).or_insert(inquiry);
+                }
+            }
+            // Whether somebody need not be watched any more the next look at everything shows.
+            Scope::Vips(_) => {
+                for (watched, inquiry) in &self.watches {
+                    let news = watches.entry(watched.clone()).or_insert(*inquiry);
+                    *news = inquiry.or(*news);
+                }
+            }
+        }
+        if self.watches != watches {
+            self.watches.clone_from(&watches);
+            self.links.watcher.watch(watches);
+        }
+    }
+
+    /// Leaves out changes that the kernel has refused a moment ago.
+    fn hold_back(&self, changes: &mut Vec<Change>) {
+        if self.refused.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        changes.retain(|change| {
+            let refused = self.refused.get(&change.key().1);
+            refused.is_none_or(|refused| refused.change != *change || refused.until <= now)
+        });
     }
 
     /// Sees in which families others ask this node, and whether that is news.
@@ -644,7 +857,7 @@ impl<'a> Agent<'a> {
         }
         self.is_alone
             .send_if_modified(|known| std::mem::replace(known, is_alone) != is_alone);
-        if !let_go.is_empty() && self.announcing.keys().any(|(_, ip)| let_go.contains(&Family::of(*ip))) {
+        if !let_go.is_empty() && self.announcing.keys().any(|ip| let_go.contains(&Family::of(*ip))) {
             tracing::warn!(
                 ?let_go,
                 "cut off from the API server and all other nodes: letting go of local addresses"
@@ -687,10 +900,13 @@ impl<'a> Agent<'a> {
             tracing::info!(addresses = changes.len(), cause = "no LBNodeAgent applies", "withdrawn");
             self.links.kernel.apply(&changes).await;
         }
-        self.links
-            .metrics
-            .announcing(&self.settings.node, &self.announcing, &BTreeMap::new());
-        self.announcing.clear();
+        for (ip, here) in std::mem::take(&mut self.announcing) {
+            for service in &here.services {
+                self.links.metrics.announcing(service, &self.settings.node, ip, false);
+            }
+        }
+        self.plan = Plan::default();
+        self.refused.clear();
         self.let_connections_go().await;
         self.held.send_replace(Held::new());
         self.routed.send_replace(BTreeSet::new());
@@ -699,7 +915,7 @@ impl<'a> Agent<'a> {
             self.links.kernel.remove_dummy(&name).await?;
         }
         self.links.metrics.local_subnets.set(0);
-        self.say(living, snapshot, None, &Plan::default(), &BTreeMap::new());
+        self.say(living, snapshot, None);
         Ok(())
     }
 
@@ -811,7 +1027,7 @@ impl<'a> Agent<'a> {
     }
 
     /// Keeps addresses that another node has won for [`LINGER`], until it has told the neighbours.
-    fn linger(&mut self, plan: &Plan, snapshot: &Snapshot, desired: &mut BTreeSet<VipAddress>) {
+    fn linger(&mut self, plan: &Plan, snapshot: &Snapshot, desired: &mut BTreeSet<VipAddress>, scope: &Scope) {
         let now = Instant::now();
         let lost = plan.lost();
         let wanted: BTreeSet<(u32, IpAddr)> = desired.iter().map(|vip| (vip.link, vip.ip)).collect();
@@ -825,10 +1041,11 @@ impl<'a> Agent<'a> {
             lingering.insert(key, until);
             if until > now {
                 desired.insert(VipAddress::held(address));
-                self.wake_in(until - now);
+                self.wakes.set(address.ip, until);
             }
         }
-        self.lingering = lingering;
+        self.lingering.retain(|(_, ip), _| !scope.has(*ip));
+        self.lingering.extend(lingering);
     }
 
     /// Withdraws, and waits until the last word is written, though not for long.

@@ -11,11 +11,12 @@
 
 pub mod nft;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::members::Living;
+use crate::scope::Scope;
 use crate::standby::{Inquiry, Verdict, Verdicts, Watched};
 
 /// How long the kernel goes on without being told again.
@@ -123,9 +124,16 @@ impl Handover {
         Some((&former.node, former.address))
     }
 
-    /// Forgets who owned addresses that nobody has any more.
-    pub fn retain(&mut self, is_owned: impl Fn(&IpAddr) -> bool) {
-        self.tenures.retain(|vip, _| is_owned(vip));
+    /// Forgets who owned those of the addresses looked at that nobody has any more.
+    pub fn retain(&mut self, scope: &Scope, is_owned: impl Fn(&IpAddr) -> bool) {
+        match scope {
+            Scope::All => self.tenures.retain(|vip, _| is_owned(vip)),
+            Scope::Vips(vips) => {
+                for vip in vips.iter().filter(|vip| !is_owned(vip)) {
+                    self.tenures.remove(vip);
+                }
+            }
+        }
     }
 
     /// Takes note of whose connections an address has that a living node hands on.
@@ -177,11 +185,11 @@ impl Handover {
         missed.map(|known| (known.former.node.clone(), known.former.inquiry))
     }
 
-    /// What the kernel is to be told, if anything: where to send what belongs to foreign connections of which address. `held` are the
-    /// addresses this node has.
-    pub fn news(&mut self, now: Duration, held: &BTreeSet<IpAddr>) -> Option<BTreeMap<IpAddr, IpAddr>> {
+    /// What the kernel is to be told, if anything: where to send what belongs to foreign connections of which address. `is_held` says
+    /// whether this node has an address.
+    pub fn news(&mut self, now: Duration, is_held: impl Fn(&IpAddr) -> bool) -> Option<BTreeMap<IpAddr, IpAddr>> {
         self.known.retain(|vip, known| {
-            known.lost = (!held.contains(vip)).then(|| known.lost.unwrap_or(now));
+            known.lost = (!is_held(vip)).then(|| known.lost.unwrap_or(now));
             known.lost.is_none_or(|at| now.saturating_sub(at) < AFTERWARDS)
         });
         let wanted: BTreeMap<IpAddr, IpAddr> = self
@@ -239,6 +247,7 @@ pub fn is_tracking() -> bool {
 mod tests {
     use super::*;
     use crate::members::{Member, Meta};
+    use std::collections::BTreeSet;
 
     const NOW: Duration = Duration::from_secs(100);
     const SECOND: Duration = Duration::from_secs(1);
@@ -290,20 +299,17 @@ mod tests {
     fn the_kernel_is_told_once_and_again_before_it_forgets() {
         let (mut handover, held) = started(false);
         let told = [(ip("10.0.0.9"), ip("10.0.0.1"))].into();
-        assert_eq!(handover.news(NOW, &held), Some(told));
-        assert_eq!(handover.news(NOW + SECOND, &held), None);
+        assert_eq!(handover.news(NOW, |vip| held.contains(vip)), Some(told));
+        assert_eq!(handover.news(NOW + SECOND, |vip| held.contains(vip)), None);
         assert_eq!(handover.wake_in(NOW + SECOND), REFRESH.checked_sub(SECOND));
-        assert!(handover.news(NOW + REFRESH, &held).is_some());
+        assert!(handover.news(NOW + REFRESH, |vip| held.contains(vip)).is_some());
         assert!(REFRESH * 2 < TIMEOUT, "one that is late or lost does no harm");
         // The address goes, and a little later what was said of it.
         let gone = NOW + REFRESH + SECOND;
-        assert_eq!(handover.news(gone, &BTreeSet::new()), None, "some neighbours hear late");
+        assert_eq!(handover.news(gone, |_| false), None, "some neighbours hear late");
         assert_eq!(handover.wake_in(gone), Some(AFTERWARDS));
-        assert_eq!(
-            handover.news(gone + AFTERWARDS, &BTreeSet::new()),
-            Some(BTreeMap::new())
-        );
-        assert_eq!(handover.news(NOW + REFRESH * 9, &BTreeSet::new()), None);
+        assert_eq!(handover.news(gone + AFTERWARDS, |_| false), Some(BTreeMap::new()));
+        assert_eq!(handover.news(NOW + REFRESH * 9, |_| false), None);
         assert_eq!(handover.wake_in(NOW + REFRESH * 9), None);
         assert!(!handover.clear(), "it knows");
     }
@@ -311,17 +317,17 @@ mod tests {
     #[test]
     fn what_a_process_before_told_stays_until_this_one_has_something_to_say_or_ends() {
         let mut handover = Handover::default();
-        assert_eq!(handover.news(NOW, &BTreeSet::new()), None);
+        assert_eq!(handover.news(NOW, |_| false), None);
         assert!(handover.clear());
     }
 
     #[test]
     fn a_kernel_that_cannot_is_asked_once() {
         let (mut handover, held) = started(false);
-        assert!(handover.news(NOW, &held).is_some());
+        assert!(handover.news(NOW, |vip| held.contains(vip)).is_some());
         handover.give_up();
         handover.take(ip("10.0.0.9"), former("a"), &living(&[("a", false)]));
-        assert_eq!(handover.news(NOW + REFRESH, &held), None);
+        assert_eq!(handover.news(NOW + REFRESH, |vip| held.contains(vip)), None);
         assert!(!handover.clear());
     }
 
@@ -382,7 +388,7 @@ mod tests {
             let heard = verdict.map(|verdict| (watched("a"), verdict)).into_iter().collect();
             handover.look(NOW, &members, &heard);
             handover.look(NOW + after, &members, &heard);
-            let news = handover.news(NOW + after, &held);
+            let news = handover.news(NOW + after, |vip| held.contains(vip));
             assert_eq!(news.is_some(), expected, "{name}");
             assert_eq!(handover.watches().next().is_some(), expected && !present, "{name}");
         }
@@ -397,7 +403,7 @@ mod tests {
         assert_eq!(handover.wake_in(NOW), Some(SILENCE));
         handover.look(NOW + SILENCE / 2, &members, &Verdicts::new());
         handover.look(NOW + SILENCE * 2, &members, &silent);
-        assert!(handover.news(NOW + SILENCE * 2, &held).is_some());
+        assert!(handover.news(NOW + SILENCE * 2, |vip| held.contains(vip)).is_some());
     }
 
     #[test]
@@ -476,7 +482,7 @@ mod tests {
         assert_eq!(handover.wake_in(NOW), Some(ABSENCE));
         handover.look(NOW + SECOND, &living(&[("a", false)]), &Verdicts::new());
         handover.look(NOW + ABSENCE * 2, &living(&[("a", false)]), &Verdicts::new());
-        assert!(handover.news(NOW + ABSENCE * 2, &held).is_some());
+        assert!(handover.news(NOW + ABSENCE * 2, |vip| held.contains(vip)).is_some());
         assert_eq!(handover.watches().next(), None);
     }
 }

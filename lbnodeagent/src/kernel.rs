@@ -4,18 +4,21 @@
 //! the planner's business, which compares its wish with a [`Snapshot`] through [`difference`] and hands the [`Change`]s
 //! to [`Kernel::apply`].
 //!
-//! The kernel is reconciled, not remembered: nothing here is cached. What is ours is marked in the kernel itself, see
-//! [`Mark`], so that an agent that was killed finds its addresses again and never touches anybody else's.
+//! What is ours is marked in the kernel itself, see [`Mark`], so that an agent that was killed finds its addresses again and never
+//! touches anybody else's. A [`Snapshot`] is what the kernel lists. Between two of them its notifications tell what others do, and
+//! `held` what this agent did.
 
 mod apply;
 mod difference;
 mod dummy;
+mod held;
 mod parse;
 mod snapshot;
 mod watch;
 
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -124,6 +127,7 @@ impl Mark {
 pub struct Kernel {
     handle: Handle,
     changed: Arc<Notify>,
+    held: Arc<held::Held>,
     mark: Mark,
     tasks: [JoinHandle<()>; 2],
 }
@@ -146,6 +150,7 @@ impl Kernel {
     /// As [`Kernel::connect`], with a mark of one's choice: tests try that for old kernels on new ones.
     pub fn connect_marking(mark: Mark) -> Result<Self, KernelError> {
         let changed = Arc::new(Notify::new());
+        let held = Arc::new(held::Held::default());
         let watcher = watch::Watcher::open().map_err(KernelError::Socket)?;
         let (mut connection, handle, _) = rtnetlink::new_connection().map_err(KernelError::Socket)?;
         let socket = connection.socket_mut().socket_mut();
@@ -155,19 +160,20 @@ impl Kernel {
         let _ = socket.set_rx_buf_sz(i32::try_from(RECEIVE_BUFFER).unwrap_or(i32::MAX));
         let tasks = [
             tokio::spawn(connection),
-            tokio::spawn(watcher.run(Arc::clone(&changed))),
+            tokio::spawn(watcher.run(Arc::clone(&changed), Arc::clone(&held))),
         ];
         Ok(Self {
             handle,
             changed,
+            held,
             mark,
             tasks,
         })
     }
 
-    /// Resolves when a link, an address or a default route has changed since it last resolved, by whomever, this agent
-    /// included. Any number of changes in between are one. A notification that the kernel had to drop (`ENOBUFS`)
-    /// counts as a change.
+    /// Resolves when a link, an address or a default route has changed since it last resolved, otherwise than this agent wanted:
+    /// what it did itself is no change. Any number of changes in between are one. A notification that the kernel had to drop
+    /// (`ENOBUFS`) counts as one.
     ///
     /// Cancel-safe; meant for one waiter.
     pub async fn changed(&self) {
@@ -177,6 +183,7 @@ impl Kernel {
     /// Links, addresses and default routes as they are now: four dumps, one after the other. Something that changes in
     /// between wakes [`Kernel::changed`].
     pub async fn snapshot(&self) -> Result<Snapshot, KernelError> {
+        let passed_over = self.held.passed_over();
         let links = self
             .handle
             .link()
@@ -185,6 +192,11 @@ impl Kernel {
             .execute();
         let links = dump("list links", links).await?;
         let addresses = self.addresses().await?;
+        self.held.listed(&addresses);
+        if self.held.passed_over() != passed_over {
+            // What was passed over while the kernel listed may be news to what it has listed.
+            self.changed.notify_one();
+        }
         let mut default_routes = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             for message in self.routes(family).await? {
@@ -198,6 +210,11 @@ impl Kernel {
             withheld: std::collections::BTreeSet::new(),
             stand_ins: Vec::new(),
         })
+    }
+
+    /// What the kernel holds of ours of some addresses, on whichever links, as far as is known without asking it.
+    pub fn held(&self, ips: impl IntoIterator<Item = IpAddr>) -> Vec<Address> {
+        ips.into_iter().flat_map(|ip| self.held.of(ip)).collect()
     }
 
     async fn addresses(&self) -> Result<Vec<Address>, KernelError> {

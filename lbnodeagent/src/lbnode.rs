@@ -9,7 +9,6 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crds::ServiceKey;
 use crds::lbnode::{
     Announcing, Found, Held, Interface, LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Move, RoutingDaemon, Silence,
     Unannounced,
@@ -22,7 +21,7 @@ use crate::election;
 use crate::kernel::Snapshot;
 use crate::neighbor::frame;
 use crate::notices;
-use crate::plan::{self, Announced, Plan, Reason, Verdict};
+use crate::plan::{self, Plan, Reason, Services, Verdict};
 use crate::routing::{Cause, Daemon};
 
 pub use write::{Owner, Writing, keep_writing};
@@ -76,7 +75,7 @@ pub struct State<'a> {
     /// What was decided.
     pub plan: &'a Plan,
     /// The Services that it was decided on.
-    pub services: &'a BTreeMap<ServiceKey, Announced>,
+    pub services: &'a Services,
     /// What the kernel refused.
     pub failed: &'a BTreeMap<IpAddr, String>,
     /// Routed addresses that no route is advertised to.
@@ -94,12 +93,7 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
     let mut announcing: BTreeMap<&str, Vec<Held>> = BTreeMap::new();
     let (mut local, mut routed, mut listed) = (0, 0, 0);
     let (mut conflicts, mut unannounced, mut unadvertised) = (Vec::new(), Vec::new(), Vec::new());
-    let mut last = None;
-    for ((key, ip), verdict) in by_address(state.plan) {
-        // Services that share an address have one verdict for it.
-        if last.replace(*ip) == Some(*ip) {
-            continue;
-        }
+    for (ip, verdict) in &state.plan.verdicts {
         if let (Some(error), Verdict::Local(placed) | Verdict::Routed(placed)) = (state.failed.get(ip), verdict) {
             let why = format!(
                 "the kernel of node {} refuses it on {}: {error}",
@@ -130,10 +124,10 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
             Verdict::Taken(placed, mac) => conflicts.push(Found {
                 ip: ip.to_string(),
                 mac: frame::shown(*mac),
-                interface: placed.interface.clone(),
+                interface: placed.interface.to_string(),
             }),
             Verdict::Nobody(reason) => {
-                if let Some((silence, why)) = silence(state, key, *ip, *reason) {
+                if let Some((silence, why)) = silence(state, *ip, *reason) {
                     unannounced.push(unheard(*ip, silence.word(), &why));
                 }
             }
@@ -178,17 +172,10 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
     }
 }
 
-/// The verdicts in the order of their addresses.
-fn by_address(plan: &Plan) -> Vec<(&(ServiceKey, IpAddr), &Verdict)> {
-    let mut verdicts: Vec<_> = plan.verdicts.iter().collect();
-    verdicts.sort_by_key(|((_, ip), _)| *ip);
-    verdicts
-}
-
 /// Why nobody announces an address, if this node is the one to say so: of the members the first by the election, so that a
 /// thousand nodes do not say the same.
-fn silence(state: &State<'_>, key: &ServiceKey, ip: IpAddr, reason: Reason) -> Option<(Silence, String)> {
-    let service = state.services.get(key)?;
+fn silence(state: &State<'_>, ip: IpAddr, reason: Reason) -> Option<(Silence, String)> {
+    let (key, service) = state.services.users(ip).next()?;
     let node = state.node;
     let (silence, why) = match reason {
         Reason::NoSubnet => {
@@ -294,8 +281,10 @@ fn cut(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::kernel::{Address, DefaultRoute, Link, VipAddress};
+    use crate::plan::Announced;
     use crate::plan::Placed;
     use crds::Family;
+    use crds::ServiceKey;
     use ipnet::IpNet;
     use serde_json::json;
 
@@ -347,21 +336,18 @@ mod tests {
 
     /// What is said by node "a" of the members a and b, of verdicts on addresses of one Service each.
     fn said(config: Option<&NodeConfig>, verdicts: &[(&str, Verdict)], failed: &[(&str, &str)]) -> LBNodeStatus {
-        let key = |ip: &str| ServiceKey::new("default", ip);
-        let verdicts = verdicts
-            .iter()
-            .map(|(vip, verdict)| ((key(vip), ip(vip)), verdict.clone()));
+        let verdicts = verdicts.iter().map(|(vip, verdict)| (ip(vip), verdict.clone()));
         let plan = Plan {
             verdicts: verdicts.collect(),
             ..Plan::default()
         };
-        let services = plan.verdicts.keys().map(|(key, ip)| {
+        let services = plan.verdicts.keys().map(|ip| {
             let announced = Announced {
                 vips: vec![*ip],
                 groups: vec!["segment".into()],
                 ..Announced::default()
             };
-            (key.clone(), announced)
+            (ServiceKey::new("default", ip.to_string()), announced)
         });
         let mut memory = Memory::default();
         memory.announcing(Timestamp::UNIX_EPOCH, &BTreeSet::from([ip("10.0.0.1")]));

@@ -21,6 +21,8 @@ pub mod plan;
 pub mod presence;
 pub mod probe;
 pub mod routing;
+pub mod scope;
 pub mod standby;
 pub mod steadiness;
 pub mod told;
+pub mod wakes;

@@ -86,5 +86,5 @@ async fn run() -> anyhow::Result<()> {
             Err(error) => tracing::error!(%error, "signals cannot be waited for"),
         }
     };
-    controller::run(client, settings, metrics, ready, stop).await
+    Box::pin(controller::run(client, settings, metrics, ready, stop)).await
 }

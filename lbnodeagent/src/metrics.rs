@@ -257,23 +257,17 @@ impl Metrics {
         );
     }
 
-    /// What this node announces changed.
-    pub fn announcing(
-        &self,
-        node: &str,
-        before: &BTreeMap<(ServiceKey, IpAddr), String>,
-        now: &BTreeMap<(ServiceKey, IpAddr), String>,
-    ) {
-        let labels = |(service, ip): &(ServiceKey, IpAddr)| Announced {
+    /// This node announces an address of a Service, or does so no more.
+    pub fn announcing(&self, service: &ServiceKey, node: &str, ip: IpAddr, is_announced: bool) {
+        let labels = Announced {
             service: service.to_string(),
             node: node.to_owned(),
             ip: ip.to_string(),
         };
-        for key in before.keys().filter(|key| !now.contains_key(key)) {
-            self.announced.remove(&labels(key));
-        }
-        for key in now.keys().filter(|key| !before.contains_key(key)) {
-            self.announced.get_or_create(&labels(key)).set(1);
+        if is_announced {
+            self.announced.get_or_create(&labels).set(1);
+        } else {
+            self.announced.remove(&labels);
         }
     }
 
@@ -352,10 +346,10 @@ mod tests {
     #[test]
     fn what_is_announced_is_shown_while_it_is_and_names_are_those_of_purelb() {
         let metrics = Metrics::default();
-        let key = |name: &str| (ServiceKey::new("default", name), IpAddr::from([10, 0, 0, 1]));
-        let of = |names: &[&str]| names.iter().map(|name| (key(name), "eth0".to_owned())).collect();
-        metrics.announcing("w11", &of(&[]), &of(&["a", "b"]));
-        metrics.announcing("w11", &of(&["a", "b"]), &of(&["b"]));
+        for (name, is_announced) in [("a", true), ("b", true), ("a", false)] {
+            let key = ServiceKey::new("default", name);
+            metrics.announcing(&key, "w11", IpAddr::from([10, 0, 0, 1]), is_announced);
+        }
         metrics.taken_over(Cause::Silent, Duration::from_millis(104));
         metrics.selected(Selector::Default);
         metrics.stolen("m", "w11");

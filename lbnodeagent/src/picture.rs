@@ -14,13 +14,14 @@ use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class, 
 use crds::servicegroup::Group;
 use crds::{Announce, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
 use daemon::{Change, Keep, Mirror, Selection};
-use k8s_openapi::api::core::v1::{Service, ServiceSpec};
+use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 use kube::runtime::watcher;
 use smol_str::SmolStr;
 
 use crate::members::Peers;
-use crate::plan::{Announced, User};
+use crate::plan::{Announced, Scope, Services, User};
 
 /// A watch event of one of the kinds an agent looks at.
 #[derive(Debug)]
@@ -44,26 +45,36 @@ pub const SLICES: Selection = Selection {
     labels: Some("!service.kubernetes.io/headless"),
 };
 
-/// A Service as it is kept.
+/// What is kept of a Service beside what it asks of the nodes: there are many, and each node's agent keeps all.
 #[derive(Clone, Debug)]
-struct KeptService(Arc<Service>);
+struct KeptService {
+    version: u64,
+    uid: Option<Arc<str>>,
+    unrecorded: Unrecorded,
+}
+
+/// Whether a Service has addresses that the allocator has neither recorded nor refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unrecorded {
+    No,
+    Yes,
+    /// If these are of our pools.
+    If(Box<[IpAddr]>),
+}
 
 impl From<crds::Slim> for KeptService {
-    fn from(crds::Slim(mut service): crds::Slim) -> Self {
-        service.spec = service.spec.map(|spec| ServiceSpec {
-            type_: spec.type_,
-            cluster_ips: spec.cluster_ips,
-            external_traffic_policy: spec.external_traffic_policy,
-            load_balancer_class: spec.load_balancer_class,
-            ..ServiceSpec::default()
-        });
-        Self(Arc::new(service))
+    fn from(crds::Slim(service): crds::Slim) -> Self {
+        Self {
+            version: daemon::version(&service),
+            unrecorded: unrecorded(&service),
+            uid: service.metadata.uid.map(Into::into),
+        }
     }
 }
 
 impl Keep<crds::Slim> for KeptService {
     fn version(&self) -> u64 {
-        daemon::version(self.0.as_ref())
+        self.version
     }
 }
 
@@ -77,7 +88,7 @@ pub struct Cluster {
     agents: Mirror<LBNodeAgent>,
     nodes: Mirror<node::Slim, Arc<node::Kept>>,
     slices: Mirror<slice::Slim, Arc<slice::Kept>>,
-    announced: BTreeMap<ServiceKey, Announced>,
+    announced: Services,
     valid_groups: BTreeMap<String, Group>,
     /// Addresses of nodes and of the API server, which nobody may announce.
     reserved: BTreeMap<IpAddr, User>,
@@ -89,6 +100,8 @@ pub struct Cluster {
     endpoints: BTreeMap<ServiceKey, BTreeMap<SmolStr, Arc<slice::Kept>>>,
     /// What ended since it was last asked for.
     ended: Ended,
+    /// What has to be decided anew since it was last asked for.
+    touched: Scope,
 }
 
 /// Nodes that are gone, and Services that have no address of ours any more: what is remembered of them ends too.
@@ -119,7 +132,7 @@ impl Cluster {
     }
 
     /// Services with addresses of ours.
-    pub const fn announced(&self) -> &BTreeMap<ServiceKey, Announced> {
+    pub const fn announced(&self) -> &Services {
         &self.announced
     }
 
@@ -129,7 +142,12 @@ impl Cluster {
         let services = self.services.objects().values();
         let pools: Vec<_> = self.valid_groups.values().flat_map(Group::pools).collect();
         let is_pooled = |ip: IpAddr| pools.iter().any(|pool| pool.range.contains(ip));
-        services.filter(|kept| is_unrecorded(&kept.0, is_pooled)).count()
+        let is_waited_for = |kept: &&KeptService| match &kept.unrecorded {
+            Unrecorded::No => false,
+            Unrecorded::Yes => true,
+            Unrecorded::If(ips) => ips.iter().all(|ip| is_pooled(*ip)),
+        };
+        services.filter(is_waited_for).count()
     }
 
     /// ServiceGroups that read well.
@@ -137,10 +155,19 @@ impl Cluster {
         &self.valid_groups
     }
 
-    /// The Service itself, to report on.
-    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
-        let kept = self.services.get(&(key.namespace.clone(), key.name.clone()));
-        kept.map(|kept| &kept.0)
+    /// The Service itself, to report on: what names it, and nothing else.
+    pub fn service(&self, key: &ServiceKey) -> Option<Service> {
+        let kept = self.services.get(&(key.namespace.clone(), key.name.clone()))?;
+        let metadata = ObjectMeta {
+            namespace: Some(key.namespace.to_string()),
+            name: Some(key.name.to_string()),
+            uid: kept.uid.as_deref().map(ToOwned::to_owned),
+            ..ObjectMeta::default()
+        };
+        Some(Service {
+            metadata,
+            ..Service::default()
+        })
     }
 
     /// Addresses that nobody may announce: those of nodes and of the API server.
@@ -220,12 +247,27 @@ impl Cluster {
         std::mem::take(&mut self.ended)
     }
 
+    /// What has to be decided anew since this was last asked.
+    pub fn touched(&mut self) -> Scope {
+        std::mem::take(&mut self.touched)
+    }
+
     /// Takes in a watch event.
     pub fn see(&mut self, seen: Seen) {
         match seen {
             Seen::Service(event) => {
+                let says = match &event {
+                    watcher::Event::Apply(service) | watcher::Event::InitApply(service) => announced(&service.0),
+                    _ => None,
+                };
                 for change in self.services.apply(event) {
-                    self.service_changed(change);
+                    match change {
+                        Change::Set((namespace, name), _) => {
+                            self.service_says(ServiceKey::new(namespace, name), says.clone());
+                        }
+                        Change::Gone((namespace, name), _) => self.service_says(ServiceKey::new(namespace, name), None),
+                        Change::Ready => self.touched = Scope::All,
+                    }
                 }
             }
             Seen::Group(event) => {
@@ -234,33 +276,25 @@ impl Cluster {
                     self.valid_groups = groups
                         .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
                         .collect();
+                    self.touched = Scope::All;
                 }
             }
-            Seen::Agent(event) => _ = self.agents.apply(event),
+            Seen::Agent(event) => {
+                if !self.agents.apply(event).is_empty() {
+                    self.touched = Scope::All;
+                }
+            }
             Seen::Node(event) => self.node_event(event),
             Seen::Slice(event) => self.slice_event(event),
         }
     }
 
-    fn service_changed(&mut self, change: Change<KeptService>) {
-        match change {
-            Change::Set(key, service) => {
-                let key = ServiceKey::new(key.0, key.1);
-                match announced(&service.0) {
-                    Some(announced) => {
-                        self.announced.insert(key.clone(), announced);
-                        self.endpoints_changed(&key);
-                    }
-                    None => self.withdrawn(key),
-                }
-            }
-            Change::Gone(key, _) => self.withdrawn(ServiceKey::new(key.0, key.1)),
-            Change::Ready => {}
-        }
-    }
-
-    fn withdrawn(&mut self, key: ServiceKey) {
-        if self.announced.remove(&key).is_some() {
+    fn service_says(&mut self, key: ServiceKey, says: Option<Announced>) {
+        if let Some(announced) = says {
+            let announced = self.with_endpoints(&key, announced);
+            self.touched.add(self.announced.set(key, announced));
+        } else if self.announced.get(&key).is_some() {
+            self.touched.add(self.announced.remove(&key));
             self.ended.services.push(key);
         }
     }
@@ -273,8 +307,20 @@ impl Cluster {
             _ => None,
         };
         let mut is_known = true;
+        let before = match &event {
+            watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
+                self.nodes.get(&(SmolStr::default(), node.name_any().into())).cloned()
+            }
+            _ => None,
+        };
         let changes = self.nodes.apply(event);
-        if !changes.is_empty() {
+        let is_same = |change: &Change<Arc<node::Kept>>| match (change, &before) {
+            (Change::Set(_, node), Some(before)) => node.says_what(before),
+            _ => false,
+        };
+        let is_labelled_anew = labels.as_ref().is_some_and(|labels| *labels != self.labels);
+        if changes.iter().any(|change| !is_same(change)) || is_labelled_anew {
+            self.touched = Scope::All;
             self.reserve();
         }
         for change in changes {
@@ -297,7 +343,7 @@ impl Cluster {
             }
         }
         if !is_known {
-            let keys: Vec<ServiceKey> = self.announced.keys().cloned().collect();
+            let keys: Vec<ServiceKey> = self.announced.iter().map(|(key, _)| key.clone()).collect();
             for key in keys {
                 self.endpoints_changed(&key);
             }
@@ -319,6 +365,7 @@ impl Cluster {
             Change::Ready => false,
         };
         if changes.iter().any(is_api_server) {
+            self.touched = Scope::All;
             self.reserve();
         }
         for change in changes {
@@ -341,7 +388,7 @@ impl Cluster {
                         self.slice_gone(&ServiceKey::new(namespace, service), &name);
                     }
                 }
-                Change::Ready => {}
+                Change::Ready => self.touched = Scope::All,
             }
         }
     }
@@ -357,14 +404,17 @@ impl Cluster {
     }
 
     fn endpoints_changed(&mut self, key: &ServiceKey) {
-        if !self.announced.contains_key(key) {
-            return;
+        if let Some(known) = self.announced.get(key).cloned() {
+            let announced = self.with_endpoints(key, known);
+            self.touched.add(self.announced.set(key.clone(), announced));
         }
-        let nodes = self.endpoint_nodes(key);
-        let has_endpoints = self.endpoints.contains_key(key);
-        if let Some(announced) = self.announced.get_mut(key) {
-            announced.endpoint_nodes = nodes;
-            announced.has_endpoints = has_endpoints;
+    }
+
+    fn with_endpoints(&self, key: &ServiceKey, announced: Announced) -> Announced {
+        Announced {
+            endpoint_nodes: self.endpoint_nodes(key),
+            has_endpoints: self.endpoints.contains_key(key),
+            ..announced
         }
     }
 
@@ -386,17 +436,21 @@ impl Cluster {
 
 /// Whether a Service has addresses that the allocator has neither recorded nor refused. An annotation, which its author may write,
 /// counts for addresses of our pools alone: those are recorded or refused. What another controller gave may never be.
-fn is_unrecorded(service: &Service, is_pooled: impl Fn(IpAddr) -> bool) -> bool {
+fn unrecorded(service: &Service) -> Unrecorded {
+    let ingress = ingress(service);
     let is_marked = annotation(service, annotations::ALLOCATED_BY) == Some(annotations::BRAND);
-    let is_ours = match record::condition(service, record::ALLOCATED) {
-        Some(said) => is_marked && said.status != "False",
-        None => is_marked && ingress(service).into_iter().all(is_pooled),
-    };
-    is_load_balancer(service)
-        && !is_of_another_class(service)
-        && !ingress(service).is_empty()
-        && record::condition(service, record::GRANTED).is_none()
-        && is_ours
+    let is_settled = !is_load_balancer(service)
+        || is_of_another_class(service)
+        || ingress.is_empty()
+        || record::condition(service, record::GRANTED).is_some();
+    if is_settled || !is_marked {
+        return Unrecorded::No;
+    }
+    match record::condition(service, record::ALLOCATED) {
+        Some(said) if said.status == "False" => Unrecorded::No,
+        Some(_) => Unrecorded::Yes,
+        None => Unrecorded::If(ingress.into()),
+    }
 }
 
 /// A Service's part in the picture; `None` when it has no addresses of ours.
@@ -637,7 +691,7 @@ mod tests {
     }
 
     fn endpoint_nodes(cluster: &Cluster) -> Vec<&str> {
-        let announced = cluster.announced().values().next().unwrap();
+        let announced = cluster.announced().iter().next().unwrap().1;
         announced.endpoint_nodes.iter().map(String::as_str).collect()
     }
 
@@ -656,7 +710,7 @@ mod tests {
 
     #[test]
     fn a_slice_that_changes_its_service_leaves_the_one_it_had() {
-        let has_endpoints = |cluster: &Cluster| cluster.announced().values().next().unwrap().has_endpoints;
+        let has_endpoints = |cluster: &Cluster| cluster.announced().iter().next().unwrap().1.has_endpoints;
         for (name, after) in [
             ("another Service", json!({"kubernetes.io/service-name": "other"})),
             ("none", json!({})),
@@ -680,7 +734,7 @@ mod tests {
         let mut cluster = announced_on(&["m"]);
         cluster.see(Seen::Slice(watcher::Event::Apply(slice("a", "web", &json!({}), "w11"))));
         assert_eq!(endpoint_nodes(&cluster), [""; 0]);
-        assert!(cluster.announced().values().next().unwrap().has_endpoints);
+        assert!(cluster.announced().iter().next().unwrap().1.has_endpoints);
         see_node(&mut cluster, json!({"metadata": {"name": "w11"}}));
         assert_eq!(endpoint_nodes(&cluster), ["w11"]);
         let gone = serde_json::from_value(json!({"metadata": {"name": "w11"}})).unwrap();
@@ -689,11 +743,57 @@ mod tests {
     }
 
     #[test]
+    fn what_an_object_says_touches_what_depends_on_it_and_what_says_nothing_new_touches_nothing() {
+        let mut cluster = announced_on(&["m"]);
+        let vips = Scope::Vips(BTreeSet::from([ip("10.0.0.1"), ip("fd00::1")]));
+        assert_eq!(cluster.touched(), Scope::All, "a node came");
+        let with_label = |label: &str, version: &str| json!({"metadata": {"name": "m", "resourceVersion": version, "labels": {label: ""}}});
+        let web = |policy| {
+            let mut web = service("LoadBalancer", policy);
+            web.metadata.resource_version = Some("7".into());
+            watcher::Event::Apply(crds::Slim(web))
+        };
+        let slice = |version: &str, node: &str| {
+            let mut slice = serde_json::to_value(json!({
+                "metadata": {"namespace": "default", "name": "a", "labels": {"kubernetes.io/service-name": "web"}},
+                "endpoints": [{"nodeName": node}]}))
+            .unwrap();
+            slice["metadata"]["resourceVersion"] = version.into();
+            Seen::Slice(watcher::Event::Apply(serde_json::from_value(slice).unwrap()))
+        };
+        let node = |node| Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap()));
+        for (name, seen, expected) in [
+            ("the same Service", Seen::Service(web("Local")), Scope::default()),
+            ("another policy", Seen::Service(web("Cluster")), vips.clone()),
+            ("an endpoint", slice("1", "m"), vips.clone()),
+            ("the same endpoint", slice("2", "m"), Scope::default()),
+            ("a node's heartbeat", node(with_label("rack", "2")), Scope::default()),
+            (
+                "a node that is excluded",
+                node(with_label(node::EXCLUDED, "3")),
+                Scope::All,
+            ),
+            (
+                "a node that comes",
+                node(json!({"metadata": {"name": "w11"}})),
+                Scope::All,
+            ),
+        ] {
+            cluster.see(seen);
+            assert_eq!(cluster.touched(), expected, "{name}");
+            assert!(cluster.touched().is_empty(), "{name}");
+        }
+        let gone = crds::Slim(service("LoadBalancer", "Cluster"));
+        cluster.see(Seen::Service(watcher::Event::Delete(gone)));
+        assert_eq!(cluster.touched(), vips);
+    }
+
+    #[test]
     fn a_service_that_changed_its_type_is_deleted_to_a_watch_of_load_balancers_and_its_addresses_end() {
         let mut cluster = announced_on(&["m"]);
         let gone = crds::Slim(service("ClusterIP", "Local"));
         cluster.see(Seen::Service(watcher::Event::Delete(gone)));
-        assert!(cluster.announced().is_empty());
+        assert!(cluster.announced().iter().next().is_none());
         assert_eq!(cluster.ended().services, [ServiceKey::new("default", "web")]);
     }
 }

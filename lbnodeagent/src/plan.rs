@@ -5,14 +5,16 @@
 //! All agents decide alike, since each says in its gossip metadata which subnets it has.
 
 mod interfaces;
+mod services;
 mod vip;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crds::servicegroup::Group;
-use crds::{Announce, Family, Pool, ServiceKey};
+use crds::{Announce, Family, Pool};
 use ipnet::IpNet;
+use smol_str::SmolStr;
 
 use crate::config::NodeConfig;
 use crate::conflict::{Finding, Findings};
@@ -22,8 +24,10 @@ use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
 use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
+pub use crate::scope::{Place, Scope};
 use interfaces::Offers;
 pub use interfaces::{Usual, macs, offered, subnets};
+pub use services::Services;
 use vip::Vip;
 
 /// A Service with addresses of ours.
@@ -144,7 +148,7 @@ pub struct Picture<'a> {
     /// Name of this node.
     pub node: &'a str,
     /// Services with addresses of ours.
-    pub services: &'a BTreeMap<ServiceKey, Announced>,
+    pub services: &'a Services,
     /// Valid groups.
     pub groups: &'a BTreeMap<String, Group>,
     /// Nodes, this one included once it takes part.
@@ -164,11 +168,9 @@ pub struct Picture<'a> {
 }
 
 impl Picture<'_> {
-    /// Addresses that nobody may announce, as follows from the candidates and the Services.
+    /// Addresses that nobody may announce, as follows from the candidates.
     fn in_use(&self) -> BTreeMap<IpAddr, User> {
         let mut in_use = BTreeMap::new();
-        let cluster_ips = self.services.values().flat_map(|service| &service.cluster_ips);
-        in_use.extend(cluster_ips.map(|ip| (*ip, User::ClusterIp)));
         for net in self.candidates.values().flat_map(|candidate| &candidate.addresses) {
             // A subnet of two addresses has none (RFC 3021); the first one, `.0`, is one like any other.
             if let IpNet::V4(v4) = net
@@ -180,7 +182,27 @@ impl Picture<'_> {
         }
         in_use
     }
+
+    /// The addresses of a range that no Service has and any may get, in order.
+    fn free_in(&self, pool: &Pool, in_use: &BTreeMap<IpAddr, User>) -> impl Iterator<Item = IpAddr> {
+        let range = pool.range;
+        let mut taken = self.services.vips_from(range.first()).peekable();
+        let all = std::iter::successors(Some(range.first()), move |ip| {
+            crds::pool::address(range.family(), crds::pool::number(*ip).checked_add(1)?)
+        });
+        let all = all.take_while(move |ip| range.contains(*ip));
+        let free = all.filter(move |ip| {
+            while taken.next_if(|vip| vip < ip).is_some() {}
+            taken.peek() != Some(ip)
+        });
+        free.filter(|ip| {
+            !self.reserved.contains_key(ip) && !in_use.contains_key(ip) && !self.services.is_cluster_ip(*ip)
+        })
+    }
 }
+
+/// How many addresses of a range are asked about before a Service has them.
+const AHEAD: usize = 8;
 
 /// Who announces a VIP, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -234,28 +256,38 @@ pub enum User {
     Broadcast,
 }
 
-/// An address and the index of the link it is on, or to be on.
-pub type Place = (u32, IpAddr);
-
 /// An address on an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
     /// What the kernel shall hold.
     pub address: VipAddress,
     /// Name of the interface.
-    pub interface: String,
+    pub interface: SmolStr,
 }
 
-/// The decision for every VIP.
+/// The decision for every VIP, or for some.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// By Service and address. Services that share an address have the same verdict for it.
-    pub verdicts: BTreeMap<(ServiceKey, IpAddr), Verdict>,
+    /// By address. Services that share one share its verdict.
+    pub verdicts: BTreeMap<IpAddr, Verdict>,
     /// Whom this node has to watch, since it would be next.
     pub watches: Watches,
 }
 
 impl Plan {
+    /// Takes in what was decided of these VIPs alone. Whom to watch for them is added: that nobody has to be watched any more shows
+    /// when all of them are decided.
+    pub fn revise(&mut self, vips: &BTreeSet<IpAddr>, news: Self) {
+        for vip in vips {
+            self.verdicts.remove(vip);
+        }
+        self.verdicts.extend(news.verdicts);
+        for (watched, inquiry) in news.watches {
+            let known = self.watches.entry(watched).or_insert(inquiry);
+            *known = known.or(inquiry);
+        }
+    }
+
     /// What the kernel shall hold.
     pub fn addresses(&self) -> BTreeSet<VipAddress> {
         self.placed().map(|placed| placed.address).collect()
@@ -292,35 +324,68 @@ impl Plan {
             .verdicts
             .iter()
             .filter(|(_, verdict)| matches!(verdict, Verdict::Other(_)));
-        others.map(|((_, ip), _)| *ip).collect()
+        others.map(|(ip, _)| *ip).collect()
     }
 }
 
 /// Decides for every VIP of every Service.
 pub fn plan(picture: &Picture<'_>) -> Plan {
-    let mut users: BTreeMap<IpAddr, Vec<(&ServiceKey, &Announced)>> = BTreeMap::new();
-    for (key, service) in picture.services {
-        for vip in &service.vips {
-            users.entry(*vip).or_default().push((key, service));
-        }
-    }
+    decide(picture, picture.services.vips())
+}
+
+/// Decides for these VIPs, of those that Services have.
+pub fn decide(picture: &Picture<'_>, vips: impl IntoIterator<Item = IpAddr>) -> Plan {
     let offers = Offers::of(picture.kernel, picture.config);
     let in_use = picture.in_use();
+    let cluster_ip = User::ClusterIp;
     let mut plan = Plan::default();
-    for (ip, users) in users {
+    for ip in vips {
         let vip = Vip {
             ip,
-            users: users.iter().map(|(_, service)| *service).collect(),
+            users: picture.services.users(ip).map(|(_, service)| service).collect(),
         };
+        if vip.users.is_empty() {
+            continue;
+        }
+        let is_cluster_ip = picture.services.is_cluster_ip(ip);
         let user = picture.reserved.get(&ip).or_else(|| in_use.get(&ip));
+        let user = user.or_else(|| is_cluster_ip.then_some(&cluster_ip));
         let verdict = match user {
             Some(user) => Verdict::Nobody(Reason::InUse(*user)),
             None => judge(picture, &offers, &vip, &mut plan.watches),
         };
-        let keys = users.iter().map(|(key, _)| ((*key).clone(), ip));
-        plan.verdicts.extend(keys.map(|key| (key, verdict.clone())));
+        plan.verdicts.insert(ip, verdict);
     }
     plan
+}
+
+/// The addresses that Services will get next and this node would announce on links of its own: of each range the lowest that are free,
+/// as the allocator takes them.
+pub fn upcoming(picture: &Picture<'_>) -> BTreeSet<Place> {
+    let offers = Offers::of(picture.kernel, picture.config);
+    let in_use = picture.in_use();
+    let mut upcoming = BTreeSet::new();
+    let local = picture
+        .groups
+        .iter()
+        .filter(|(_, group)| group.announce != Announce::Remote);
+    for (name, pool) in local.flat_map(|(name, group)| group.pools().iter().map(move |pool| (name, pool))) {
+        let service = Announced {
+            groups: vec![name.clone()],
+            ..Announced::default()
+        };
+        for ip in picture.free_in(pool, &in_use).take(AHEAD) {
+            let vip = Vip {
+                ip,
+                users: vec![&service],
+            };
+            let verdict = judge(picture, &offers, &vip, &mut Watches::new());
+            if let Verdict::Unclear(placed) | Verdict::Taken(placed, _) | Verdict::Local(placed) = verdict {
+                upcoming.insert((placed.address.link, ip));
+            }
+        }
+    }
+    upcoming
 }
 
 fn judge(picture: &Picture<'_>, offers: &Offers, of: &Vip<'_>, watches: &mut Watches) -> Verdict {
@@ -480,7 +545,7 @@ fn routed(picture: &Picture<'_>, of: &Vip<'_>, prefix_len: u8) -> Verdict {
             .config
             .routed_addresses
             .routed(VipAddress::routed(link.index, vip, prefix_len)),
-        interface: link.name.clone(),
+        interface: link.name.as_str().into(),
     })
 }
 
@@ -510,7 +575,8 @@ mod tests {
     use super::interfaces::interfaces;
     use super::*;
     use crate::kernel::{Address, DefaultRoute, Link};
-    use crds::ServiceGroupSpec;
+    use crds::{ServiceGroupSpec, ServiceKey};
+    use proptest::prelude::*;
     use serde_json::json;
 
     const NODES: [&str; 3] = [
@@ -621,7 +687,11 @@ mod tests {
         }
 
         fn plan(&self, services: &BTreeMap<ServiceKey, Announced>) -> Plan {
-            plan(&Picture {
+            plan(&self.picture(&services.clone().into_iter().collect()))
+        }
+
+        fn picture<'a>(&'a self, services: &'a Services) -> Picture<'a> {
+            Picture {
                 node: self.node,
                 services,
                 groups: &self.groups,
@@ -632,7 +702,7 @@ mod tests {
                 config: &self.config,
                 findings: &self.findings,
                 reserved: &self.reserved,
-            })
+            }
         }
     }
 
@@ -739,6 +809,61 @@ mod tests {
             shown(&World::new().judge_service(&service)),
             format!("other {}", NODES[0])
         );
+    }
+
+    /// Services that share addresses, lose them, and have each other's as their cluster addresses.
+    fn a_change() -> impl Strategy<Value = (u8, Option<Announced>)> {
+        let address = |at: usize| -> IpAddr {
+            let all = ["10.31.188.64", "10.31.188.65", "10.189.0.0", "10.9.0.1", "fd00:9::1"];
+            all[at % all.len()].parse().unwrap()
+        };
+        let service = (
+            prop::collection::vec(0..5_usize, 1..4),
+            prop::option::weighted(0.2, 0..5_usize),
+            any::<(bool, bool, bool)>(),
+            prop::collection::vec(0..3_usize, 0..2),
+        );
+        let service = service.prop_map(
+            move |(vips, cluster_ip, (is_traffic_local, needs_endpoints, drawn), on)| Announced {
+                vips: vips.into_iter().map(address).collect(),
+                groups: vec!["v1".into()],
+                is_traffic_local,
+                needs_endpoints,
+                is_drawn_to_endpoints: drawn,
+                has_endpoints: !on.is_empty(),
+                endpoint_nodes: on.into_iter().map(|node| NODES[node].to_owned()).collect(),
+                cluster_ips: cluster_ip.into_iter().map(address).collect(),
+                ..Announced::default()
+            },
+        );
+        (0..4_u8, prop::option::weighted(0.8, service))
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_change_touches_decided_alone_is_what_all_decided_anew_is(
+            changes in prop::collection::vec(a_change(), 1..12),
+        ) {
+            let world = World::new();
+            let mut services = Services::default();
+            let mut kept = Plan::default();
+            for (name, service) in changes {
+                let key = ServiceKey::new("default", format!("web-{name}"));
+                let touched = match service {
+                    Some(service) => services.set(key, service),
+                    None => services.remove(&key),
+                };
+                let news = decide(&world.picture(&services), touched.iter().copied());
+                kept.revise(&touched, news);
+                let anew = plan(&world.picture(&services));
+                prop_assert_eq!(&kept.verdicts, &anew.verdicts);
+                for watched in anew.watches.keys() {
+                    prop_assert!(kept.watches.contains_key(watched), "{:?} is not watched", watched);
+                }
+            }
+            let same = services.iter().map(|(key, service)| (key.clone(), service.clone())).collect();
+            prop_assert_eq!(services, same, "what is left of what was forgotten");
+        }
     }
 
     #[test]
@@ -879,7 +1004,7 @@ mod tests {
                 (ServiceKey::new("default", "b"), b),
             ]);
             let verdicts: Vec<String> = World::new().plan(&services).verdicts.values().map(shown).collect();
-            assert_eq!(verdicts, [local, remote, local, remote], "{name}");
+            assert_eq!(verdicts, [local, remote], "{name}");
         }
     }
 

@@ -462,6 +462,71 @@ fn changes_of_links_addresses_and_default_routes_wake_the_agent_and_other_routes
     });
 }
 
+#[test]
+fn what_this_agent_does_wakes_nobody_and_what_others_do_to_its_addresses_does() {
+    in_namespace(async || {
+        veth_pair();
+        let kernel = Kernel::connect().unwrap();
+        let eth0 = index(&kernel, "eth0").await;
+        quiet(&kernel).await;
+        let v4 = VipAddress::local(eth0, addr("10.31.0.64"), 16);
+        let v6 = VipAddress::local(eth0, addr("2001:db8::64"), 64);
+        let alone = VipAddress::routed(eth0, addr("10.99.0.1"), 32);
+        let finite = VipAddress {
+            valid: Lifetime::Seconds(600),
+            ..VipAddress::local(eth0, addr("10.31.0.65"), 16)
+        };
+        let wider = VipAddress { prefix_len: 24, ..v4 };
+        let remove = |vip: VipAddress| Change::Remove {
+            link: vip.link,
+            ip: vip.ip,
+            prefix_len: vip.prefix_len,
+        };
+        for changes in [
+            vec![
+                Change::Add(v4),
+                Change::Add(v6),
+                Change::Add(alone),
+                Change::Add(finite),
+            ],
+            vec![Change::Refresh(finite)],
+            vec![Change::Replace {
+                old_prefix_len: 16,
+                new: wider,
+            }],
+            vec![remove(wider), remove(alone), remove(finite)],
+            vec![remove(wider)],
+            vec![Change::Add(v4), Change::Add(v4)],
+        ] {
+            for step in kernel.apply(&changes).await {
+                step.result.unwrap();
+            }
+            let woken = timeout(Duration::from_millis(300), kernel.changed()).await;
+            assert!(woken.is_err(), "woken by {changes:?}");
+        }
+        let known: Vec<IpAddr> = kernel
+            .held([v4.ip, v6.ip, alone.ip])
+            .into_iter()
+            .map(|address| address.ip)
+            .collect();
+        assert_eq!(known, [v4.ip, v6.ip]);
+        for command in [
+            "address del 10.31.0.64/16 dev eth0",
+            "address add 10.31.0.64/16 dev eth0",
+            "address del 10.31.0.64/16 dev eth0",
+            "address change 2001:db8::64/64 dev eth0 preferred_lft forever valid_lft forever",
+            "address del 2001:db8::64/64 dev eth0",
+        ] {
+            ip(command);
+            timeout(SOON, kernel.changed())
+                .await
+                .unwrap_or_else(|_| panic!("not woken by ip {command}"));
+            kernel.snapshot().await.unwrap();
+        }
+        assert!(kernel.held([v4.ip, v6.ip]).is_empty());
+    });
+}
+
 /// Waits until nothing is going to change by itself: a link that comes up says so several times, and its link-local
 /// addresses pass duplicate address detection a second or two later.
 async fn quiet(kernel: &Kernel) {

@@ -21,7 +21,7 @@ use lbnodeagent::config::NodeConfig;
 use lbnodeagent::conflict::Findings;
 use lbnodeagent::kernel::{Address, DefaultRoute, Link, Snapshot};
 use lbnodeagent::members::{Living, Member, Meta};
-use lbnodeagent::plan::{Announced, Candidate, Picture, Verdict, plan};
+use lbnodeagent::plan::{Announced, Candidate, Picture, Services, Verdict, plan};
 use lbnodeagent::presence::Presence;
 use lbnodeagent::standby::{Question, Standby, Watched};
 
@@ -577,7 +577,7 @@ impl World {
                 node.standby.verdicts()
             )
         });
-        for ((_, vip), verdict) in decided.verdicts {
+        for (vip, verdict) in decided.verdicts {
             self.carry_out(node, vip, &verdict);
         }
         self.poll(node);
@@ -693,13 +693,13 @@ impl World {
     }
 }
 
-fn services(vips: u8, announcers: &BTreeMap<IpAddr, String>) -> BTreeMap<ServiceKey, Announced> {
+fn services(vips: u8, announcers: &BTreeMap<IpAddr, String>) -> Services {
     let service = Announced {
         vips: self::vips(vips),
         announcers: announcers.clone(),
         ..Announced::default()
     };
-    BTreeMap::from([(ServiceKey::new("default", "web"), service)])
+    [(ServiceKey::new("default", "web"), service)].into_iter().collect()
 }
 
 /// So many of each family.

@@ -4,35 +4,54 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
-use super::{Agent, Input};
+use tokio::time::Instant;
+
+use super::{Agent, Basis, Input};
 use crate::config::NodeConfig;
 use crate::kernel::{Address, Snapshot};
 use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
-use crate::plan::{Candidate, Place, Plan};
+use crate::plan::{self, Plan};
 use crate::probe::{self, Question};
+use crate::scope::{Place, Scope};
 
 impl Agent<'_> {
     /// Starts to ask about addresses that were never announced, and now and then about those that are. The answer comes as
     /// an [`Input::Asked`].
-    pub(super) fn ask(
-        &mut self,
-        plan: &Plan,
-        snapshot: &Snapshot,
-        config: &NodeConfig,
-        candidates: &BTreeMap<String, Candidate>,
-    ) {
-        if !config.detects_conflicts {
+    pub(super) fn ask(&mut self, plan: &Plan, basis: &Basis, scope: &Scope) {
+        if !basis.config.detects_conflicts {
             return;
         }
         let (here, unclear) = plan.asked_about();
-        let (due, look_again) = self.findings.due(self.started.elapsed(), &here, &unclear);
-        if let Some(wait) = look_again {
-            self.wake_in(wait);
+        let (due, look_again) = self.findings.due(self.started.elapsed(), scope, &here, &unclear);
+        let now = Instant::now();
+        for (vip, wait) in look_again {
+            self.wakes.set(vip, now + wait);
         }
+        self.ask_about(due, basis);
+    }
+
+    /// Starts to ask about the addresses that Services will get next, so that nobody has to wait for the answer then.
+    pub(super) fn look_ahead(&mut self, basis: &Basis) {
+        self.ahead_at = None;
+        if !basis.config.detects_conflicts {
+            return;
+        }
+        let upcoming = plan::upcoming(&self.picture(basis));
+        let (due, look_again) = self.findings.ahead(self.started.elapsed(), &upcoming);
+        self.ahead_at = look_again.map(|wait| Instant::now() + wait);
+        self.ask_about(due, basis);
+    }
+
+    fn ask_about(&self, due: Vec<Place>, basis: &Basis) {
         if due.is_empty() {
             return;
         }
+        let Basis {
+            kernel: snapshot,
+            candidates,
+            ..
+        } = basis;
         let targets = due
             .iter()
             .filter_map(|(link, ip)| Target::new(snapshot.link(*link)?, *ip));
@@ -56,6 +75,7 @@ impl Agent<'_> {
             BTreeMap::new()
         });
         self.findings.answered(self.started.elapsed(), asked, &taken);
+        self.touched.add(asked.iter().map(|(_, ip)| *ip));
         if self.findings.is_any_taken(asked) {
             // Of these, what is announced here is defended.
             self.links.again.notify_one();
@@ -67,7 +87,6 @@ impl Agent<'_> {
     /// contains them.
     pub(super) fn claim_leftovers(&self, snapshot: &mut Snapshot, config: &NodeConfig) {
         let services = self.cluster.announced();
-        let vips: BTreeSet<IpAddr> = services.values().flat_map(|service| &service.vips).copied().collect();
         let own: BTreeSet<IpAddr> = self.cluster.addresses_of(&self.settings.node).into_iter().collect();
         let is_own = |ip: IpAddr| ip == self.settings.host || own.contains(&ip);
         let is_pooled = |ip| {
@@ -88,10 +107,10 @@ impl Agent<'_> {
                 return false;
             }
             if names.get(&address.link) == Some(&config.dummy) {
-                return vips.contains(&address.ip) || is_pooled(address.ip);
+                return services.has(address.ip) || is_pooled(address.ip);
             }
             let is_first = address.ip.is_ipv4() && !address.is_secondary;
-            !is_first && vips.contains(&address.ip)
+            !is_first && services.has(address.ip)
         };
         snapshot.claim(is_left);
         for address in snapshot.ours().filter(|address| address.is_claimed) {

@@ -8,12 +8,13 @@ use ipnet::IpNet;
 use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::Agent;
+use super::{Agent, Here};
 use crate::config::NodeConfig;
 use crate::kernel::{Added, Applied, Change, Snapshot};
 use crate::members::Living;
 use crate::metrics::Cause;
 use crate::plan::{self, Candidate, Picture, Plan, Standing, Verdict};
+use crate::scope::Scope;
 use crate::standby::{Verdict as Direct, Watched};
 
 /// An address that this node takes over: from whom, by which link, where that node was watched, and why.
@@ -48,27 +49,34 @@ impl Agent<'_> {
     }
 
     /// Takes note of who announces what now, and returns what this node takes over.
-    pub(super) fn takeovers(&mut self, plan: &Plan, candidates: &BTreeMap<String, Candidate>) -> Vec<Takeover> {
+    pub(super) fn takeovers(
+        &mut self,
+        plan: &Plan,
+        candidates: &BTreeMap<String, Candidate>,
+        scope: &Scope,
+    ) -> Vec<Takeover> {
         let now = self.started.elapsed();
-        let mut owners = BTreeMap::new();
+        let owners_before = scope.take(&mut self.owners);
         let mut takeovers = Vec::new();
-        for ((service, ip), verdict) in &plan.verdicts {
+        for (ip, verdict) in &plan.verdicts {
             let (owner, link) = match verdict {
                 Verdict::Local(placed) => (&self.settings.node, Some(placed.address.link)),
                 Verdict::Other(owner) => (owner, None),
                 Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Unclear(_) | Verdict::Taken(..) => continue,
             };
-            let is_counted = owners.insert(*ip, owner.clone()).is_some();
+            self.owners.insert(*ip, owner.clone());
             // Of the time before this process the Service tells.
-            let said = self.cluster.announced().get(service);
-            let said = said.and_then(|service| service.announcers.get(ip));
+            let users = || self.cluster.announced().users(*ip);
+            let said = users().find_map(|(_, service)| service.announcers.get(ip));
             let address = candidates.get(owner).and_then(|owner| owner.address_near(*ip));
             self.handover.owned(now, *ip, owner, address, said.map(String::as_str));
-            let before = self.owners.get(ip).or(said);
-            let Some(before) = before.filter(|before| *before != owner && !is_counted) else {
+            let before = owners_before.get(ip).or(said);
+            let Some(before) = before.filter(|before| *before != owner) else {
                 continue;
             };
-            self.links.metrics.winner_changed(service);
+            if let Some((service, _)) = users().next() {
+                self.links.metrics.winner_changed(service);
+            }
             if let Some(link) = link {
                 let candidate = candidates.get(before);
                 let address = candidate.and_then(|candidate| candidate.address_near(*ip));
@@ -86,8 +94,7 @@ impl Agent<'_> {
                 });
             }
         }
-        self.handover.retain(|ip| owners.contains_key(ip));
-        self.owners = owners;
+        self.handover.retain(scope, |ip| self.owners.contains_key(ip));
         takeovers
     }
 
@@ -112,7 +119,7 @@ impl Agent<'_> {
         });
         // What an agent that was killed finds on its node is its own, whoever else would have it.
         let held: BTreeSet<IpAddr> = snapshot.ours().map(|address| address.ip).collect();
-        for ((_, ip), verdict) in &plan.verdicts {
+        for (ip, verdict) in &plan.verdicts {
             if let Verdict::Other(owner) = verdict
                 && !held.contains(ip)
             {
@@ -155,11 +162,11 @@ impl Agent<'_> {
 
     /// Changes of addresses, and which of them nobody had decided: an address that this process announced and the kernel
     /// had lost, and one that it never did.
-    pub(super) fn count_changes(&self, applied: &[Applied]) {
+    pub(super) fn count_changes(&self, applied: &[Applied], before: &BTreeMap<IpAddr, Here>) {
         let metrics = &self.links.metrics;
         for step in applied {
             let ip = step.change.key().1;
-            let is_known = self.announcing.keys().any(|(_, known)| *known == ip);
+            let is_known = before.contains_key(&ip);
             match (&step.change, &step.result) {
                 (Change::Add(_), Ok(Some(Added::New | Added::Replaced))) => {
                     metrics.additions.inc();
@@ -181,25 +188,13 @@ impl Agent<'_> {
     }
 
     /// Elections won and lost since the last look at what this node announces.
-    pub(super) fn count_elections(&self, plan: &Plan) {
-        let before: BTreeSet<IpAddr> = self.announcing.keys().map(|(_, ip)| *ip).collect();
-        let of = |is_won: bool| {
-            let verdicts = plan.verdicts.iter();
-            let ips = verdicts.filter_map(move |((_, ip), verdict)| match verdict {
-                Verdict::Local(_) if is_won => Some(*ip),
-                Verdict::Other(_) if !is_won => Some(*ip),
-                _ => None,
-            });
-            ips.collect::<BTreeSet<IpAddr>>()
-        };
-        let count = |ips: usize| u64::try_from(ips).unwrap_or(u64::MAX);
-        self.links
-            .metrics
-            .wins
-            .inc_by(count(of(true).difference(&before).count()));
-        self.links
-            .metrics
-            .losses
-            .inc_by(count(of(false).intersection(&before).count()));
+    pub(super) fn count_elections(&self, plan: &Plan, before: &BTreeMap<IpAddr, Here>) {
+        for (ip, verdict) in &plan.verdicts {
+            match verdict {
+                Verdict::Local(_) if !before.contains_key(ip) => _ = self.links.metrics.wins.inc(),
+                Verdict::Other(_) if before.contains_key(ip) => _ = self.links.metrics.losses.inc(),
+                _ => {}
+            }
+        }
     }
 }

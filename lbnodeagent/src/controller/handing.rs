@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
-use super::Agent;
 use super::counting::Takeover;
+use super::{Agent, Basis};
 use crate::handover::{self, Former, nft};
-use crate::kernel::{Snapshot, VipAddress};
+use crate::kernel::VipAddress;
 use crate::members::Living;
 use crate::metrics::Cause;
-use crate::plan::Candidate;
+use crate::scope::Scope;
 use crate::standby::Watched;
 
 impl Agent<'_> {
@@ -18,11 +18,16 @@ impl Agent<'_> {
     pub(super) async fn hand_on(
         &mut self,
         takeovers: &[Takeover],
-        candidates: &BTreeMap<String, Candidate>,
+        basis: &Basis,
         desired: &BTreeSet<VipAddress>,
         living: &Living,
-        snapshot: &Snapshot,
+        scope: &Scope,
     ) {
+        let Basis {
+            candidates,
+            kernel: snapshot,
+            ..
+        } = basis;
         let now = self.started.elapsed();
         let this = &self.settings.node;
         for takeover in takeovers {
@@ -46,8 +51,15 @@ impl Agent<'_> {
             let inquiry = candidate.and_then(|node| node.inquiry(snapshot, link, address, address));
             self.handover.take(takeover.ip, Former { node, inquiry }, living);
         }
-        let held = desired.iter().map(|vip| vip.ip).collect();
-        if let Some(former) = self.handover.news(now, &held)
+        let desired: BTreeSet<IpAddr> = desired.iter().map(|vip| vip.ip).collect();
+        let is_held = |ip: &IpAddr| {
+            if scope.has(*ip) {
+                desired.contains(ip)
+            } else {
+                !self.links.kernel.held([*ip]).is_empty()
+            }
+        };
+        if let Some(former) = self.handover.news(now, is_held)
             && handover::is_tracking()
             && let Err(error) = tell_kernel(former).await
         {

@@ -1,37 +1,59 @@
 //! Telling users which routed addresses the routing daemon of this node does not advertise.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use crds::ServiceKey;
 use crds::event::Notice;
+use smol_str::SmolStr;
 
 use super::Agent;
 use crate::plan::{Plan, Verdict};
+use crate::scope::Scope;
 
 impl Agent<'_> {
-    /// Says of each routed address that routers do not hear of it, once for each cause, and once that they do again.
-    pub(super) fn tell_advertising(&mut self, plan: &Plan, failed: &BTreeMap<IpAddr, String>) {
+    /// Says of each routed address that is looked at that routers do not hear of it, once for each cause, and once that they do again.
+    pub(super) fn tell_advertising(&mut self, plan: &Plan, scope: &Scope) {
         let Some(daemon) = self.settings.routing_daemon.clone() else {
             return;
         };
-        let routed: BTreeMap<_, _> = plan
+        let routed: BTreeMap<IpAddr, &SmolStr> = plan
             .verdicts
             .iter()
-            .filter(|((_, ip), _)| !failed.contains_key(ip))
-            .filter_map(|(key, verdict)| match verdict {
-                Verdict::Routed(placed) => Some((key, &placed.interface)),
+            .filter(|(ip, _)| !self.refused.contains_key(ip))
+            .filter_map(|(ip, verdict)| match verdict {
+                Verdict::Routed(placed) => Some((*ip, &placed.interface)),
                 _ => None,
             })
             .collect();
-        let held: BTreeSet<IpAddr> = routed.keys().map(|(_, ip)| *ip).collect();
-        self.routed.send_if_modified(|known| {
-            let is_news = *known != held;
-            *known = held;
-            is_news
+        self.routed.send_if_modified(|all| match scope {
+            Scope::All => {
+                let now = routed.keys().copied().collect();
+                let is_news = *all != now;
+                *all = now;
+                is_news
+            }
+            Scope::Vips(vips) => {
+                let mut is_news = false;
+                for vip in vips {
+                    is_news |= if routed.contains_key(vip) {
+                        all.insert(*vip)
+                    } else {
+                        all.remove(vip)
+                    };
+                }
+                is_news
+            }
         });
-        self.said_unadvertised.retain(|key, _| routed.contains_key(key));
+        let users = |ip: IpAddr| self.cluster.announced().users(ip).map(|(key, _)| key.clone());
+        self.said_unadvertised
+            .retain(|(key, ip), _| !scope.has(*ip) || (routed.contains_key(ip) && users(*ip).any(|user| user == *key)));
+        let routed: Vec<((ServiceKey, IpAddr), &SmolStr)> = routed
+            .into_iter()
+            .flat_map(|(ip, interface)| users(ip).map(move |key| ((key, ip), interface)))
+            .collect();
         let node = &self.settings.node;
-        for (slot, interface) in routed {
+        for (slot, interface) in &routed {
             let (service, ip) = slot;
             let cause = self.unadvertised.get(ip);
             let name = cause.map(crate::routing::Cause::name);
@@ -49,7 +71,7 @@ impl Agent<'_> {
             };
             if let Some(service) = self.cluster.service(service) {
                 tracing::info!(service = %slot.0, vip = %ip, cause = name, "{}", notice.reason);
-                self.reporter.tell(service.as_ref(), &notice);
+                self.reporter.tell(&service, &notice);
             }
         }
     }

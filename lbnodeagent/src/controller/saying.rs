@@ -5,13 +5,14 @@ use std::net::IpAddr;
 
 use k8s_openapi::jiff::Timestamp;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
-use super::Agent;
+use super::{Agent, Basis, SAYING};
 use crate::config::NodeConfig;
 use crate::kernel::Snapshot;
 use crate::lbnode::{self, State};
 use crate::members::Living;
-use crate::plan::{Plan, Verdict};
+use crate::plan::Verdict;
 
 impl Agent<'_> {
     /// Starts to write what is said. The task ends with the last word, some time after this agent has ended.
@@ -26,18 +27,18 @@ impl Agent<'_> {
     }
 
     /// Says what was decided and done. Does nothing where that is what was said.
-    pub(super) fn say(
-        &mut self,
-        living: &Living,
-        kernel: &Snapshot,
-        config: Option<&NodeConfig>,
-        plan: &Plan,
-        failed: &BTreeMap<IpAddr, String>,
-    ) {
+    pub(super) fn say(&mut self, living: &Living, kernel: &Snapshot, config: Option<&NodeConfig>) {
+        self.said_at = Some(Instant::now());
+        self.say_at = None;
+        let plan = &self.plan;
+        let failed: BTreeMap<IpAddr, String> = self
+            .refused
+            .iter()
+            .map(|(ip, refused)| (*ip, refused.error.clone()))
+            .collect();
         let verdicts = plan.verdicts.iter();
-        let local =
-            verdicts.filter(|((_, ip), verdict)| matches!(verdict, Verdict::Local(_)) && !failed.contains_key(ip));
-        let local: BTreeSet<IpAddr> = local.map(|((_, ip), _)| *ip).collect();
+        let local = verdicts.filter(|(ip, verdict)| matches!(verdict, Verdict::Local(_)) && !failed.contains_key(ip));
+        let local: BTreeSet<IpAddr> = local.map(|(ip, _)| *ip).collect();
         self.memory.announcing(Timestamp::now(), &local);
         let status = lbnode::status(&State {
             node: &self.settings.node,
@@ -49,7 +50,7 @@ impl Agent<'_> {
             kernel,
             plan,
             services: self.cluster.announced(),
-            failed,
+            failed: &failed,
             unadvertised: &self.unadvertised,
             daemon: self.settings.routing_daemon.as_ref(),
             routing: self.sessions.borrow().as_ref(),
@@ -60,6 +61,17 @@ impl Agent<'_> {
             *said = Some(status);
             is_news
         });
+    }
+
+    /// Says what there is to say, if it is time. Putting it together looks at all VIPs.
+    pub(super) fn say_if_due(&mut self, living: &Living, basis: &Basis) {
+        let Some(since) = self.say_at else { return };
+        let at = self.said_at.map_or(since, |said| since.max(said + SAYING));
+        if at <= Instant::now() {
+            self.say(living, &basis.kernel, Some(&basis.config));
+        } else {
+            self.say_at = Some(at);
+        }
     }
 
     /// Says at the end that this node announces nothing any more.

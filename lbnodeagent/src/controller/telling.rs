@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use crds::ServiceKey;
 use crds::conflict::Conflict;
 use crds::event::Notice;
+use tokio::time::Instant;
 
-use super::{Agent, RETRY};
+use super::{Agent, Basis, Here, LONGEST_RETRY, RETRY, Refused};
 use crate::config::NodeConfig;
 use crate::conflict::Finding;
 use crate::election;
@@ -18,84 +19,72 @@ use crate::neighbor::Target;
 use crate::neighbor::frame::{self, Mac};
 use crate::notices;
 use crate::plan::{Placed, Plan, Reason, Verdict};
+use crate::scope::Scope;
 
 impl Agent<'_> {
-    /// Tells neighbours and users what changed, and returns what the kernel refused. `is_adopted`: the address was there
-    /// when this process started, which is no news.
+    /// Tells neighbours and users what changed of the addresses that are looked at. `is_adopted`: the address was there when this
+    /// process started, which is no news.
     pub(super) fn report(
         &mut self,
         plan: &Plan,
-        snapshot: &Snapshot,
-        config: &NodeConfig,
+        basis: &Basis,
         applied: &[Applied],
+        scope: &Scope,
         is_adopted: impl Fn(&VipAddress) -> bool,
-    ) -> BTreeMap<IpAddr, String> {
-        let mut failed: BTreeMap<IpAddr, String> = BTreeMap::new();
-        let mut added: BTreeSet<(u32, IpAddr)> = BTreeSet::new();
-        for step in applied {
-            match (&step.change, &step.result) {
-                (change, Err(error)) => {
-                    tracing::error!(vip = %change.key().1, %error, "kernel refused a change");
-                    failed.insert(change.key().1, error.to_string());
-                }
-                (Change::Add(vip), Ok(Some(Added::New | Added::Replaced))) => _ = added.insert((vip.link, vip.ip)),
-                (Change::Remove { link, ip, .. }, Ok(_)) => {
-                    self.lingering.remove(&(*link, *ip));
-                    tracing::info!(vip = %ip, "withdrawn");
-                }
-                _ => {}
-            }
-        }
-        if !failed.is_empty() {
-            self.wake_in(RETRY);
-        }
-        let now_announcing: BTreeMap<(ServiceKey, IpAddr), String> = plan
-            .verdicts
-            .iter()
-            .filter(|((_, ip), _)| !failed.contains_key(ip))
-            .filter_map(|(key, verdict)| match verdict {
-                Verdict::Local(placed) | Verdict::Routed(placed) => Some((key.clone(), placed.interface.clone())),
-                _ => None,
-            })
-            .collect();
-        self.count_changes(applied);
-        self.count_elections(plan);
-        self.links
-            .metrics
-            .announcing(&self.settings.node, &self.announcing, &now_announcing);
-        let held = held(plan, snapshot, config);
-        let before = self.held.send_replace(held.clone());
-        // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
-        let moved = |(ip, target): &(&IpAddr, &Target)| before.get(ip).is_some_and(|known| known != *target);
-        for (_, target) in held.iter().filter(moved) {
+    ) {
+        let config = &basis.config;
+        let added = self.applied(applied, scope);
+        let before = scope.take(&mut self.announcing);
+        self.announcing.extend(self.announced_by(plan));
+        self.count_changes(applied, &before);
+        self.count_elections(plan, &before);
+        self.count_announced(plan, &before);
+        let held = held(plan, &basis.kernel, config);
+        let mut greeted = BTreeSet::new();
+        self.held.send_modify(|all| {
+            let before = scope.take(all);
+            // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
+            let is_moved = |(ip, target): &(&IpAddr, &Target)| before.get(ip).is_some_and(|known| known != *target);
+            greeted.extend(held.iter().filter(is_moved).map(|(ip, _)| *ip));
+            all.extend(&held);
+        });
+        for target in greeted.iter().filter_map(|ip| held.get(ip)) {
             self.greet(config, *target);
         }
-        self.forget_what_is_over(plan, &failed);
-        let mut greeted: BTreeSet<IpAddr> = held.iter().filter(moved).map(|(ip, _)| *ip).collect();
-        for ((key, ip), verdict) in &plan.verdicts {
+        self.forget_what_is_over(plan, scope);
+        for (ip, verdict) in &plan.verdicts {
+            let users: Vec<ServiceKey> = self
+                .cluster
+                .announced()
+                .users(*ip)
+                .map(|(key, _)| key.clone())
+                .collect();
             let (placed, is_local) = match verdict {
                 Verdict::Local(placed) => (placed, true),
                 Verdict::Routed(placed) => (placed, false),
                 Verdict::Taken(placed, mac) => {
-                    self.tell_conflict(key, *ip, &placed.interface, *mac);
+                    for key in &users {
+                        self.tell_conflict(key, *ip, &placed.interface, *mac);
+                    }
                     continue;
                 }
                 Verdict::Nobody(Reason::InUse(user)) => {
                     // All nodes see it: one of them says it.
                     let members = self.members_before.iter().map(String::as_str);
                     if election::owner(members, *ip).is_none_or(|first| first == self.settings.node) {
-                        self.tell_of_address(key, *ip, &notices::in_use(*ip, *user));
+                        for key in &users {
+                            self.tell_of_address(key, *ip, &notices::in_use(*ip, *user));
+                        }
                     }
                     continue;
                 }
                 Verdict::Unclear(_) | Verdict::Other(_) | Verdict::Nobody(_) => continue,
             };
-            if let Some(error) = failed.get(ip) {
-                self.tell_failure(key, *ip, &placed.interface, error);
+            if let Some(error) = self.refused.get(ip).map(|refused| refused.error.clone()) {
+                for key in &users {
+                    self.tell_failure(key, *ip, &placed.interface, &error);
+                }
                 continue;
-            }
-            if is_local {
-                self.tell_shared(key, *ip, placed);
             }
             let is_added = added.contains(&(placed.address.link, *ip));
             if let Some(target) = held.get(ip).filter(|_| is_added && is_local)
@@ -103,14 +92,93 @@ impl Agent<'_> {
             {
                 self.greet(config, *target);
             }
-            let known = self.announcing.get(&(key.clone(), *ip));
-            if is_added || (known != Some(&placed.interface) && !is_adopted(&placed.address)) {
-                self.tell_announcing(key, *ip, &placed.interface, is_local);
+            for key in &users {
+                if is_local {
+                    self.tell_shared(key, *ip, placed);
+                }
+                let known = before.get(ip).filter(|here| here.services.contains(key));
+                let is_here = known.is_some_and(|here| here.interface == placed.interface);
+                if is_added || (!is_here && !is_adopted(&placed.address)) {
+                    self.tell_announcing(key, *ip, &placed.interface, is_local);
+                }
             }
         }
-        self.announcing = now_announcing;
-        self.tell_advertising(plan, &failed);
-        failed
+        self.tell_advertising(plan, scope);
+    }
+
+    /// Takes note of what the kernel refuses, and returns what is there now and was not.
+    fn applied(&mut self, applied: &[Applied], scope: &Scope) -> BTreeSet<(u32, IpAddr)> {
+        let mut added = BTreeSet::new();
+        let refused_before = self.refused.clone();
+        // What was not tried this time is refused still.
+        let is_tried = |refused: &Refused| applied.iter().any(|step| step.change == refused.change);
+        let now = Instant::now();
+        self.refused
+            .retain(|ip, refused| !scope.has(*ip) || (refused.until > now && !is_tried(refused)));
+        for step in applied {
+            let (link, ip) = step.change.key();
+            match (&step.change, &step.result) {
+                (change, Err(error)) => {
+                    tracing::error!(vip = %ip, %error, "kernel refused a change");
+                    let before = refused_before.get(&ip).filter(|before| before.change == *change);
+                    let wait = before.map_or(RETRY, |before| (before.wait * 2).min(LONGEST_RETRY));
+                    let refused = Refused {
+                        change: *change,
+                        error: error.to_string(),
+                        wait,
+                        until: now + wait,
+                    };
+                    self.refused.insert(ip, refused);
+                }
+                (Change::Add(_), Ok(Some(Added::New | Added::Replaced))) => _ = added.insert((link, ip)),
+                (Change::Remove { .. }, Ok(_)) => {
+                    self.lingering.remove(&(link, ip));
+                    tracing::info!(vip = %ip, "withdrawn");
+                }
+                _ => {}
+            }
+        }
+        for (ip, refused) in self.refused.iter().filter(|(ip, _)| scope.has(**ip)) {
+            self.wakes.set(*ip, refused.until);
+        }
+        added
+    }
+
+    /// What this node announces of what was decided.
+    fn announced_by(&self, plan: &Plan) -> BTreeMap<IpAddr, Here> {
+        let verdicts = plan.verdicts.iter().filter(|(ip, _)| !self.refused.contains_key(ip));
+        let here = verdicts.filter_map(|(ip, verdict)| match verdict {
+            Verdict::Local(placed) | Verdict::Routed(placed) => {
+                let services = self.cluster.announced().users(*ip).map(|(key, _)| key.clone());
+                let here = Here {
+                    interface: placed.interface.clone(),
+                    services: services.collect(),
+                };
+                Some((*ip, here))
+            }
+            _ => None,
+        });
+        here.collect()
+    }
+
+    /// Counts what this node announces now, and no more what it announced before.
+    fn count_announced(&self, plan: &Plan, before: &BTreeMap<IpAddr, Here>) {
+        let node = &self.settings.node;
+        let services = |here: Option<&'_ Here>| here.map_or_else(Vec::new, |here| here.services.clone());
+        let ips: BTreeSet<&IpAddr> = before.keys().chain(plan.verdicts.keys()).collect();
+        for ip in ips {
+            let (before, now) = (before.get(ip), self.announcing.get(ip));
+            if before == now {
+                continue;
+            }
+            let (before, now) = (services(before), services(now));
+            for ended in before.iter().filter(|service| !now.contains(service)) {
+                self.links.metrics.announcing(ended, node, *ip, false);
+            }
+            for begun in now.iter().filter(|service| !before.contains(service)) {
+                self.links.metrics.announcing(begun, node, *ip, true);
+            }
+        }
     }
 
     /// Tells the neighbours on a link where an address is now. Before each round it is verified that this node still
@@ -144,7 +212,7 @@ impl Agent<'_> {
             vec![notices::routed(node, ip, interface)]
         };
         for notice in &told {
-            self.reporter.tell(service.as_ref(), notice);
+            self.reporter.tell(&service, notice);
         }
     }
 
@@ -167,25 +235,23 @@ impl Agent<'_> {
     }
 
     /// Forgets what was told of addresses that no Service has any more, and of troubles that are over.
-    fn forget_what_is_over(&mut self, plan: &Plan, failed: &BTreeMap<IpAddr, String>) {
+    fn forget_what_is_over(&mut self, plan: &Plan, scope: &Scope) {
         // Of thousands of addresses hardly one was ever told of.
         if self.told.is_empty() {
             return;
         }
-        let verdicts = plan.verdicts.iter();
-        let verdicts: BTreeMap<String, (IpAddr, &Verdict)> = verdicts
-            .map(|((key, ip), verdict)| (about(key, *ip), (*ip, verdict)))
-            .collect();
-        let findings = &self.findings;
+        let (findings, refused, services) = (&self.findings, &self.refused, self.cluster.announced());
         self.told.retain(|about, reason| {
-            if notices::OF_CONFIGURATION.contains(&reason) {
+            let address = about.rsplit_once(' ').and_then(|(_, ip)| ip.parse::<IpAddr>().ok());
+            let Some(ip) = address.filter(|ip| scope.has(*ip) && !notices::OF_CONFIGURATION.contains(&reason)) else {
                 return true;
-            }
-            match verdicts.get(about) {
-                Some((ip, Verdict::Local(placed) | Verdict::Routed(placed))) => match reason {
-                    notices::FAILED => failed.contains_key(ip),
+            };
+            let is_had = services.users(ip).any(|(key, _)| self::about(key, ip) == about);
+            match plan.verdicts.get(&ip).filter(|_| is_had) {
+                Some(Verdict::Local(placed) | Verdict::Routed(placed)) => match reason {
+                    notices::FAILED => refused.contains_key(&ip),
                     notices::ADDRESS_CONFLICT => {
-                        matches!(findings.of(placed.address.link, *ip), Some(Finding::Taken(_)))
+                        matches!(findings.of(placed.address.link, ip), Some(Finding::Taken(_)))
                     }
                     _ => false,
                 },
@@ -197,8 +263,8 @@ impl Agent<'_> {
 
     /// Tells the author of a Service once what is wrong with an address of it.
     fn tell_of_address(&mut self, key: &ServiceKey, ip: IpAddr, notice: &Notice) {
-        if let Some(service) = self.cluster.service(key).cloned() {
-            self.tell_once(&about(key, ip), service.as_ref(), notice);
+        if let Some(service) = self.cluster.service(key) {
+            self.tell_once(&about(key, ip), &service, notice);
         }
     }
 
@@ -226,6 +292,6 @@ fn held(plan: &Plan, snapshot: &Snapshot, config: &NodeConfig) -> Held {
     };
     let verdicts = plan.verdicts.iter();
     verdicts
-        .filter_map(|((_, ip), verdict)| Some((*ip, target(verdict, *ip)?)))
+        .filter_map(|(ip, verdict)| Some((*ip, target(verdict, *ip)?)))
         .collect()
 }

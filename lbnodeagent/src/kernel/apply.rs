@@ -168,7 +168,10 @@ impl Kernel {
                 self.replace(address.prefix_len, vip).await?;
                 Ok(Added::Replaced)
             }
-            Some(_) if vip.valid == Lifetime::Forever => Ok(Added::Present),
+            Some(_) if vip.valid == Lifetime::Forever => {
+                self.held.add(vip);
+                Ok(Added::Present)
+            }
             // Refreshes the lifetime.
             Some(_) => self.request_add(vip, true).await.map(|()| Added::Present),
         }
@@ -178,7 +181,12 @@ impl Kernel {
     /// kernel removes the others as well, the node's own among them, unless the link has `promote_secondaries`.
     async fn spare_secondaries(&self, changes: &[Change]) -> Result<(), KernelError> {
         let is_v4 = |change: &&Change| matches!(change.key().1, IpAddr::V4(_));
-        let goes = |change: &&Change| !matches!(change, Change::Add(_) | Change::Refresh(_));
+        // One with a whole subnet to itself has nobody beside it.
+        let goes = |change: &&Change| match change {
+            Change::Add(_) | Change::Refresh(_) => false,
+            Change::Replace { old_prefix_len, .. } => *old_prefix_len < 32,
+            Change::Remove { prefix_len, .. } => *prefix_len < 32,
+        };
         let going: BTreeSet<(u32, IpAddr)> = changes.iter().filter(is_v4).filter(goes).map(Change::key).collect();
         if going.is_empty() {
             return Ok(());
@@ -206,15 +214,28 @@ impl Kernel {
             request = request.replace();
         }
         let what = format_args!("add {}/{} on link {}", vip.ip, vip.prefix_len, vip.link);
-        answer(what, request.execute()).await
+        // First: the kernel tells of it before it answers.
+        let before = self.held.add(vip);
+        let result = answer(what, request.execute()).await;
+        if result.is_err() {
+            self.held.set(vip.link, vip.ip, before);
+        }
+        result
     }
 
     async fn request_remove(&self, link: u32, ip: IpAddr, prefix_len: u8) -> Result<(), KernelError> {
         let request = self.handle.address().del(plain_message(link, ip, prefix_len));
         let what = format_args!("remove {ip}/{prefix_len} from link {link}");
+        let before = self.held.remove(link, ip, prefix_len);
         match answer(what, request.execute()).await {
             Err(error) if error.is_any_of(&GONE) => Ok(()),
-            other => other,
+            Err(error) => {
+                if before.is_some() {
+                    self.held.set(link, ip, before);
+                }
+                Err(error)
+            }
+            Ok(()) => Ok(()),
         }
     }
 }

@@ -88,6 +88,20 @@ impl VipAddress {
         }
     }
 
+    /// The address as the kernel lists it once it was told to hold it.
+    pub(super) const fn made(&self) -> Address {
+        Address {
+            is_ours: true,
+            expires_in: match self.valid {
+                Lifetime::Forever => None,
+                Lifetime::Seconds(seconds) => Some(seconds),
+            },
+            is_deprecated: self.is_deprecated && self.ip.is_ipv6(),
+            has_no_prefix_route: self.no_prefix_route,
+            ..Address::new(self.link, self.ip, self.prefix_len)
+        }
+    }
+
     /// Whether an address of the same link and IP needs no change to be this one.
     pub(super) fn is_met_by(&self, actual: &Address) -> bool {
         self.has_shape_of(actual) && self.valid.lasts(actual.expires_in) && !actual.is_claimed
@@ -99,12 +113,13 @@ impl VipAddress {
         self.prefix_len == actual.prefix_len && self.no_prefix_route == actual.has_no_prefix_route && deprecated
     }
 
-    /// When an address that is there has to be refreshed; `None`: never.
-    fn refresh_in(&self, actual: &Address) -> Option<Duration> {
+    /// When it has to be refreshed, given what there was of it before it was told; `None`: never.
+    fn refresh_in(&self, actual: Option<&Address>) -> Option<Duration> {
         let Lifetime::Seconds(lifetime) = self.valid else {
             return None;
         };
-        let left = actual.expires_in?.saturating_sub(lifetime / 2);
+        let expires_in = actual.map_or(Some(lifetime), |actual| actual.expires_in)?;
+        let left = expires_in.saturating_sub(lifetime / 2);
         Some(Duration::from_secs(left.into()) + A_BIT)
     }
 }
@@ -183,12 +198,19 @@ pub fn difference(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Vec<Chan
     additions.into_iter().chain(replacements).chain(removals).collect()
 }
 
-/// When the next of the desired addresses that are there wants to be refreshed; `None` where all stay until removed.
+/// When the next of the desired addresses wants to be refreshed, given what there was before; `None` where all stay until removed.
 pub fn refresh_in(desired: &BTreeSet<VipAddress>, actual: &Snapshot) -> Option<Duration> {
-    let finite = desired.iter().filter(|vip| vip.valid != Lifetime::Forever);
-    let finite: BTreeMap<(u32, IpAddr), &VipAddress> = finite.map(|vip| ((vip.link, vip.ip), vip)).collect();
-    let ours = actual.ours();
-    ours.filter_map(|address| finite.get(&(address.link, address.ip))?.refresh_in(address))
+    let finite: Vec<&VipAddress> = desired.iter().filter(|vip| vip.valid != Lifetime::Forever).collect();
+    if finite.is_empty() {
+        return None;
+    }
+    let held: BTreeMap<(u32, IpAddr), &Address> = actual
+        .ours()
+        .map(|address| ((address.link, address.ip), address))
+        .collect();
+    finite
+        .into_iter()
+        .filter_map(|vip| vip.refresh_in(held.get(&(vip.link, vip.ip)).copied()))
         .min()
 }
 

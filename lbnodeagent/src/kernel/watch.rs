@@ -1,4 +1,4 @@
-//! The subscription to what changes in the kernel. Owns its socket; says that something changed, not what.
+//! The subscription to what changes in the kernel. Owns its socket; says that something changed otherwise than wanted, not what.
 
 use std::io;
 use std::sync::Arc;
@@ -6,9 +6,15 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use rtnetlink::MulticastGroup;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use tokio::sync::Notify;
+
+use super::held::Held;
+use super::parse;
+use super::snapshot::Address;
 
 /// Length of `struct nlmsghdr` (`linux/netlink.h`), in bytes.
 const HEADER_LEN: usize = 16;
@@ -16,6 +22,10 @@ const HEADER_LEN: usize = 16;
 const NEW_ROUTE: u16 = 24;
 /// `RTM_DELROUTE`.
 const DEL_ROUTE: u16 = 25;
+/// `RTM_NEWADDR`.
+const NEW_ADDRESS: u16 = 20;
+/// `RTM_DELADDR`.
+const DEL_ADDRESS: u16 = 21;
 /// Wait before a broken socket is opened again.
 const REOPEN_DELAY: Duration = Duration::from_secs(1);
 
@@ -41,11 +51,11 @@ impl Watcher {
     }
 
     /// Notifies of every change, forever.
-    pub(super) async fn run(mut self, changed: Arc<Notify>) {
+    pub(super) async fn run(mut self, changed: Arc<Notify>, held: Arc<Held>) {
         loop {
             match self.0.recv_from_full().await {
                 Ok((datagram, _)) => {
-                    if matters(&datagram) {
+                    if matters(&datagram, &held) {
                         changed.notify_one();
                     }
                 }
@@ -74,22 +84,40 @@ impl Watcher {
     }
 }
 
-/// Whether a datagram of notifications holds one that a snapshot could show. Of routes only default ones do: a node
-/// that runs a routing daemon sees thousands of others come and go. What is not understood matters.
-fn matters(datagram: &[u8]) -> bool {
+/// Whether a datagram of notifications holds one that a snapshot could show and that this agent did not bring about. Of routes only
+/// default ones do: a node that runs a routing daemon sees thousands of others come and go. What is not understood matters.
+fn matters(datagram: &[u8], held: &Held) -> bool {
+    let mut is_news = false;
     let mut rest = datagram;
     while !rest.is_empty() {
         let Some((length, kind)) = header(rest) else {
             return true;
         };
-        let destination_len = rest.get(HEADER_LEN + 1);
-        let is_other_route = matches!(kind, NEW_ROUTE | DEL_ROUTE) && destination_len.is_some_and(|len| *len != 0);
-        if !is_other_route {
-            return true;
-        }
+        is_news |= match kind {
+            NEW_ROUTE | DEL_ROUTE => rest
+                .get(HEADER_LEN + 1)
+                .is_none_or(|destination_len| *destination_len == 0),
+            NEW_ADDRESS | DEL_ADDRESS => match address(rest.get(..length).unwrap_or_default()) {
+                Some(address) if kind == NEW_ADDRESS => held.is_news(&address),
+                Some(address) => held.is_loss(&address),
+                None => true,
+            },
+            _ => true,
+        };
         rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
-    false
+    is_news
+}
+
+/// The address a notification tells of.
+fn address(message: &[u8]) -> Option<Address> {
+    let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message).ok()?;
+    match message.payload {
+        NetlinkPayload::InnerMessage(
+            RouteNetlinkMessage::NewAddress(message) | RouteNetlinkMessage::DelAddress(message),
+        ) => parse::address(&message),
+        _ => None,
+    }
 }
 
 /// Length and type of the first message.
@@ -133,7 +161,7 @@ mod tests {
             ("a length of nought", vec![0; 32], true),
         ];
         for (name, datagram, expected) in rows {
-            assert_eq!(matters(&datagram), expected, "{name}");
+            assert_eq!(matters(&datagram, &Held::default()), expected, "{name}");
         }
     }
 }

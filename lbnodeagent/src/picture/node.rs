@@ -152,6 +152,15 @@ pub struct Kept {
     pub pods: Box<[IpNet]>,
 }
 
+impl Kept {
+    /// Whether it says the same as another version of it, as when a kubelet has only written how it is.
+    pub fn says_what(&self, other: &Self) -> bool {
+        let said = |node: &'_ Self| (node.is_excluded, node.uid.clone());
+        said(self) == said(other)
+            && (&self.internal, &self.external, &self.pods) == (&other.internal, &other.external, &other.pods)
+    }
+}
+
 impl From<Slim> for Arc<Kept> {
     fn from(slim: Slim) -> Self {
         Self::new(Kept {

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use crds::Family;
 use ipnet::IpNet;
+use smol_str::SmolStr;
 
 use super::Placed;
 use crate::config::{Choice, NodeConfig};
@@ -23,7 +24,7 @@ pub(super) struct Offers {
 struct Offer {
     family: Family,
     link: u32,
-    name: String,
+    name: SmolStr,
     subnets: BTreeSet<IpNet>,
 }
 
@@ -34,7 +35,7 @@ impl Offers {
             links.map(move |link| Offer {
                 family,
                 link: link.index,
-                name: link.name.clone(),
+                name: link.name.as_str().into(),
                 subnets: kernel.usable_subnets(link.index),
             })
         });
