@@ -86,8 +86,14 @@ lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
 	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 
+# Every command below selects the whole workspace, since what else it selects from decides with which features all is compiled. Tests
+# of labs are told from the others by where they lie.
+LABS := $(patsubst %,--test %,$(notdir $(basename $(wildcard e2e/tests/*))))
+UNITS := --lib $(patsubst %,--test %,$(notdir $(basename $(filter-out e2e/%,$(wildcard */tests/*.rs)))))
+
 unit: setup ## Unit and property tests, and those of the node agent against the kernel
-	cargo test --quiet --locked --workspace --exclude e2e
+	cargo test --quiet --locked --workspace $(UNITS)
+	cargo test --quiet --locked --workspace --doc
 
 fuzz: setup ## Look for bytes that a parser of strangers' bytes does not survive (SECONDS=20 for each, TARGET=pool for one)
 	fuzz/run $(SECONDS) $(TARGET)
@@ -100,17 +106,17 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBER
 	@images/routing --lab >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	rm -rf target/e2e-rights
-	cargo test --quiet --locked --no-fail-fast --package e2e -- --test-threads $(THREADS)
+	cargo test --quiet --locked --no-fail-fast --workspace $(LABS) -- --test-threads $(THREADS)
 	target/debug/e2e-rights
 
 versions: kubernetes ## The API's tests and the walkthrough on the oldest and the newest Kubernetes supported
 	for version in $(VERSIONS); do KUBERNETES=$$version e2e/kubernetes/build >/dev/null; done
 	cargo build --quiet --locked --workspace --bins
 	for version in $(VERSIONS); do echo "Kubernetes $$version"; KUBERNETES=$$version \
-	  cargo test --quiet --locked --package e2e --test resources --test book --test walkthrough -- --test-threads $(THREADS); done
+	  cargo test --quiet --locked --workspace --test resources --test book --test walkthrough -- --test-threads $(THREADS); done
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
-	cargo build --quiet --locked --release --package allocator --package e2e --bin allocator --bin bench-allocator --bin e2e-backend
+	cargo build --quiet --locked --release --workspace --bin allocator --bin bench-allocator --bin e2e-backend
 	PURELB_BIN_DIR=target/release target/release/bench-allocator --services $(or $(SERVICES),2000)
 	cargo bench --quiet --locked --package allocator --bench decisions
 
@@ -128,7 +134,7 @@ soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES
 
 bench-routing: kubernetes ## What a node's death and a lost next hop cost, measured
 	cargo build --quiet --locked --workspace --bins
-	cargo test --quiet --locked --package e2e --test routing -- --ignored --nocapture --test-threads 1 measured
+	cargo test --quiet --locked --workspace --test routing -- --ignored --nocapture --test-threads 1 measured
 
 docs: ## Build the book in target/book (and mdBook itself, once: some minutes); unit tests check its links
 	"$$(docs/mdbook | tail -n 1)" build docs
@@ -141,7 +147,7 @@ vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS,
 	@$(MAKE) --no-print-directory setup PACKAGES="$(VM_PACKAGES)"
 	@e2e/vm/build >/dev/null
 	cargo build --quiet --locked --workspace --bins
-	cargo test --quiet --locked --package e2e --test vm -- --ignored --nocapture --test-threads 1
+	cargo test --quiet --locked --workspace --test vm -- --ignored --nocapture --test-threads 1
 
 crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds

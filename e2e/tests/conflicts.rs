@@ -1,6 +1,6 @@
 //! Addresses that hosts outside the cluster have already.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Lab, Options, stays, wait_until};
@@ -273,5 +273,59 @@ fn an_address_of_a_node_or_of_the_api_server_is_announced_by_nobody() -> Result<
         .await?;
         lab.kubectl(["delete", "node", "late"]).await?;
         lab.held_by("10.31.188.64", Some("eth0"), &["w11"], SOON).await
+    })
+}
+
+/// How long it takes from before a Service's creation until a node has its address.
+async fn announced_after(lab: &Lab, name: &str, annotation: &str) -> Result<Duration> {
+    let begun = Instant::now();
+    lab.apply(&format!(
+        "
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, annotations: {{{annotation}}}}}
+spec: {{type: LoadBalancer, ports: [{{port: 80}}]}}
+"
+    ))
+    .await?;
+    wait_until("it is announced", SOON, async || {
+        let vip = get(lab, name, "{.status.loadBalancer.ingress[0].ip}").await?;
+        ensure!(lab.holders(&vip, Some("eth0")).await?.len() == 1, "{vip} is announced");
+        Ok(())
+    })
+    .await?;
+    Ok(begun.elapsed())
+}
+
+/// The addresses that are next in a pool are asked about before a Service has them. One that a Service names is asked about when it
+/// has it, which takes a second.
+#[test]
+fn a_new_service_need_not_wait_until_its_address_was_asked_about() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        lab.apply(GROUP).await?;
+        lab.start_product().await?;
+        // A host has one of those that are next.
+        lab.exec("client", ["ip", "address", "add", "10.31.200.2/16", "dev", "eth0"])
+            .await?;
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        let mut next = Vec::new();
+        for number in 0..5 {
+            next.push(announced_after(&lab, &format!("next-{number}"), "").await?);
+        }
+        let mut named = Vec::new();
+        for number in 0..3 {
+            let address = format!("purelb.io/addresses: 10.31.200.2{number}");
+            named.push(announced_after(&lab, &format!("named-{number}"), &address).await?);
+        }
+        next.sort_unstable();
+        named.sort_unstable();
+        println!("announced after {next:?}; an address that was not asked about before, after {named:?}");
+        ensure!(next[2] * 2 < named[1], "{next:?} beside {named:?}");
+        ensure!(
+            lab.holders("10.31.200.2", Some("eth0")).await?.is_empty(),
+            "the host's address is announced"
+        );
+        Ok(())
     })
 }
