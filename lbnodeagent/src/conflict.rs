@@ -58,8 +58,19 @@ struct Known {
     /// When it was found.
     at: Duration,
     is_asking: bool,
-    /// It was found before a Service had the address: it is soon asked about again.
-    is_early: bool,
+    standing: Standing,
+}
+
+/// What a finding is worth.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    /// The address was asked about when this node was to announce it.
+    #[default]
+    Asked,
+    /// It was asked about before a Service had it: it is announced at once, and asked about once more.
+    Early,
+    /// Somebody answered that time: it should not have been announced.
+    Refuted,
 }
 
 impl Findings {
@@ -67,6 +78,15 @@ impl Findings {
     pub fn of(&self, link: u32, ip: IpAddr) -> Option<Finding> {
         let known = self.known.get(&(ip, link)).or_else(|| self.ahead.get(&(ip, link)));
         known.and_then(|known| known.finding)
+    }
+
+    /// Whose it is where it was announced on what was found before, and that is not so any more.
+    pub fn refuted(&self, link: u32, ip: IpAddr) -> Option<Mac> {
+        let known = self.known.get(&(ip, link));
+        match known.filter(|known| known.standing == Standing::Refuted)?.finding? {
+            Finding::Taken(mac) => Some(mac),
+            Finding::Free => None,
+        }
     }
 
     /// Forgets what was found about addresses that no Service had, and was not found again in time.
@@ -134,15 +154,19 @@ impl Findings {
         for key in here {
             let is_announced = !unclear.contains(key);
             let slot = (key.1, key.0);
-            let early = || Known {
-                at: now,
-                is_early: true,
-                ..self.ahead.remove(&slot).unwrap_or_default()
-            };
-            let known = self.known.entry(slot).or_insert_with(early);
+            let known = self.known.entry(slot).or_insert_with(|| {
+                let ahead = self.ahead.remove(&slot).unwrap_or_default();
+                let standing = ahead.finding.map_or(Standing::Asked, |_| Standing::Early);
+                Known {
+                    at: now,
+                    standing,
+                    ..ahead
+                }
+            });
             let wait = match known.finding {
-                Some(Finding::Free) if is_announced && !known.is_early => CHECK,
-                Some(Finding::Free) | None if is_announced => FIRST_CHECK,
+                Some(Finding::Free) if known.standing == Standing::Early => Duration::ZERO,
+                Some(Finding::Free) if is_announced => CHECK,
+                None if is_announced => FIRST_CHECK,
                 Some(_) => ASK_AGAIN,
                 None => Duration::ZERO,
             };
@@ -187,13 +211,17 @@ impl Findings {
     pub fn answered(&mut self, now: Duration, asked: &[Place], taken: &BTreeMap<IpAddr, Mac>) {
         for key in asked {
             let finding = taken.get(&key.1).map_or(Finding::Free, |mac| Finding::Taken(*mac));
+            let slot = (key.1, key.0);
+            let before = self.known.get(&slot).map_or(Standing::Asked, |known| known.standing);
             let known = Known {
                 finding: Some(finding),
                 at: now,
                 is_asking: false,
-                is_early: false,
+                standing: match (before, finding) {
+                    (Standing::Early | Standing::Refuted, Finding::Taken(_)) => Standing::Refuted,
+                    _ => Standing::Asked,
+                },
             };
-            let slot = (key.1, key.0);
             match self.ahead.get_mut(&slot) {
                 Some(ahead) => *ahead = known,
                 None => _ = self.known.insert(slot, known),
@@ -287,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_was_asked_about_before_a_service_had_it_is_not_waited_for_and_soon_asked_about_again() {
+    fn an_address_that_was_asked_about_before_a_service_had_it_is_not_waited_for_and_asked_about_once_more() {
         let mut findings = Findings::default();
         let (one, none) = (keys(&[1]), keys(&[]));
         let ip = IpAddr::from([10, 0, 0, 1]);
@@ -308,14 +336,28 @@ mod tests {
         findings.answered(2 * SECOND + AHEAD, &due, &BTreeMap::new());
 
         let now = 60 * SECOND + AHEAD;
-        assert_eq!(due_of(&mut findings, now, &one, &none), (vec![], Some(FIRST_CHECK)));
+        assert_eq!(due_of(&mut findings, now, &one, &none).0.len(), 1);
+        assert_eq!(findings.of(2, ip), Some(Finding::Free), "meanwhile");
         assert_eq!(findings.ahead(now, &one), (vec![], None), "a Service has it");
-        assert_eq!(due_of(&mut findings, now + FIRST_CHECK, &one, &none).0.len(), 1);
-        findings.answered(now + FIRST_CHECK, &due, &BTreeMap::new());
-        assert_eq!(
-            due_of(&mut findings, now + FIRST_CHECK, &one, &none),
-            (vec![], Some(CHECK))
-        );
+        let mut refuted = Findings {
+            known: findings.known.clone(),
+            ..Findings::default()
+        };
+        findings.answered(now, &due, &BTreeMap::new());
+        assert_eq!(due_of(&mut findings, now, &one, &none), (vec![], Some(CHECK)));
+        assert_eq!(findings.refuted(2, ip), None);
+
+        // Somebody came between.
+        for now in [now, now + ASK_AGAIN] {
+            refuted.answered(now, &due, &BTreeMap::from([(ip, MAC)]));
+            assert_eq!(refuted.refuted(2, ip), Some(MAC));
+            assert_eq!(due_of(&mut refuted, now, &one, &one), (vec![], Some(ASK_AGAIN)));
+        }
+        refuted.answered(now, &due, &BTreeMap::new());
+        assert_eq!((refuted.refuted(2, ip), refuted.of(2, ip)), (None, Some(Finding::Free)));
+        // Who answers about one that was asked about before it was announced does not end it.
+        refuted.answered(now, &due, &BTreeMap::from([(ip, MAC)]));
+        assert_eq!(refuted.refuted(2, ip), None);
     }
 
     #[test]

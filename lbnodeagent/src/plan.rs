@@ -500,6 +500,9 @@ fn seniors_to_watch<'a, 'b>(
 /// Announces, unless the address was never announced and somebody might have it.
 fn settle(picture: &Picture<'_>, of: &Vip<'_>, placed: Placed) -> Verdict {
     let VipAddress { link, ip, .. } = placed.address;
+    if let Some(mac) = picture.findings.refuted(link, ip) {
+        return Verdict::Taken(placed, mac);
+    }
     let is_clear = !picture.config.detects_conflicts || of.was_announced() || of.skips_dad();
     let target = picture.kernel.link(link).and_then(|link| Target::new(link, ip));
     let Some(target) = target.filter(|_| !is_clear) else {
