@@ -55,7 +55,7 @@ impl Saying {
     /// It has what it asks for, from these groups.
     pub fn assigned(groups: &[String]) -> Self {
         let message = match groups {
-            [] => "addresses of a pool that is gone".to_owned(),
+            [] => "addresses that no ServiceGroup has any more, which stay".to_owned(),
             groups => format!("from pool {}", groups.join(", ")),
         };
         Self::new(true, "Assigned", &message, &message)

@@ -47,6 +47,7 @@ use crate::lint;
 use crate::metrics::Metrics;
 use crate::nodes::{Nodes, Report};
 use crate::notices;
+use crate::outside::Outside;
 use crate::patch::{assignment, statement, withdrawal};
 use crate::record::{Standing, order};
 use crate::refusal::Refusal;
@@ -167,6 +168,8 @@ struct Controller {
     silent: HashMap<ServiceKey, Instant>,
     /// Services that keep an address for now that a host outside the cluster has.
     unheeded: BTreeMap<ServiceKey, Unheeded>,
+    /// Services on addresses outside of the ranges of their group.
+    outside: Outside,
 
     /// Whether the first decisions are being made, and whether they are behind us.
     is_starting: bool,
@@ -226,6 +229,7 @@ impl Controller {
             lbnodes: reserved::Seen::default(),
             silent: HashMap::new(),
             unheeded: BTreeMap::new(),
+            outside: Outside::default(),
         }
     }
 
@@ -315,6 +319,7 @@ impl Controller {
         self.foreign.remove(key);
         self.silent.remove(key);
         self.forget_unheeded(key);
+        self.outside.set(key, None, &self.ledger);
         if self.ledger.reserve_for(key, OfService::default()) {
             self.reserved_changed();
         }
@@ -342,6 +347,7 @@ impl Controller {
             self.adopt(key);
         }
         self.ledger.begin();
+        self.note_all_outside();
         tracing::info!(services = keys.len(), groups = self.verdicts.len(), "ready");
         (self.is_starting, self.is_started) = (true, true);
         for key in &keys {
@@ -448,6 +454,7 @@ impl Controller {
             return;
         };
         self.note_reservations(key, &service);
+        self.note_outside(key, &service);
         let reading = request::read(&service, self.settings.is_default);
         self.remark(key, &service, &reading);
         match reading {

@@ -20,6 +20,7 @@ pub mod namespaces;
 pub mod nodes;
 pub mod notices;
 pub mod offers;
+pub mod outside;
 pub mod patch;
 pub mod pool;
 pub mod record;

@@ -117,6 +117,11 @@ pub fn left_out(what: String) -> Notice {
     Notice::normal("AddressesLeftOut", what)
 }
 
+/// Services keep addresses outside of a group's ranges.
+pub fn outside(what: String) -> Notice {
+    Notice::warning("AddressesOutside", what)
+}
+
 /// Hosts outside the cluster have addresses that Services keep.
 pub fn hosts(which: &str) -> String {
     format!(

@@ -21,6 +21,18 @@ pub const LEFT_OUT: &str = "AddressesLeftOut";
 /// Type of the condition that is there while hosts outside the cluster have more of a group's addresses than are heeded.
 pub const FOREIGN_HOSTS: &str = "ForeignHosts";
 
+/// Type of the condition that is there while Services keep addresses outside of a group's ranges.
+pub const OUTSIDE: &str = "AddressesOutside";
+
+/// What is known of a group besides what the ledger has, in sentences.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Remarks<'a> {
+    /// Hosts outside the cluster have addresses of it that are not heeded.
+    pub hosts: Option<&'a str>,
+    /// Services keep addresses outside of its ranges.
+    pub outside: Option<&'a str>,
+}
+
 /// What of a group's ranges is given to no Service, and why; `None` where all is.
 pub fn left_out(name: &str, ledger: &Ledger) -> Option<String> {
     let said = ledger.left_out(name).map(|(range, why)| {
@@ -38,23 +50,23 @@ pub fn left_out(name: &str, ledger: &Ledger) -> Option<String> {
 }
 
 /// The conditions of a group. What it says already keeps its time.
-fn conditions(name: &str, ledger: &Ledger, hosts: Option<&str>, known: &[Condition]) -> Vec<Condition> {
+fn conditions(name: &str, ledger: &Ledger, remarks: Remarks<'_>, known: &[Condition]) -> Vec<Condition> {
     let said = [
         (LEFT_OUT, "NotForServices", left_out(name, ledger)),
-        (FOREIGN_HOSTS, "BudgetSpent", hosts.map(ToOwned::to_owned)),
+        (FOREIGN_HOSTS, "BudgetSpent", remarks.hosts.map(ToOwned::to_owned)),
+        (OUTSIDE, "GroupEdited", remarks.outside.map(ToOwned::to_owned)),
     ];
     let said = said.into_iter();
     said.filter_map(|(type_, reason, message)| Some(replacing(known, type_, true, reason, message?)))
         .collect()
 }
 
-/// The status of a group: only why, when it was rejected. `hosts` says which hosts outside the cluster have addresses of it that
-/// are not heeded, and `known` is what its status says now.
+/// The status of a group: only why, when it was rejected. `known` is what its status says now.
 pub fn status(
     verdict: &Verdict,
     (namespace, name): (&str, &str),
     ledger: &Ledger,
-    hosts: Option<&str>,
+    remarks: Remarks<'_>,
     known: Option<&ServiceGroupStatus>,
 ) -> ServiceGroupStatus {
     let Verdict::Valid(group) = verdict else {
@@ -91,7 +103,7 @@ pub fn status(
         available_ipv4: has_v4.then(|| signed(v4.free)),
         available_ipv6: has_v6.then(|| signed(v6.free)),
         problem: None,
-        conditions: Some(conditions(name, ledger, hosts, said)).filter(|conditions| !conditions.is_empty()),
+        conditions: Some(conditions(name, ledger, remarks, said)).filter(|conditions| !conditions.is_empty()),
     }
 }
 

@@ -285,7 +285,8 @@ pub struct ServiceGroupStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// `AddressesLeftOut`: some addresses of its ranges are given to no Service, and why. `ForeignHosts`: hosts outside the
-    /// cluster have more of them than Services are moved away from.
+    /// cluster have more of them than Services are moved away from. `AddressesOutside`: Services keep addresses that are in none of
+    /// its ranges any more: how many, and which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conditions: Option<Vec<Condition>>,
 }

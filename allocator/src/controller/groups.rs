@@ -3,17 +3,26 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crds::{ServiceGroup, ServiceGroupStatus};
+use crds::record::Granted;
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey};
 use daemon::{Change, Turn, WriteError};
+use k8s_openapi::api::core::v1::Service;
 use kube::runtime::watcher;
 use tokio::time::Instant;
 
 use super::{Controller, Input};
 use crate::groups::{GroupKey, Verdict, judge};
+use crate::status::Remarks;
 use crate::{notices, refusal, status};
 
 /// How long changes of a group's usage are gathered before its status is written.
 const STATUS_DELAY: Duration = Duration::from_millis(250);
+
+/// The message of a group's condition.
+fn says<'a>(status: &'a ServiceGroupStatus, type_: &str) -> Option<&'a str> {
+    let mut said = status.conditions.iter().flatten();
+    Some(said.find(|said| said.type_ == type_)?.message.as_str())
+}
 
 impl Controller {
     pub(super) fn group_event(&mut self, event: watcher::Event<ServiceGroup>) {
@@ -38,6 +47,7 @@ impl Controller {
             for key in self.foreign.clone() {
                 self.adopt(&key);
             }
+            self.note_all_outside();
             // Also those that have all they asked for: with multi-pool a new range is one more address.
             self.reconcile_all();
         }
@@ -113,7 +123,12 @@ impl Controller {
                 .get(key)
                 .or_else(|| self.groups.get(key).and_then(|group| group.status.as_ref()));
             let hosts = self.hosts_of(&key.1);
-            let current = status::status(verdict, (&key.0, &key.1), &self.ledger, hosts.as_deref(), known);
+            let outside = self.outside.of(&key.1).filter(|_| matches!(verdict, Verdict::Valid(_)));
+            let remarks = Remarks {
+                hosts: hosts.as_deref(),
+                outside: outside.as_deref(),
+            };
+            let current = status::status(verdict, (&key.0, &key.1), &self.ledger, remarks, known);
             if known == Some(&current) {
                 continue;
             }
@@ -127,15 +142,18 @@ impl Controller {
                 continue;
             }
             // What is new about its ranges is told as well.
-            let message = |status: &ServiceGroupStatus| {
-                let mut said = status.conditions.iter().flatten();
-                Some(said.find(|said| said.type_ == status::LEFT_OUT)?.message.clone())
-            };
-            if let Some(said) = message(&current)
-                && known.and_then(message).as_ref() != Some(&said)
-                && let Some(object) = self.groups.get(key)
+            let before = |type_| known.and_then(|known| says(known, type_));
+            let object = self.groups.get(key);
+            if let Some(said) = says(&current, status::LEFT_OUT)
+                && before(status::LEFT_OUT) != Some(said)
+                && let Some(object) = object
             {
-                self.reporter.tell(object.as_ref(), &notices::left_out(said));
+                self.reporter.tell(object.as_ref(), &notices::left_out(said.to_owned()));
+            }
+            if self.outside.is_news(&key.1, before(status::OUTSIDE).is_some())
+                && let (Some(object), Some(said)) = (object, outside)
+            {
+                self.reporter.tell(object.as_ref(), &notices::outside(said));
             }
             self.statuses.insert(key.clone(), current.clone());
             self.status_writes.begin(key.clone());
@@ -156,6 +174,24 @@ impl Controller {
             .collect();
         let all: Vec<String> = all.into_iter().take(refusal::LISTED + 1).collect();
         (!all.is_empty()).then(|| notices::hosts(&refusal::list(&all, ", ")))
+    }
+
+    /// Takes note of all Services that have addresses outside of their groups' ranges.
+    pub(super) fn note_all_outside(&mut self) {
+        let keys: Vec<_> = self.services.objects().keys().cloned().collect();
+        for (namespace, name) in keys {
+            let key = ServiceKey::new(namespace, name);
+            if let Some(service) = self.service(&key) {
+                self.note_outside(&key, &service);
+            }
+        }
+    }
+
+    /// Takes note of the addresses of a Service outside of its group's ranges.
+    pub(super) fn note_outside(&mut self, key: &ServiceKey, service: &Service) {
+        if self.outside.set(key, Granted::read(service).as_ref(), &self.ledger) {
+            self.usage_changed();
+        }
     }
 
     pub(super) fn status_written(&mut self, key: &GroupKey, result: &Result<(), WriteError>) {
