@@ -5,6 +5,7 @@
 //! together and is guarded by the resourceVersion the decision was made on, so nothing half-written
 //! exists to repair: after a crash the Services themselves say who holds what.
 
+mod agents;
 mod external;
 mod groups;
 mod nodes;
@@ -20,7 +21,7 @@ use anyhow::Context;
 use crds::event::{ALLOCATOR, Kind, Notice};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class};
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
+use crds::{LBNodeAgent, ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
 use daemon::{Change, Mirror, Ready, Reporter, Selection, Turn, WriteError, Writes};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
@@ -33,6 +34,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::agents::Labels;
 use crate::condition::Saying;
 use crate::controller::external::External;
 use crate::controller::reserved::Named;
@@ -79,10 +81,13 @@ enum Input {
     Unpaused(ServiceKey),
     Forget(IpAddr, Timestamp),
     LookAgain(ServiceKey),
-    Node(Named<crate::reserved::Node>),
+    Node(Named<(crate::reserved::Node, Labels)>),
     ApiServer(Named<Vec<IpAddr>>),
     ServiceNetwork(Named<Vec<IpNet>>),
     LBNode(Named<Report>),
+    Agent(watcher::Event<LBNodeAgent>),
+    AgentWritten(daemon::Key, Result<(), WriteError>),
+    LookAtTroubles,
     /// The API server has no such kind.
     NoServiceNetworks,
     External(external::Message),
@@ -100,6 +105,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
     reserved::watch(&client, &sender);
     if settings.has_agents {
         nodes::watch(&client, &settings.namespace, &sender);
+        agents::watch(&client, &sender);
     }
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
     loop {
@@ -164,6 +170,8 @@ struct Controller {
     /// What nodes say of addresses, and the LBNodes that they say it in.
     nodes: Nodes,
     lbnodes: reserved::Seen,
+    /// LBNodeAgents, and what nodes say of themselves.
+    agents: agents::Agents,
     /// Since when nobody announces an address of a Service.
     silent: HashMap<ServiceKey, Instant>,
     /// Services that keep an address for now that a host outside the cluster has.
@@ -227,6 +235,7 @@ impl Controller {
             others: reserved::Sources::default(),
             nodes: Nodes::default(),
             lbnodes: reserved::Seen::default(),
+            agents: agents::Agents::default(),
             silent: HashMap::new(),
             unheeded: BTreeMap::new(),
             outside: Outside::default(),
@@ -257,6 +266,9 @@ impl Controller {
             Input::Node(event) => self.node_event(event),
             Input::ApiServer(event) => self.api_server_event(event),
             Input::LBNode(event) => self.lbnode_event(event),
+            Input::Agent(event) => self.agent_event(event),
+            Input::AgentWritten(key, result) => self.agent_written(&key, &result),
+            Input::LookAtTroubles => self.look_at_troubles(),
             Input::ServiceNetwork(event) => self.service_network_event(event),
             Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),

@@ -4,6 +4,7 @@
 //! `controller` (one [`patch`]) → [`notices`], [`condition`], [`status`]. Everything but the controller, the lease,
 //! the status, the bootstrap and the errands is plain data and functions, without Kubernetes, clock or network.
 
+pub mod agents;
 pub mod bootstrap;
 pub mod claim;
 pub mod condition;
@@ -29,3 +30,4 @@ pub mod request;
 pub mod reserved;
 pub mod status;
 pub mod strangers;
+pub mod troubles;

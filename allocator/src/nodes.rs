@@ -14,12 +14,17 @@ use crds::conflict::{self, Conflict, Mac};
 use crds::event::cut;
 use crds::lbnode::{LBNodeStatus, MOST_TEXT, MOST_VIPS, Silence, Unannounced};
 use crds::record::{self, Announced, Granted, Voice};
-use crds::{Announce, LBNode, annotations};
+use crds::servicegroup::Group;
+use crds::{Announce, LBNode, Pool, annotations};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
 use smol_str::SmolStr;
+
+use crate::agents::Use;
+use crate::refusal;
+use crate::troubles::Health;
 
 /// The longest name of an interface: IFNAMSIZ less one (linux/if.h).
 const LONGEST_INTERFACE: usize = 15;
@@ -36,7 +41,40 @@ pub enum Word {
     /// It is not announced, for this reason and in these words.
     Silent(Silence, String),
     /// It holds it for routers, and its routing daemon advertises no route to it: in these words.
-    Unadvertised(String),
+    Unadvertised(Unheard, String),
+}
+
+/// Why a routing daemon advertises no route: the causes of `NotAdvertised` as reasons of a condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unheard {
+    /// The daemon does not answer.
+    NoAnswer,
+    /// No session is established.
+    NoSession,
+    /// It sends other prefixes.
+    NotExported,
+    /// Another, of an agent of another version.
+    Other,
+}
+
+impl Unheard {
+    const ALL: [Self; 3] = [Self::NoAnswer, Self::NoSession, Self::NotExported];
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::NoAnswer => "NoAnswer",
+            Self::NoSession => "NoSession",
+            Self::NotExported => "NotExported",
+            Self::Other => "NotAdvertised",
+        }
+    }
+
+    fn of(word: &str) -> Self {
+        Self::ALL
+            .into_iter()
+            .find(|cause| cause.word() == word)
+            .unwrap_or(Self::Other)
+    }
 }
 
 /// An LBNode, as far as it counts.
@@ -47,6 +85,9 @@ pub struct Report {
     is_routing: bool,
     nets: Vec<IpNet>,
     words: Vec<(IpAddr, Word)>,
+    uid: Option<String>,
+    usage: Use,
+    health: Health,
 }
 
 impl Report {
@@ -62,8 +103,41 @@ impl Report {
             is_routing: status.routed > 0,
             nets: nets.filter_map(|net| net.parse().ok()).take(MOST_NETS).collect(),
             words: words(status),
+            uid: object.metadata.uid.clone(),
+            usage: Use {
+                configuration: status.configuration.as_deref().map(sentence),
+                interfaces: interfaces(status),
+                problem: status.problem.as_deref().map(sentence),
+                has_daemon: status.routing_daemon.is_some(),
+            },
+            health: Health::of(status),
         }
     }
+
+    /// The uid of the LBNode.
+    pub fn uid(&self) -> Option<&str> {
+        self.uid.as_deref()
+    }
+
+    /// What it says of the LBNodeAgent that the node uses.
+    pub const fn usage(&self) -> &Use {
+        &self.usage
+    }
+
+    /// What it says of the whole node.
+    pub const fn health(&self) -> &Health {
+        &self.health
+    }
+}
+
+/// The names of the interfaces that it has.
+fn interfaces(status: &LBNodeStatus) -> Vec<String> {
+    let names = status.interfaces.iter().map(|interface| &interface.name);
+    names
+        .filter(|name| is_interface(name))
+        .take(MOST_NETS)
+        .cloned()
+        .collect()
 }
 
 fn words(status: &LBNodeStatus) -> Vec<(IpAddr, Word)> {
@@ -83,11 +157,10 @@ fn words(status: &LBNodeStatus) -> Vec<(IpAddr, Word)> {
         Some((ip, Word::Silent(Silence::of(&silent.reason)?, why)))
     }));
     let unadvertised = status.unadvertised.iter().take(MOST_VIPS);
-    words.extend(
-        unadvertised
-            .filter_map(said)
-            .map(|(ip, why)| (ip, Word::Unadvertised(why))),
-    );
+    words.extend(unadvertised.filter_map(|unheard| {
+        let (ip, why) = said(unheard)?;
+        Some((ip, Word::Unadvertised(Unheard::of(&unheard.reason), why)))
+    }));
     words
 }
 
@@ -97,7 +170,7 @@ fn is_interface(name: &str) -> bool {
 }
 
 /// What a node says for people: of bounded length, on one line.
-fn sentence(text: &str) -> String {
+pub(crate) fn sentence(text: &str) -> String {
     cut(&text.replace(|letter: char| letter.is_control(), " "), MOST_TEXT)
 }
 
@@ -128,6 +201,7 @@ struct Common {
 struct Node {
     is_withdrawn: bool,
     is_routing: bool,
+    has_daemon: bool,
     nets: Vec<IpNet>,
     words: HashMap<IpAddr, (u64, Word)>,
 }
@@ -196,6 +270,7 @@ impl Nodes {
             }
         }
         ips.extend(known.into_keys());
+        node.has_daemon = report.usage.has_daemon;
         (node.is_withdrawn, node.is_routing, node.nets) = (report.is_withdrawn, report.is_routing, report.nets);
         self.touched(ips)
     }
@@ -228,7 +303,7 @@ impl Nodes {
         let before = std::mem::replace(&mut self.common, common);
         if before.routing != self.common.routing {
             let words = self.all.values().flat_map(|node| &node.words);
-            let unadvertised = words.filter(|(_, (_, word))| matches!(word, Word::Unadvertised(_)));
+            let unadvertised = words.filter(|(_, (_, word))| matches!(word, Word::Unadvertised(..)));
             ips.extend(unadvertised.map(|(ip, _)| *ip));
         }
         if (before.has_agent, &before.nets) == (self.common.has_agent, &self.common.nets) {
@@ -316,16 +391,15 @@ impl Nodes {
         };
         let trouble = self.trouble(ip);
         if is_routed {
-            let unadvertised = self
-                .words(ip)
-                .filter(|(_, (_, word))| matches!(word, Word::Unadvertised(_)));
-            let (count, remark) = (
-                unadvertised.count(),
-                trouble.map(|(node, why)| format!("on node {node}: {why}")),
-            );
-            return Some(match remark {
-                Some(why) if count > 0 && count >= *routing => nobody("NotAdvertised", &why),
-                remark => Voice::Routed { remark },
+            let unheard = self.words(ip).filter_map(|(_, (_, word))| match word {
+                Word::Unadvertised(cause, _) => Some(*cause),
+                _ => None,
+            });
+            let unheard: Vec<Unheard> = unheard.collect();
+            let remark = trouble.map(|(node, why)| format!("on node {node}: {why}"));
+            return Some(match (remark, unheard.first()) {
+                (Some(why), Some(cause)) if unheard.len() >= *routing => nobody(cause.word(), &why),
+                (remark, _) => Voice::Routed { remark },
             });
         }
         // It is on its way from one node to another, or asked about: what was said last holds.
@@ -340,6 +414,65 @@ impl Nodes {
             }),
             (None, None) => None,
         }
+    }
+
+    /// A range of a remote group that lies in a subnet of the nodes, with that subnet: there its addresses are announced by one node, as
+    /// those of a local group.
+    pub fn near(&self, group: &Group) -> Option<String> {
+        if group.announce != Announce::Remote {
+            return None;
+        }
+        let found = group.pools().iter().find_map(|pool| {
+            let (first, last) = (pool.range.first(), pool.range.last());
+            let near = |net: &&IpNet| net.contains(&first) || net.contains(&last) || pool.range.contains(net.network());
+            Some((&pool.text, self.common.nets.iter().find(near)?))
+        });
+        found.map(|(range, net)| {
+            format!(
+                "its range {range} has addresses of {net}, a subnet that nodes have an interface in: these are announced there by one \
+                 node, as those of a local group, and no router hears of them. Make the group local, or give it a range outside of the \
+                 nodes' subnets"
+            )
+        })
+    }
+
+    /// Why the addresses of a group may be reached by nobody: they are routed, and no node's agent knows of a routing daemon.
+    pub fn unrouted(&self, group: &Group) -> Option<String> {
+        let Common { has_agent, nets, .. } = &self.common;
+        if !has_agent || self.all.values().any(|node| node.has_daemon) {
+            return None;
+        }
+        let near = |pool: &&Pool| {
+            nets.iter()
+                .any(|net| net.contains(&pool.range.first()) || net.contains(&pool.range.last()))
+        };
+        let why = match group.announce {
+            Announce::Local => return None,
+            Announce::Remote => format!(
+                "its addresses are routed: they are on {} of every node",
+                crds::lbnodeagent::DUMMY_INTERFACE
+            ),
+            Announce::Auto => {
+                let pool = group.pools().iter().find(|pool| !near(pool))?;
+                let has: Vec<String> = nets.iter().take(refusal::LISTED + 1).map(ToString::to_string).collect();
+                format!(
+                    "no node has an interface in the subnet of its range {} (nodes have {}), so these addresses are routed: they are on {} \
+                     of every node. Is the range mistyped",
+                    pool.text,
+                    refusal::list(&has, ", "),
+                    crds::lbnodeagent::DUMMY_INTERFACE
+                )
+            }
+        };
+        let or = if group.announce == Announce::Auto {
+            "? Else they"
+        } else {
+            ", and"
+        };
+        Some(format!(
+            "{why}{or} are reached only where a routing daemon advertises them, and no node's agent knows of one. One that it cannot ask, such \
+             as Calico's or GoBGP, is not seen; BIRD and FRR of the chart are (bird.enabled, frr.enabled)"
+        ))
     }
 
     /// What the nodes say of an address.
@@ -358,7 +491,7 @@ impl Nodes {
                     node: node.to_owned(),
                 }),
                 Word::Silent(reason, why) if reason.is_for_all() => Latest::Silent(*reason, why),
-                Word::Silent(..) | Word::Unadvertised(_) => return None,
+                Word::Silent(..) | Word::Unadvertised(..) => return None,
             };
             Some((*heard, latest))
         });
@@ -369,7 +502,7 @@ impl Nodes {
     /// The trouble that the first of the nodes has with an address that others may have none with.
     fn trouble(&self, ip: IpAddr) -> Option<(&str, &str)> {
         self.words(ip).find_map(|(node, (_, word))| match word {
-            Word::Silent(_, why) | Word::Unadvertised(why) => Some((node, why.as_str())),
+            Word::Silent(_, why) | Word::Unadvertised(_, why) => Some((node, why.as_str())),
             Word::Announces(_) | Word::Conflict(_) => None,
         })
     }
@@ -499,6 +632,83 @@ mod tests {
         let [(_, announced), (_, conflict)] = said.conditions(&service);
         assert_eq!(conflict.is_some(), !said.conflicts.is_empty());
         announced.map_or_else(Default::default, |said| (said.reason, said.message))
+    }
+
+    #[test]
+    fn a_group_whose_addresses_are_announced_otherwise_than_it_says_is_told_so() {
+        let router = || report(&json!({"routingDaemon": {"name": "BIRD"}}));
+        for (name, spec, said, near, unrouted) in [
+            (
+                "local",
+                "local: {v4pool: {pool: 10.0.0.0/28, subnet: 10.0.0.0/24}}",
+                vec![announcing(&[])],
+                "",
+                "",
+            ),
+            (
+                "remote, in a subnet of nodes",
+                "remote: {v4pool: {pool: 10.0.0.0/28, subnet: 10.0.0.0/24}}",
+                vec![announcing(&[]), router()],
+                "its range 10.0.0.0/28 has addresses of 10.0.0.0/24, a subnet that nodes",
+                "",
+            ),
+            (
+                "remote, around a subnet of nodes",
+                "remote: {v4pool: {pool: 10.0.0.0/15, subnet: 10.0.0.0/15}}",
+                vec![router()],
+                "its range 10.0.0.0/15 has addresses of 10.0.0.0/24, a subnet that nodes",
+                "",
+            ),
+            (
+                "remote",
+                "remote: {v4pool: {pool: 10.9.0.0/24, subnet: 10.9.0.0/24}}",
+                vec![router()],
+                "",
+                "",
+            ),
+            (
+                "remote, and no daemon",
+                "remote: {v4pool: {pool: 10.9.0.0/24, subnet: 10.9.0.0/24}}",
+                vec![announcing(&[])],
+                "",
+                "its addresses are routed: they are on kube-lb0 of every node, and are reached only where a routing daemon advertises \
+                 them, and no node's agent knows of one.",
+            ),
+            (
+                "Auto, and the nodes have it",
+                "{announce: Auto, local: {v4pool: {pool: 10.0.0.0/28, subnet: 10.0.0.0/24}}}",
+                vec![announcing(&[])],
+                "",
+                "",
+            ),
+            (
+                "Auto, with a digit that is wrong",
+                "{announce: Auto, local: {v4pool: {pool: 10.1.0.0/28, subnet: 10.1.0.0/24}}}",
+                vec![announcing(&[])],
+                "",
+                "no node has an interface in the subnet of its range 10.1.0.0/28 (nodes have 10.0.0.0/24), so these addresses are routed: \
+                 they are on kube-lb0 of every node. Is the range mistyped? Else they are reached only where a routing daemon",
+            ),
+            (
+                "no agent yet",
+                "remote: {v4pool: {pool: 10.9.0.0/24, subnet: 10.9.0.0/24}}",
+                vec![],
+                "",
+                "",
+            ),
+        ] {
+            let spec: crds::ServiceGroupSpec = serde_saphyr::from_str(spec).unwrap();
+            let group = spec.parse().unwrap();
+            let names = ["a", "b"].into_iter();
+            let nodes = heard(names.zip(said).collect());
+            for (said, expected) in [(nodes.near(&group), near), (nodes.unrouted(&group), unrouted)] {
+                let said = said.unwrap_or_default();
+                assert!(
+                    said.is_empty() == expected.is_empty() && said.starts_with(expected),
+                    "{name}: {said}"
+                );
+            }
+        }
     }
 
     #[test]

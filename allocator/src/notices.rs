@@ -117,6 +117,16 @@ pub fn left_out(what: String) -> Notice {
     Notice::normal("AddressesLeftOut", what)
 }
 
+/// A remote group has addresses of the nodes' own subnets.
+pub fn near(what: String) -> Notice {
+    Notice::warning("RemoteInSubnet", what)
+}
+
+/// A group's addresses are routed, and no routing daemon is known of.
+pub fn unrouted(what: String) -> Notice {
+    Notice::normal("NoRoutingDaemon", what)
+}
+
 /// Services keep addresses outside of a group's ranges.
 pub fn outside(what: String) -> Notice {
     Notice::warning("AddressesOutside", what)

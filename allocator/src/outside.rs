@@ -73,7 +73,12 @@ impl Outside {
     /// said something of the kind before, which another process told.
     pub fn is_news(&mut self, group: &str, is_said: bool) -> bool {
         let services = self.groups.get(group);
-        let now: BTreeSet<IpAddr> = services.into_iter().flat_map(BTreeMap::values).flatten().copied().collect();
+        let now: BTreeSet<IpAddr> = services
+            .into_iter()
+            .flat_map(BTreeMap::values)
+            .flatten()
+            .copied()
+            .collect();
         if now.is_empty() {
             self.told.remove(group);
             return false;
@@ -148,7 +153,10 @@ mod tests {
         look(&mut outside, &narrow, 0..12);
         let said = outside.of("g").unwrap();
         let begin = "12 Services keep addresses outside of its ranges: 10.0.0.8, 10.0.0.9, ";
-        assert!(said.starts_with(begin) && said.contains("10.0.0.15, …. They stay"), "{said}");
+        assert!(
+            said.starts_with(begin) && said.contains("10.0.0.15, …. They stay"),
+            "{said}"
+        );
         assert!(outside.is_news("g", false));
         assert!(!outside.is_news("g", false), "the same");
         assert!(outside.set(&key("s8"), None, &narrow), "one leaves");

@@ -3,16 +3,17 @@
 use crds::event::{ALLOCATOR, LONGEST, cut};
 use crds::record::replacing;
 use crds::servicegroup::Source;
-use crds::{Family, ServiceGroup, ServiceGroupStatus};
+use crds::{Family, ServiceGroupStatus};
 use daemon::WriteError;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Patch, PatchParams};
 use kube::core::Request;
 use kube::{Client, Resource};
+use serde::Serialize;
 use serde::de::IgnoredAny;
 use serde_json::json;
 
-use crate::groups::{GroupKey, Verdict};
+use crate::groups::Verdict;
 use crate::ledger::Ledger;
 use crate::refusal;
 
@@ -24,6 +25,12 @@ pub const FOREIGN_HOSTS: &str = "ForeignHosts";
 /// Type of the condition that is there while Services keep addresses outside of a group's ranges.
 pub const OUTSIDE: &str = "AddressesOutside";
 
+/// Type of the condition that is there while a remote group has addresses of the nodes' own subnets.
+pub const NEAR: &str = "RemoteInSubnet";
+
+/// Type of the condition that is there while a group has Services on routed addresses and no routing daemon is known of.
+pub const UNROUTED: &str = "NoRoutingDaemon";
+
 /// What is known of a group besides what the ledger has, in sentences.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Remarks<'a> {
@@ -31,6 +38,10 @@ pub struct Remarks<'a> {
     pub hosts: Option<&'a str>,
     /// Services keep addresses outside of its ranges.
     pub outside: Option<&'a str>,
+    /// Its addresses are routed, and no routing daemon is known of.
+    pub unrouted: Option<&'a str>,
+    /// It is remote, and nodes have its subnet.
+    pub near: Option<&'a str>,
 }
 
 /// What of a group's ranges is given to no Service, and why; `None` where all is.
@@ -55,6 +66,8 @@ fn conditions(name: &str, ledger: &Ledger, remarks: Remarks<'_>, known: &[Condit
         (LEFT_OUT, "NotForServices", left_out(name, ledger)),
         (FOREIGN_HOSTS, "BudgetSpent", remarks.hosts.map(ToOwned::to_owned)),
         (OUTSIDE, "GroupEdited", remarks.outside.map(ToOwned::to_owned)),
+        (UNROUTED, "NoneKnown", remarks.unrouted.map(ToOwned::to_owned)),
+        (NEAR, "NodesHaveIt", remarks.near.map(ToOwned::to_owned)),
     ];
     let said = said.into_iter();
     said.filter_map(|(type_, reason, message)| Some(replacing(known, type_, true, reason, message?)))
@@ -107,15 +120,19 @@ pub fn status(
     }
 }
 
-/// Writes a group's status with server-side apply, so that fields that became absent go away.
+/// Writes an object's status with server-side apply, so that fields that became absent go away.
 ///
 /// # Errors
 /// What the API server answered.
-pub async fn write_status(client: &Client, key: &GroupKey, status: &ServiceGroupStatus) -> Result<(), WriteError> {
-    let requests = Request::new(ServiceGroup::url_path(&(), Some(&key.0)));
+pub async fn write_status<K: Resource<DynamicType = ()>>(
+    client: &Client,
+    key: &daemon::Key,
+    status: &(impl Serialize + Sync),
+) -> Result<(), WriteError> {
+    let requests = Request::new(K::url_path(&(), Some(&key.0)));
     let patch = json!({
-        "apiVersion": ServiceGroup::api_version(&()),
-        "kind": ServiceGroup::kind(&()),
+        "apiVersion": K::api_version(&()),
+        "kind": K::kind(&()),
         "status": status,
     });
     let params = PatchParams::apply(ALLOCATOR).force();

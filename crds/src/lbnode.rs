@@ -54,6 +54,12 @@ pub const RENEW_SECONDS: u64 = 60;
         description = "Agents it hears, itself included"
     ),
     printcolumn(
+        name = "BGP",
+        type_ = "string",
+        json_path = ".status.routingDaemon.established",
+        description = "BGP sessions of its routing daemon that are established, of how many"
+    ),
+    printcolumn(
         name = "Problem",
         type_ = "string",
         json_path = ".status.problem",
@@ -231,10 +237,16 @@ pub struct RoutingDaemon {
     /// Why it cannot be asked, where it cannot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// How many of its BGP sessions are established, of how many: `1/2`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub established: String,
     /// Its BGP sessions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sessions: Vec<Session>,
 }
+
+/// The state of a session that carries routes (RFC 4271).
+pub const ESTABLISHED: &str = "Established";
 
 /// A BGP session.
 #[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

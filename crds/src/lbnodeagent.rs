@@ -1,10 +1,13 @@
 //! The LBNodeAgent: how node agents announce.
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a block of its own")]
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::core::{ParseExpressionError, Selector};
 use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How node agents announce addresses, on all nodes or on those a selector names.
@@ -20,8 +23,28 @@ use serde::{Deserialize, Serialize};
     shortname = "lbnas",
     category = "purelb",
     namespaced,
+    status = "LBNodeAgentStatus",
     derive = "PartialEq",
-    doc = "How node agents announce addresses, on all nodes or on those a selector names."
+    doc = "How node agents announce addresses, on all nodes or on those a selector names.",
+    printcolumn(
+        name = "Interfaces",
+        type_ = "string",
+        json_path = ".status.interfaces",
+        description = "On which these nodes announce local addresses"
+    ),
+    printcolumn(
+        name = "Nodes",
+        type_ = "integer",
+        json_path = ".status.nodes",
+        description = "How many nodes use it"
+    ),
+    printcolumn(
+        name = "Problem",
+        type_ = "string",
+        json_path = ".status.problem",
+        description = "What is wrong with it"
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 pub struct LBNodeAgentSpec {
     /// The nodes this object applies to. Absent or empty: all that no other object selects.
@@ -126,6 +149,39 @@ pub struct AddressOptions {
     /// own interfaces, else false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_prefix_route: Option<bool>,
+}
+
+/// What has become of it. The allocator writes this.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LBNodeAgentStatus {
+    /// How many nodes use it.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub nodes: i64,
+    /// The interfaces on which these nodes announce local addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interfaces: Option<Vec<String>>,
+    /// What is wrong with it; absent where nothing is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+impl LBNodeAgentSpec {
+    /// What selects its nodes; `None` where it applies to all that no other selects.
+    ///
+    /// # Errors
+    /// What is wrong with its selector.
+    pub fn selector(&self) -> Result<Option<Selector>, ParseExpressionError> {
+        let selector = self.node_selector.clone().unwrap_or_default();
+        let is_empty = selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
+            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty);
+        if is_empty {
+            Ok(None)
+        } else {
+            Selector::try_from(selector).map(Some)
+        }
+    }
 }
 
 /// Name of the dummy interface where none is configured.

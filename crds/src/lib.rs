@@ -18,7 +18,7 @@ pub mod servicegroup;
 pub mod slim;
 
 pub use lbnode::{LBNode, LBNodeSpec, LBNodeStatus};
-pub use lbnodeagent::{LBNodeAgent, LBNodeAgentSpec};
+pub use lbnodeagent::{LBNodeAgent, LBNodeAgentSpec, LBNodeAgentStatus};
 pub use pool::{AddressRange, Aggregation, Family, Pool, PoolError};
 pub use service::ServiceKey;
 pub use servicegroup::{Announce, ServiceGroup, ServiceGroupSpec, ServiceGroupStatus};

@@ -143,7 +143,12 @@ impl Announced {
             let _ = match voice {
                 Voice::Local { node, interface } => write!(message, "{comma}{ip} by {node} ({interface})"),
                 Voice::Routed { remark: None } => write!(message, "{comma}{ip} routed"),
-                Voice::Routed { remark: Some(remark) } => write!(message, "{comma}{ip} routed: {}", plain(remark)),
+                Voice::Routed { remark: Some(remark) } => {
+                    if is_true {
+                        reason = "PartlyAnnounced";
+                    }
+                    write!(message, "{comma}{ip} routed: {}", plain(remark))
+                }
                 Voice::Nobody { reason: word, why } => {
                     if is_true {
                         (reason, is_true) = (word, false);
@@ -276,6 +281,15 @@ mod tests {
              10.1.0.1 by nobody: no node has 10.1.0.0/16, 10.0.0.9 by evil (eth0)"
         );
         assert_eq!((known.status.as_str(), known.reason.as_str()), ("False", "NoSubnet"));
+        let partly = Announced(BTreeMap::from([
+            (ip("10.0.0.3"), routed(Some("on node n: no router hears of it"))),
+            (ip("10.0.0.5"), routed(None)),
+        ]));
+        let said = partly.condition(&Service::default());
+        assert_eq!(
+            (said.status.as_str(), said.reason.as_str()),
+            ("True", "PartlyAnnounced")
+        );
         let owners = Announced::owners(&service);
         assert_eq!(owners.len(), 2);
         assert_eq!(owners[&ip("10.0.0.2")], ("node2.example.org".into(), "a (b)".into()));

@@ -286,7 +286,8 @@ pub struct ServiceGroupStatus {
     pub problem: Option<String>,
     /// `AddressesLeftOut`: some addresses of its ranges are given to no Service, and why. `ForeignHosts`: hosts outside the
     /// cluster have more of them than Services are moved away from. `AddressesOutside`: Services keep addresses that are in none of
-    /// its ranges any more: how many, and which.
+    /// its ranges any more: how many, and which. `RemoteInSubnet`: it is remote, and nodes have an interface in its subnet.
+    /// `NoRoutingDaemon`: its addresses are routed, and no node's agent knows of a routing daemon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conditions: Option<Vec<Condition>>,
 }

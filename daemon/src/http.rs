@@ -146,7 +146,11 @@ pub async fn serve(listen: &Listen, own: Option<IpAddr>, registry: Registry, cli
         } else {
             (None, None)
         };
-        let service = Service::Metrics { registry, reviewer };
+        let service = Service::Metrics {
+            registry,
+            reviewer,
+            ready: ready.clone(),
+        };
         tokio::spawn(take_connections(listener, tls, Arc::new(service)));
     }
     if listen.health_port != 0 {
@@ -188,6 +192,8 @@ enum Service {
     Metrics {
         registry: Registry,
         reviewer: Option<Reviewer>,
+        /// Said here, too: an agent's health is on 127.0.0.1, where nobody else can ask why it is not ready.
+        ready: Ready,
     },
     Health(Ready),
 }
@@ -197,12 +203,20 @@ impl Service {
         let is_read = matches!(*request.method(), Method::GET | Method::HEAD);
         match (self, request.uri().path()) {
             _ if !is_read => say(StatusCode::METHOD_NOT_ALLOWED, "only GET\n"),
-            (Self::Metrics { registry, reviewer }, "/metrics") => {
+            (
+                Self::Metrics {
+                    registry,
+                    reviewer,
+                    ready,
+                },
+                path @ ("/metrics" | "/readyz"),
+            ) => {
                 let answer = match reviewer {
                     Some(reviewer) => reviewer.ask(request.headers()).await,
                     None => Answer::Yes,
                 };
                 match answer {
+                    Answer::Yes if path == "/readyz" => readiness(ready),
                     Answer::Yes => metrics(registry),
                     Answer::Who => say(
                         StatusCode::UNAUTHORIZED,
@@ -216,12 +230,16 @@ impl Service {
                 }
             }
             (Self::Health(_), "/healthz") => say(StatusCode::OK, "ok\n"),
-            (Self::Health(ready), "/readyz") => match ready.get() {
-                Ok(()) => say(StatusCode::OK, "ready\n"),
-                Err(missing) => say(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n")),
-            },
+            (Self::Health(ready), "/readyz") => readiness(ready),
             _ => say(StatusCode::NOT_FOUND, "not found\n"),
         }
+    }
+}
+
+fn readiness(ready: &Ready) -> Response<Full<Bytes>> {
+    match ready.get() {
+        Ok(()) => say(StatusCode::OK, "ready\n"),
+        Err(missing) => say(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {missing}\n")),
     }
 }
 
@@ -351,8 +369,10 @@ mod tests {
         let own = Some(Ipv4Addr::LOCALHOST.into());
         let ready = serve(&listen, own, metrics.registry(), &client()).await.unwrap();
         assert!(fetch(listen.health_port, "/healthz").await.starts_with("HTTP/1.1 200"));
-        let answer = fetch(listen.health_port, "/readyz").await;
-        assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("not ready: starting\n"));
+        for port in [listen.health_port, listen.port] {
+            let answer = fetch(port, "/readyz").await;
+            assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("not ready: starting\n"));
+        }
         ready.set(Ok(()));
         assert!(fetch(listen.health_port, "/readyz").await.starts_with("HTTP/1.1 200"));
         let answer = fetch(listen.port, "/metrics").await;

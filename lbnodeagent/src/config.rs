@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crds::LBNodeAgent;
 use crds::lbnodeagent::{AddressOptions, LocalConfig};
-use kube::core::{Selector, SelectorExt};
+use kube::core::SelectorExt;
 use kube::{Resource, ResourceExt};
 use regex::Regex;
 
@@ -134,11 +134,10 @@ pub fn select<'a>(
         if agent.spec.local.is_none() {
             continue;
         }
-        let selector = agent.spec.node_selector.clone().unwrap_or_default();
-        let is_catch_all = is_catch_all(agent);
-        match Selector::try_from(selector) {
-            Ok(selector) if selector.matches(labels) => fitting.push((is_catch_all, agent.name_any(), agent)),
-            Ok(_) => {}
+        match agent.spec.selector() {
+            Ok(None) => fitting.push((true, agent.name_any(), agent)),
+            Ok(Some(selector)) if selector.matches(labels) => fitting.push((false, agent.name_any(), agent)),
+            Ok(Some(_)) => {}
             Err(error) => bad.push((agent, ConfigError::Selector(error.to_string()))),
         }
     }
@@ -151,14 +150,6 @@ pub fn select<'a>(
     let rivals = fitting.filter(|(other, _, _)| *other == rank);
     bad.extend(rivals.map(|(_, _, agent)| (agent, ConfigError::Ignored(title(best)))));
     (Some(best), bad)
-}
-
-/// Whether an LBNodeAgent applies to every node that no other selects.
-fn is_catch_all(agent: &LBNodeAgent) -> bool {
-    agent.spec.node_selector.as_ref().is_none_or(|selector| {
-        selector.match_labels.as_ref().is_none_or(BTreeMap::is_empty)
-            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty)
-    })
 }
 
 impl NodeConfig {

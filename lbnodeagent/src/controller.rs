@@ -41,7 +41,7 @@ use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress
 use crate::known::{Addresses, Known};
 use crate::lbnode::{self, Memory};
 use crate::members::{self, Keys, Living, Members, MembersError, Meta, Peers, Refusal};
-use crate::metrics::{Metrics, Selector};
+use crate::metrics::{Cause, Metrics, Selector};
 use crate::neighbor::Announcer;
 use crate::neighbor::frame::Mac;
 use crate::notices;
@@ -369,6 +369,8 @@ struct Agent<'a> {
     findings: Findings,
     /// Who announces each VIP as far as this node knows, itself included.
     owners: BTreeMap<IpAddr, String>,
+    /// Why addresses came to this node at the last look, and where their owner was watched.
+    coming: BTreeMap<IpAddr, (Cause, Option<Watched>)>,
     /// What the LBNode says of sessions.
     sessions: watch::Sender<Option<RoutingDaemon>>,
     /// The LBNodeAgent in use, and what is wrong with it.
@@ -447,6 +449,7 @@ impl<'a> Agent<'a> {
             lingering: BTreeMap::new(),
             findings: Findings::default(),
             owners: BTreeMap::new(),
+            coming: BTreeMap::new(),
             sessions: watch::Sender::new(None),
             configuration: None,
             problem: None,

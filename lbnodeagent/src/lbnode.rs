@@ -68,6 +68,8 @@ pub struct State<'a> {
     pub problem: Option<String>,
     /// The node carries no addresses.
     pub is_withdrawn: bool,
+    /// The kernel answers ARP on each interface for the addresses of all others (`arp_ignore` is 0).
+    pub answers_for_all: bool,
     /// How it announces; `None` where no LBNodeAgent applies.
     pub config: Option<&'a NodeConfig>,
     /// What the kernel holds.
@@ -141,6 +143,7 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
         .config
         .map_or_else(BTreeMap::new, |config| plan::offered(state.kernel, config));
     let problem = state.problem.clone().or_else(|| missing_interface(state));
+    let problem = problem.or_else(|| ipvs_answers(state));
     LBNodeStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         renewed: None,
@@ -241,6 +244,21 @@ fn missing_interface(state: &State<'_>) -> Option<String> {
     })
 }
 
+/// Where kube-proxy keeps the addresses of all Services in IPVS mode.
+pub const IPVS_INTERFACE: &str = "kube-ipvs0";
+
+/// Why this node answers for addresses that other nodes announce.
+fn ipvs_answers(state: &State<'_>) -> Option<String> {
+    let is_ipvs = state.kernel.link_named(IPVS_INTERFACE).is_some();
+    (is_ipvs && state.answers_for_all).then(|| {
+        format!(
+            "kube-proxy of node {} runs in IPVS mode without strictARP, so the node answers ARP for the addresses of all Services: set \
+             ipvs.strictARP: true in the configuration of kube-proxy, and restart it",
+            state.node
+        )
+    })
+}
+
 /// The first few of a list, or that there are none.
 pub fn listed(items: &[impl Display]) -> String {
     const SHOWN: usize = 8;
@@ -336,6 +354,17 @@ mod tests {
 
     /// What is said by node "a" of the members a and b, of verdicts on addresses of one Service each.
     fn said(config: Option<&NodeConfig>, verdicts: &[(&str, Verdict)], failed: &[(&str, &str)]) -> LBNodeStatus {
+        said_on(&kernel(), true, config, verdicts, failed)
+    }
+
+    /// The same on a node with this kernel, which may answer ARP for the addresses of all interfaces.
+    fn said_on(
+        kernel: &Snapshot,
+        answers_for_all: bool,
+        config: Option<&NodeConfig>,
+        verdicts: &[(&str, Verdict)],
+        failed: &[(&str, &str)],
+    ) -> LBNodeStatus {
         let verdicts = verdicts.iter().map(|(vip, verdict)| (ip(vip), verdict.clone()));
         let plan = Plan {
             verdicts: verdicts.collect(),
@@ -357,8 +386,9 @@ mod tests {
             configuration: Some("purelb/default"),
             problem: None,
             is_withdrawn: false,
+            answers_for_all,
             config,
-            kernel: &kernel(),
+            kernel,
             plan: &plan,
             services: &services.collect(),
             failed: &failed.iter().map(|(vip, why)| (ip(vip), (*why).to_owned())).collect(),
@@ -510,6 +540,28 @@ mod tests {
             }]
         );
         assert!(said(None, &[], &[]).interfaces.is_empty());
+    }
+
+    #[test]
+    fn a_node_that_answers_for_the_addresses_of_all_services_says_so() {
+        let mut ipvs = kernel();
+        ipvs.links.push(Link {
+            name: IPVS_INTERFACE.into(),
+            ..Link::default()
+        });
+        for (name, kernel, answers_for_all, expected) in [
+            ("IPVS without strictARP", &ipvs, true, true),
+            ("IPVS with strictARP", &ipvs, false, false),
+            ("another mode", &kernel(), true, false),
+        ] {
+            let said = said_on(kernel, answers_for_all, Some(&config("default")), &[], &[]);
+            let problem = said.problem.unwrap_or_default();
+            assert_eq!(
+                problem.contains("IPVS mode without strictARP"),
+                expected,
+                "{name}: {problem}"
+            );
+        }
     }
 
     #[test]

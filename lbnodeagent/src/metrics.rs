@@ -141,6 +141,7 @@ pub struct Metrics {
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
     unadvertised: Family<OfCause, Gauge>,
+    peers: Family<State, Gauge>,
 }
 
 /// Addresses taken over from another node.
@@ -255,6 +256,11 @@ impl Metrics {
             "Routed addresses here that the node's routing daemon advertises no route to, by cause",
             self.unadvertised.clone(),
         );
+        agent.register(
+            "bgp_peers",
+            "BGP neighbours of the node's routing daemon, by the state of their session, while there are routed addresses",
+            self.peers.clone(),
+        );
     }
 
     /// This node announces an address of a Service, or does so no more.
@@ -324,6 +330,14 @@ impl Metrics {
         }
     }
 
+    /// How many BGP neighbours are in which state.
+    pub fn peers(&self, counts: &BTreeMap<&'static str, usize>) {
+        for (state, count) in counts {
+            let count = i64::try_from(*count).unwrap_or(i64::MAX);
+            self.peers.get_or_create(&State { state }).set(count);
+        }
+    }
+
     /// Whether something is wrong with the LBNodeAgent that is to apply here.
     pub fn configured(&self, has_problem: bool) {
         self.configuration_problem.set(has_problem.into());
@@ -353,6 +367,7 @@ mod tests {
         metrics.taken_over(Cause::Silent, Duration::from_millis(104));
         metrics.selected(Selector::Default);
         metrics.stolen("m", "w11");
+        metrics.peers(&BTreeMap::from([("established", 1), ("active", 1)]));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &metrics.registry()).unwrap();
         for line in [
@@ -362,6 +377,7 @@ mod tests {
             "purelb_lbnodeagent_selector_state{state=\"default\"} 1",
             "purelb_lbnodeagent_selector_state{state=\"invalid\"} 0",
             "purelb_lbnodeagent_announce_slot_steal_total{from=\"m\",to=\"w11\"} 1",
+            "purelb_lbnodeagent_bgp_peers{state=\"active\"} 1",
             "purelb_lbnodeagent_garp_sent_total 0",
             "purelb_election_member_count 0",
             "purelb_standby_packets_total{kind=\"probe\"} 0",

@@ -1,18 +1,44 @@
 //! What users are told of announcements and of LBNodeAgents, in the words PureLB's users know where there are any.
 
+use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use crds::event::Notice;
 
 use crate::config::ConfigError;
+use crate::metrics::Cause;
 use crate::plan::User;
 
-/// A local address is announced here. `before` is the node that its annotation names, where that is another one.
-pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<&str>) -> Vec<Notice> {
+/// How an address came here from another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Came {
+    /// Why.
+    pub cause: Cause,
+    /// How long nobody answered for it, where that is known.
+    pub silence: Option<Duration>,
+}
+
+impl fmt::Display for Came {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.cause, self.silence) {
+            (Cause::Silent, Some(silence)) => write!(f, "silent for {} ms", silence.as_millis()),
+            (Cause::Silent, None) => f.write_str("silent"),
+            (Cause::Departed, _) => f.write_str("gone, as gossip says"),
+            (Cause::HandedOver, _) => f.write_str("handed over"),
+            (Cause::Elected, _) => f.write_str("elected: this node comes first again"),
+        }
+    }
+}
+
+/// A local address is announced here. `before` is the node that the Service names, where that is another one, and how the address
+/// came from there, where that is known.
+pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<(&str, Option<Came>)>) -> Vec<Notice> {
     let message = format!("Node {node} announcing {ip} on interface {interface}");
     let mut notices = vec![Notice::normal("AnnouncingLocal", message)];
-    if let Some(other) = before {
-        let message = format!("Node {node} took announcement of {ip} from node {other}");
+    if let Some((other, came)) = before {
+        let how = came.map(|came| format!(" ({came})")).unwrap_or_default();
+        let message = format!("Node {node} took announcement of {ip} from node {other}{how}");
         notices.push(Notice::normal("AnnounceSlotSteal", message));
     }
     notices
@@ -99,7 +125,21 @@ mod tests {
         let ip = "10.0.0.1".parse().unwrap();
         let pattern = serde_json::from_str(r#"{"localInterface": "eth("}"#).unwrap();
         let unreadable = NodeConfig::read(&pattern).unwrap_err();
-        let stolen = local("w11", ip, "bond0", Some("m"));
+        let came = |cause, silence| Some(Came { cause, silence });
+        let stolen = local("w11", ip, "bond0", Some(("m", None)));
+        for (came, how) in [
+            (
+                came(Cause::Silent, Some(Duration::from_micros(112_700))),
+                " (silent for 112 ms)",
+            ),
+            (came(Cause::Silent, None), " (silent)"),
+            (came(Cause::Departed, None), " (gone, as gossip says)"),
+            (came(Cause::HandedOver, None), " (handed over)"),
+            (came(Cause::Elected, None), " (elected: this node comes first again)"),
+        ] {
+            let told = local("w11", ip, "bond0", Some(("m", came)));
+            assert_eq!(told[1].message, format!("{}{how}", stolen[1].message));
+        }
         assert_eq!(local("w11", ip, "bond0", None), stolen[..1]);
         for (notice, kind, reason, message) in [
             (

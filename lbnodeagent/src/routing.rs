@@ -16,7 +16,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crds::Family;
-use crds::lbnode::RoutingDaemon;
+use crds::lbnode::{ESTABLISHED, RoutingDaemon};
 use ipnet::IpNet;
 
 pub use look::{keep_looking, sessions};
@@ -90,9 +90,6 @@ pub struct Session {
     pub sends: Result<BTreeSet<IpNet>, String>,
 }
 
-/// The state of a session that carries routes (RFC 4271).
-const ESTABLISHED: &str = "Established";
-
 /// What is said of a daemon and its sessions. `before` is what was said last: a session that is still down keeps the words of
 /// then, since they change all the time.
 pub fn shown(kind: Kind, state: &Result<Vec<Session>, String>, before: Option<&RoutingDaemon>) -> RoutingDaemon {
@@ -104,18 +101,13 @@ pub fn shown(kind: Kind, state: &Result<Vec<Session>, String>, before: Option<&R
             return RoutingDaemon {
                 name,
                 problem: Some(known.unwrap_or_else(|| why.clone())),
-                sessions: Vec::new(),
+                ..RoutingDaemon::default()
             };
         }
     };
-    let mut states: BTreeMap<&str, &str> = BTreeMap::new();
-    for session in sessions {
-        let state = session.sends.as_ref().map_or_else(String::as_str, |_| ESTABLISHED);
-        let known = states.entry(&session.neighbor).or_insert(state);
-        if state == ESTABLISHED {
-            *known = state;
-        }
-    }
+    let states = states(sessions);
+    let up = states.values().filter(|state| **state == ESTABLISHED).count();
+    let all = states.len();
     let said = |neighbor: &str| {
         let before = before.into_iter().flat_map(|before| &before.sessions);
         let mut down = before.filter(|session| session.state != ESTABLISHED);
@@ -131,8 +123,45 @@ pub fn shown(kind: Kind, state: &Result<Vec<Session>, String>, before: Option<&R
     RoutingDaemon {
         name,
         problem: None,
+        established: if all == 0 { String::new() } else { format!("{up}/{all}") },
         sessions: sessions.collect(),
     }
+}
+
+/// The state of each neighbour: established, where it is for any family.
+fn states(sessions: &[Session]) -> BTreeMap<&str, &str> {
+    let mut states: BTreeMap<&str, &str> = BTreeMap::new();
+    for session in sessions {
+        let state = session.sends.as_ref().map_or_else(String::as_str, |_| ESTABLISHED);
+        let known = states.entry(&session.neighbor).or_insert(state);
+        if state == ESTABLISHED {
+            *known = state;
+        }
+    }
+    states
+}
+
+/// The states of BGP (RFC 4271 section 8.2.2) as a label's values, and one for all other words.
+pub const STATES: [&str; 7] = [
+    "idle",
+    "connect",
+    "active",
+    "opensent",
+    "openconfirm",
+    "established",
+    "other",
+];
+
+/// How many neighbours are in which state.
+pub fn peers(sessions: &[Session]) -> BTreeMap<&'static str, usize> {
+    let mut counts: BTreeMap<_, _> = STATES.iter().map(|state| (*state, 0)).collect();
+    for state in states(sessions).values() {
+        let word = state.split(|letter: char| !letter.is_alphabetic()).next();
+        let word = word.unwrap_or_default().to_lowercase();
+        let known = STATES.into_iter().find(|state| *state == word);
+        *counts.entry(known.unwrap_or("other")).or_default() += 1;
+    }
+    counts
 }
 
 /// Why no route to an address is advertised.
@@ -311,9 +340,38 @@ mod tests {
         assert_eq!(states(&shown(Kind::Bird, &then, Some(&first))), ["r Active", "s Idle"]);
         let up = Ok(vec![session("r", v4, Err("Connect")), session("r", v6, Ok(""))]);
         assert_eq!(states(&shown(Kind::Bird, &up, Some(&first))), ["r Established"]);
+        assert_eq!(
+            (
+                first.established.as_str(),
+                shown(Kind::Bird, &up, None).established.as_str()
+            ),
+            ("1/2", "1/1")
+        );
         let away = shown(Kind::Frr, &Err("connection refused".into()), None);
         assert_eq!(away.problem.as_deref(), Some("connection refused"));
         assert_eq!(shown(Kind::Frr, &Err("no such file".into()), Some(&away)), away);
+    }
+
+    #[test]
+    fn neighbours_are_counted_by_state_each_once() {
+        let (v4, v6) = (Family::V4, Family::V6);
+        let sessions = [
+            session("r", v4, Ok("")),
+            session("r", v6, Err("Idle")),
+            session("s", v4, Err("Active, Socket: Connection refused")),
+            session("s", v6, Err("Active, Socket: Connection refused")),
+            session("t", v4, Err("OpenSent")),
+            session("u", v4, Err("Passive")),
+            session("w", v4, Err("")),
+        ];
+        let counts = peers(&sessions);
+        let shown: Vec<_> = counts.iter().filter(|(_, count)| **count > 0).collect();
+        assert_eq!(
+            shown,
+            [(&"active", &1), (&"established", &1), (&"opensent", &1), (&"other", &2)]
+        );
+        assert_eq!(counts.len(), STATES.len());
+        assert!(peers(&[]).values().all(|count| *count == 0));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crds::record::Granted;
-use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey};
+use crds::{Family, ServiceGroup, ServiceGroupStatus, ServiceKey};
 use daemon::{Change, Turn, WriteError};
 use k8s_openapi::api::core::v1::Service;
 use kube::runtime::watcher;
@@ -16,7 +16,7 @@ use crate::status::Remarks;
 use crate::{notices, refusal, status};
 
 /// How long changes of a group's usage are gathered before its status is written.
-const STATUS_DELAY: Duration = Duration::from_millis(250);
+pub(super) const STATUS_DELAY: Duration = Duration::from_millis(250);
 
 /// The message of a group's condition.
 fn says<'a>(status: &'a ServiceGroupStatus, type_: &str) -> Option<&'a str> {
@@ -116,7 +116,7 @@ impl Controller {
         self.status_due = None;
         self.measure();
         self.ask_stats();
-        let mut again = None;
+        let mut again = self.write_agent_statuses();
         for (key, verdict) in &self.verdicts {
             let known = self
                 .statuses
@@ -124,9 +124,24 @@ impl Controller {
                 .or_else(|| self.groups.get(key).and_then(|group| group.status.as_ref()));
             let hosts = self.hosts_of(&key.1);
             let outside = self.outside.of(&key.1).filter(|_| matches!(verdict, Verdict::Valid(_)));
+            let (near, unrouted) = match verdict {
+                // Before the nodes were heard it is as it was.
+                Verdict::Valid(_) if self.settings.has_agents && !self.nodes.is_known() => {
+                    let said = |type_| known.and_then(|known| says(known, type_)).map(ToOwned::to_owned);
+                    (said(status::NEAR), said(status::UNROUTED))
+                }
+                Verdict::Valid(group) => {
+                    let is_used = [Family::V4, Family::V6].map(|family| self.ledger.usage(&key.1, family).used > 0);
+                    let unrouted = self.nodes.unrouted(group).filter(|_| is_used.contains(&true));
+                    (self.nodes.near(group), unrouted)
+                }
+                _ => (None, None),
+            };
             let remarks = Remarks {
                 hosts: hosts.as_deref(),
                 outside: outside.as_deref(),
+                near: near.as_deref(),
+                unrouted: unrouted.as_deref(),
             };
             let current = status::status(verdict, (&key.0, &key.1), &self.ledger, remarks, known);
             if known == Some(&current) {
@@ -150,6 +165,17 @@ impl Controller {
             {
                 self.reporter.tell(object.as_ref(), &notices::left_out(said.to_owned()));
             }
+            let told = [
+                (status::NEAR, near.map(notices::near)),
+                (status::UNROUTED, unrouted.map(notices::unrouted)),
+            ];
+            for (type_, notice) in told {
+                if let (Some(notice), Some(object)) = (notice, object)
+                    && before(type_) != Some(&notice.message)
+                {
+                    self.reporter.tell(object.as_ref(), &notice);
+                }
+            }
             if self.outside.is_news(&key.1, before(status::OUTSIDE).is_some())
                 && let (Some(object), Some(said)) = (object, outside)
             {
@@ -159,7 +185,7 @@ impl Controller {
             self.status_writes.begin(key.clone());
             let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
             self.spawn(async move {
-                let result = status::write_status(&client, &key, &current).await;
+                let result = status::write_status::<ServiceGroup>(&client, &key, &current).await;
                 let _ = sender.send(Input::StatusWritten(key, result));
             });
         }

@@ -32,6 +32,7 @@ impl Controller {
     pub(super) fn lbnode_event(&mut self, event: Named<Report>) {
         let changes = self.lbnodes.apply(event);
         for (name, report) in changes {
+            self.note_node(&name, report.as_ref());
             let ledger = &self.ledger;
             let touched = match report {
                 Some(report) => self.nodes.hear(&name, report, |ip| ledger.holders_of(ip) > 0),
@@ -48,10 +49,14 @@ impl Controller {
                         self.reconcile(&key);
                     }
                 }
-                Touched::All => self.reconcile_all(),
+                Touched::All => {
+                    self.usage_changed();
+                    self.reconcile_all();
+                }
             }
         }
         self.know_nodes();
+        self.look_at_troubles();
     }
 
     /// Begins to write what nodes say when all of them were heard, and who has which address is known.
@@ -59,6 +64,7 @@ impl Controller {
         if self.is_started && self.lbnodes.is_ready() && !self.nodes.is_known() {
             let ledger = &self.ledger;
             self.nodes.know(|ip| ledger.holders_of(ip) > 0);
+            self.know_troubles();
             self.reconcile_all();
         }
     }

@@ -16,6 +16,7 @@ use kube::{Client, ResourceExt};
 use tokio::sync::mpsc;
 
 use super::{Controller, Input};
+use crate::agents::Labels;
 use crate::reserved::{self, OfService};
 
 /// How long after a failed question about kinds it is asked again.
@@ -103,7 +104,7 @@ pub(super) fn watch(client: &Client, sender: &mpsc::UnboundedSender<Input>) {
         Api::all(client.clone()),
         daemon::Selection::default(),
         sender,
-        |event| Input::Node(named(event, of_node)),
+        |event| Input::Node(named(event, |node| (of_node(node), node.labels().clone()))),
     );
     // The API server writes and keeps this one itself; others of the namespace are their authors'.
     let kubernetes = daemon::Selection {
@@ -197,8 +198,10 @@ pub(super) fn of_service(service: &Service) -> OfService {
 }
 
 impl Controller {
-    pub(super) fn node_event(&mut self, event: Named<reserved::Node>) {
+    pub(super) fn node_event(&mut self, event: Named<(reserved::Node, Labels)>) {
         for (name, node) in self.others.nodes.apply(event) {
+            let (node, labels) = node.unzip();
+            self.note_labels(&name, labels);
             self.ledger.reserved_mut().set_node(&name, node);
         }
         self.reserve();

@@ -132,6 +132,78 @@ fn a_node_says_which_addresses_its_daemon_advertises_to_nobody() -> Result<()> {
     })
 }
 
+/// Of two routers one is not there: nothing is out of reach, and the node says so of itself.
+#[test]
+fn one_session_of_two_that_is_down_is_told_of_the_node() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        let neighbours = lab.nodes().iter().filter(|node| node.ns == "w11");
+        let routers = Config::read("ebgp/router.conf")?.with_nodes(neighbours);
+        let _upstream = lab.start_speaker(Daemon::Frr, "router", &routers).await?;
+        let config = Config::read("ebgp/node-bird.conf")?.of(lab.node("w11")?);
+        let second = "protocol bgp second { local 10.31.188.11 as 64515; neighbor 10.31.254.252 as 64512; ipv4 { import none; export \
+                      none; }; }\nprotocol device";
+        let bird = lab
+            .start_speaker(Daemon::Bird, "w11", &config.clone().edited("protocol device", second))
+            .await?;
+        lab.start_allocator().await?;
+        lab.start_agent_with("w11", &[("PURELB_ROUTING_DAEMON", &bird.control_socket())])
+            .await?;
+        apply_services(&lab).await?;
+        let name = &lab.node("w11")?.name;
+        let told = async |reason: &str, words: &[&str]| {
+            wait_until(&format!("{reason}: {words:?}"), SOON, async || {
+                let all = Api::<Event>::namespaced(lab.client(), "purelb");
+                let all = all.list(&ListParams::default()).await?.items;
+                let about = all.iter().filter(|event| event.reason.as_deref() == Some(reason));
+                let notes: Vec<&str> = about.filter_map(|event| event.note.as_deref()).collect();
+                ensure!(
+                    notes.iter().any(|note| words.iter().all(|word| note.contains(word))),
+                    "there are {notes:#?}"
+                );
+                Ok(())
+            })
+            .await
+        };
+        told(
+            "BGPSessionDown",
+            &["1 of 3 BGP sessions of BIRD on node", name, "10.31.254.252 ("],
+        )
+        .await?;
+        let up = [
+            "get",
+            "lbnode",
+            name,
+            "-n",
+            "purelb",
+            "-o",
+            "jsonpath={.status.routingDaemon.established}",
+        ];
+        ensure!(lab.kubectl(up).await? == "2/3");
+        let url = format!("http://{}:7472/metrics", lab.node("w11")?.ipv4);
+        let text = lab.curl("w11", &url).await?;
+        ensure!(
+            text.contains("purelb_lbnodeagent_bgp_peers{state=\"established\"} 2\n"),
+            "{text}"
+        );
+        ensure!(events(&lab).await?.is_empty(), "every address is advertised");
+        bird.reconfigure(&config).await?;
+        told("BGPSessionsUp", &["All BGP sessions of BIRD on node", name]).await?;
+        bird.stop().await?;
+        told("RoutingDaemonSilent", &["BIRD on node", name, "does not answer"]).await?;
+        // Why nobody hears of an address is the condition's reason, as it is now.
+        let path = "jsonpath={.status.conditions[?(@.type==\"purelb.io/Announced\")].reason}";
+        wait_until("the condition has the cause for its reason", SOON, async || {
+            let reason = lab
+                .kubectl(["get", "service", "exact", "-n", "web", "-o", path])
+                .await?;
+            ensure!(reason == "NoAnswer", "{reason}");
+            Ok(())
+        })
+        .await
+    })
+}
+
 async fn stop_both(bird: Speaker, frr: Speaker) -> Result<()> {
     bird.stop().await?;
     frr.stop().await

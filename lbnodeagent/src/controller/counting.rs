@@ -13,6 +13,7 @@ use crate::config::NodeConfig;
 use crate::kernel::{Added, Applied, Change, Snapshot};
 use crate::members::Living;
 use crate::metrics::Cause;
+use crate::notices::Came;
 use crate::plan::{self, Candidate, Picture, Plan, Standing, Verdict};
 use crate::scope::Scope;
 use crate::standby::{Verdict as Direct, Watched};
@@ -95,6 +96,10 @@ impl Agent<'_> {
             }
         }
         self.handover.retain(scope, |ip| self.owners.contains_key(ip));
+        let coming = takeovers
+            .iter()
+            .map(|takeover: &Takeover| (takeover.ip, (takeover.cause, takeover.watched.clone())));
+        self.coming = coming.collect();
         takeovers
     }
 
@@ -138,6 +143,17 @@ impl Agent<'_> {
             Some(candidate) if candidate.standing == Standing::Member => Cause::Elected,
             _ => Cause::Departed,
         }
+    }
+
+    /// How an address came that has just been added.
+    pub(super) fn came(&self, ip: IpAddr) -> Option<Came> {
+        let (cause, watched) = self.coming.get(&ip)?;
+        let last = watched.as_ref().filter(|_| *cause == Cause::Silent);
+        let last = last.and_then(|watched| self.links.watcher.last_sign(watched));
+        Some(Came {
+            cause: *cause,
+            silence: last.map(|last| last.elapsed()),
+        })
     }
 
     /// After the addresses are here.

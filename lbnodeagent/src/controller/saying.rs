@@ -14,6 +14,12 @@ use crate::lbnode::{self, State};
 use crate::members::Living;
 use crate::plan::Verdict;
 
+/// Whether the kernel answers ARP for the addresses of all interfaces (ip-sysctl, `arp_ignore`).
+fn answers_for_all() -> bool {
+    let shown = std::fs::read_to_string("/proc/sys/net/ipv4/conf/all/arp_ignore");
+    shown.is_ok_and(|shown| shown.trim() == "0")
+}
+
 impl Agent<'_> {
     /// Starts to write what is said. The task ends with the last word, some time after this agent has ended.
     pub(super) fn start_writing(&self) -> JoinHandle<()> {
@@ -46,6 +52,7 @@ impl Agent<'_> {
             configuration: self.configuration.as_deref(),
             problem: self.problem.clone(),
             is_withdrawn: self.cluster.is_excluded(&self.settings.node),
+            answers_for_all: kernel.link_named(lbnode::IPVS_INTERFACE).is_some() && answers_for_all(),
             config,
             kernel,
             plan,

@@ -207,7 +207,12 @@ impl Agent<'_> {
                 let known = self.cluster.node(other).map(|_| other.as_str());
                 self.links.metrics.stolen(known.unwrap_or(UNKNOWN), node);
             }
-            notices::local(node, ip, interface, before.map(String::as_str))
+            notices::local(
+                node,
+                ip,
+                interface,
+                before.map(|before| (before.as_str(), self.came(ip))),
+            )
         } else {
             vec![notices::routed(node, ip, interface)]
         };

@@ -13,12 +13,14 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crds::lbnode::RoutingDaemon;
 
-use super::{Cause, Daemon, Kind, Session, Settled, bird, frr, judge, shown};
+use super::{Cause, Daemon, Kind, Session, Settled, bird, frr, judge, peers, shown};
 use crate::metrics::Metrics;
 
 /// How often the daemon is asked while there are addresses to advertise, and how long it has to answer.
 const INTERVAL: Duration = Duration::from_secs(3);
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How often it is looked whether there is one while there are no addresses.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// Bytes of an answer that are read: a hundred thousand routes. What is longer comes from no routing daemon.
 const LONGEST: u64 = 32 * 1024 * 1024;
@@ -38,6 +40,15 @@ pub async fn keep_looking(
     loop {
         let vips = held.borrow_and_update().clone();
         let found = if vips.is_empty() {
+            // It is not asked, so of it nothing more is known than that it is there.
+            let is_there = has_answered || is_meant_here(&daemon.socket);
+            sessions.send_if_modified(|known| {
+                let now = is_there.then(|| shown(daemon.kind, &Ok(Vec::new()), None));
+                let is_news = *known != now;
+                *known = now;
+                is_news
+            });
+            metrics.peers(&peers(&[]));
             BTreeMap::new()
         } else {
             let answer = timeout(TIMEOUT, ask(&daemon)).await;
@@ -50,6 +61,7 @@ pub async fn keep_looking(
                 *known = now;
                 is_news
             });
+            metrics.peers(&peers(state.as_deref().unwrap_or_default()));
             if is_meant_here {
                 judge(&vips, &state)
             } else {
@@ -61,8 +73,12 @@ pub async fn keep_looking(
         if let Some(causes_now) = causes_now {
             causes.send_replace(causes_now);
         }
-        if vips.is_empty() && held.changed().await.is_err() {
-            return std::future::pending().await;
+        if vips.is_empty() {
+            match timeout(IDLE, held.changed()).await {
+                Ok(Err(_)) => return std::future::pending().await,
+                Ok(Ok(())) => {}
+                Err(_) => continue,
+            }
         }
         sleep(INTERVAL).await;
     }

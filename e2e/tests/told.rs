@@ -1,0 +1,387 @@
+//! Who is told when something does not work, and after how long: what an operator meets, row by row.
+//!
+//! | What is so | Told where | After | Shown by |
+//! |---|---|---|---|
+//! | a Service asks in a word that nothing reads, or with a class that resembles ours | its event `AnnotationIgnored` | 2 s | `questions` |
+//! | another controller writes its status | its event and condition `StatusOverwritten` | 2 s | `strangers record` |
+//! | pool full, no such group, foreign host, an address that cannot be had | its event and condition | 4 s | `allocation`, `conflicts` |
+//! | no allocator decides | alert `PureLBNoLeader`, the Lease's `renewTime` | 2 min | `charts/monitoring`, `crash` |
+//! | no node carries addresses: agents stopped, all nodes excluded | its event `NotAnnounced`, its condition | 5 s | `all_agents_stop`, `lbnodes` |
+//! | a local group whose subnet no node has | its event `NotAnnounced`, its condition | 5 s | `lbnodes` |
+//! | an interface pattern that matches nothing | event `ConfigError`, column `PROBLEM` of LBNode and LBNodeAgent | 3 s | `interfaces` |
+//! | an LBNodeAgent elsewhere, or that selects no node | its event, its column `PROBLEM` | 2 s | `an_lbnodeagent_that_applies_nowhere_says_so` |
+//! | the last LBNodeAgent is deleted | nothing: the nodes go on as before | – | `interfaces` |
+//! | a mistyped range of a v1 group, a routed one without a daemon | the group's event and condition `NoRoutingDaemon` | 2 s | `a_group_says_how_its_addresses_are_announced` |
+//! | a remote group in the nodes' subnet | the group's event and condition `RemoteInSubnet` | 2 s | the same |
+//! | an edit that leaves Services outside of a group's ranges | the group's event and condition `AddressesOutside` | 2 s | `an_edited_group_says_who_stays_outside` |
+//! | a routing daemon without a session, with a filter, dead | event `NotAdvertised`, condition, metric | 15 s | `routing advertised` |
+//! | one BGP session of several down | the LBNode's event `BGPSessionDown`, column `BGP`, metric | 15 s | `routing advertised` |
+//! | an agent that hears no other one, or has another key | the LBNode's event `HearsNobody`, column `MEMBERS` | 10 s | `an_agent_behind_a_closed_port_is_told` |
+//! | an agent that is not there, though its node is | the LBNode's event `AgentSilent`, its column `RENEWED`, the Pod | 150 s | `allocator`'s `troubles` |
+//! | kube-proxy in IPVS mode without `strictARP` | the LBNode's event `NodeProblem`, column `PROBLEM` | 15 s | `a_node_that_answers_for_all_is_told` |
+//! | only UDP port 7935 closed, and ICMP open | nothing but the agent's log: failover is as fast as before | – | `failover` |
+//! | kube-proxy dead on the owner | nothing: what stands in for it differs, and cannot be asked | never | – |
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use e2e::{Lab, Options, Scene, scene, stays, wait_until};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{Api, ListParams};
+
+const SOON: Duration = Duration::from_secs(60);
+const NAMESPACE: &str = "purelb";
+
+/// The events of an object with a reason.
+async fn events(lab: &Lab, kind: &str, name: &str, reason: &str) -> Result<Vec<String>> {
+    let all = Api::<Event>::all(lab.client()).list(&ListParams::default()).await?;
+    let about = all.items.into_iter().filter(|event| {
+        let regarding = event.regarding.as_ref();
+        event.reason.as_deref() == Some(reason)
+            && regarding.and_then(|it| it.kind.as_deref()) == Some(kind)
+            && regarding.and_then(|it| it.name.as_deref()) == Some(name)
+    });
+    Ok(about.filter_map(|event| event.note).collect())
+}
+
+/// Waits for an event with these words, and prints how long after `since` it was there.
+async fn told(lab: &Lab, since: Instant, (kind, name): (&str, &str), reason: &str, words: &[&str]) -> Result<String> {
+    let said = wait_until(&format!("{reason} of {kind} {name}: {words:?}"), SOON, async || {
+        let notes = events(lab, kind, name, reason).await?;
+        let found = notes
+            .iter()
+            .find(|note| words.iter().all(|word| note.contains(word)))
+            .cloned();
+        ensure!(found.is_some(), "there are {notes:#?}");
+        Ok(found.unwrap_or_default())
+    })
+    .await?;
+    println!("{reason} of {kind} {name} after {:.1} s", since.elapsed().as_secs_f64());
+    Ok(said)
+}
+
+/// What kubectl shows of an object at a path.
+async fn shows(lab: &Lab, what: [&str; 4], path: &str, expected: &str) -> Result<()> {
+    let [kind, name, flag, namespace] = what;
+    wait_until(&format!("{kind} {name} shows {expected:?}"), SOON, async || {
+        let shown = lab
+            .kubectl(["get", kind, name, flag, namespace, "-o", &format!("jsonpath={path}")])
+            .await?;
+        let is_there = if expected.is_empty() {
+            shown.is_empty()
+        } else {
+            shown.contains(expected)
+        };
+        ensure!(is_there, "{shown}");
+        Ok(())
+    })
+    .await
+}
+
+const GROUP: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: default, namespace: purelb}
+spec: {local: {v4pool: {pool: RANGE, subnet: 10.31.0.0/16}}}
+";
+
+fn service(name: &str, more: &str) -> String {
+    format!(
+        "---
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: default, annotations: {{a: b{more}}}}}
+spec: {{type: LoadBalancer, allocateLoadBalancerNodePorts: false, ports: [{{port: 80}}]}}
+"
+    )
+}
+
+#[test]
+fn an_edited_group_says_who_stays_outside() -> Result<()> {
+    let group = |range: &str| GROUP.replace("RANGE", range);
+    Lab::with_allocator(&group("10.31.200.1-10.31.200.9"), async |lab, allocator| {
+        let names = ["a", "b", "c"];
+        lab.apply(&names.map(|name| service(name, "")).concat()).await?;
+        for name in names {
+            shows(
+                lab,
+                ["service", name, "-n", "default"],
+                "{.status.loadBalancer.ingress[*].ip}",
+                "10.31.200.",
+            )
+            .await?;
+        }
+        let edited = Instant::now();
+        lab.apply(&group("10.31.220.1-10.31.220.9")).await?;
+        let words = ["3 Services keep addresses outside of its ranges: 10.31.200.1, 10.31.200.2, 10.31.200.3. "];
+        let of = ("ServiceGroup", "default");
+        let said = told(lab, edited, of, "AddressesOutside", &words).await?;
+        ensure!(said.contains("purelb.io/re-evaluate=true"), "{said}");
+        let condition = "{.status.conditions[?(@.type==\"AddressesOutside\")].message}";
+        let at = ["sg", "default", "-n", NAMESPACE];
+        shows(lab, at, condition, "3 Services keep").await?;
+
+        // The way out that it names. Whoever leaves is no news, nor is another allocator.
+        lab.kubectl(["annotate", "service", "a", "purelb.io/re-evaluate=true"])
+            .await?;
+        shows(
+            lab,
+            at,
+            condition,
+            "2 Services keep addresses outside of its ranges: 10.31.200.2, 10.31.200.3",
+        )
+        .await?;
+        allocator.kill().await?;
+        let _allocator = lab.start_allocator().await?;
+        lab.kubectl(["delete", "service", "b"]).await?;
+        shows(
+            lab,
+            at,
+            condition,
+            "1 Service keeps addresses outside of its ranges: 10.31.200.3",
+        )
+        .await?;
+        let all = events(lab, of.0, of.1, "AddressesOutside").await?;
+        ensure!(all.len() == 1, "{all:#?}");
+        lab.apply(&group("10.31.200.1-10.31.200.9")).await?;
+        shows(lab, at, condition, "").await
+    })
+}
+
+fn agent(namespace: &str, name: &str, selector: &str) -> String {
+    format!(
+        "
+apiVersion: purelb.io/v2
+kind: LBNodeAgent
+metadata: {{name: {name}, namespace: {namespace}}}
+spec: {{local: {{}}{selector}}}
+"
+    )
+}
+
+#[test]
+fn an_lbnodeagent_that_applies_nowhere_says_so() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        Scene::start(&lab).await?;
+        // That which applies says where.
+        let default = ["lbna", "default", "-n", NAMESPACE];
+        shows(
+            &lab,
+            default,
+            "{.status.nodes} {.status.interfaces[*]}|{.status.problem}",
+            "3 eth0|",
+        )
+        .await?;
+        let columns = lab.kubectl(["get", "lbna", "-n", NAMESPACE]).await?;
+        ensure!(
+            columns.contains("INTERFACES") && columns.contains("PROBLEM"),
+            "{columns}"
+        );
+
+        let made = Instant::now();
+        lab.apply(&agent("default", "stray", "")).await?;
+        let words = [
+            "only from the PureLB install namespace",
+            "kubectl get lbnodeagent stray -n default -o yaml | sed",
+        ];
+        told(&lab, made, ("LBNodeAgent", "stray"), "LBNodeAgentOutOfScope", &words).await?;
+        shows(
+            &lab,
+            ["lbna", "stray", "-n", "default"],
+            "{.status.problem}",
+            "it is in namespace \"default\"",
+        )
+        .await?;
+
+        let made = Instant::now();
+        let selector = ", nodeSelector: {matchLabels: {rack: r9}}";
+        lab.apply(&agent(NAMESPACE, "nowhere", selector)).await?;
+        let words = ["matches none of the 3 nodes", "no node has rack=r9"];
+        told(&lab, made, ("LBNodeAgent", "nowhere"), "NoNodeSelected", &words).await?;
+        let nowhere = ["lbna", "nowhere", "-n", NAMESPACE];
+        shows(&lab, nowhere, "{.status.problem}", "matches none of the 3 nodes").await?;
+        lab.kubectl(["label", "node", &lab.node("w12")?.name, "rack=r9"])
+            .await?;
+        shows(
+            &lab,
+            nowhere,
+            "{.status.nodes} {.status.interfaces[*]}|{.status.problem}",
+            "1 eth0|",
+        )
+        .await?;
+        shows(&lab, default, "{.status.nodes}", "2").await?;
+        for (name, reason) in [("stray", "LBNodeAgentOutOfScope"), ("nowhere", "NoNodeSelected")] {
+            let all = events(&lab, "LBNodeAgent", name, reason).await?;
+            ensure!(all.len() == 1, "{all:#?}");
+        }
+        // A word that is no duration is refused.
+        let fast = r#"{"spec":{"local":{"garpConfig":{"interval":"fast"}}}}"#;
+        let patch = ["patch", "lbna", "default", "-n", NAMESPACE, "--type=merge", "-p", fast];
+        ensure!(lab.kubectl(patch).await.is_err(), "an interval \"fast\" was taken");
+        Ok(())
+    })
+}
+
+const ROUTED: &str = "
+apiVersion: purelb.io/v1
+kind: ServiceGroup
+metadata: {name: mistyped, namespace: purelb}
+spec: {local: {v4pool: {pool: 10.32.200.1-10.32.200.9, subnet: 10.32.0.0/16}}}
+---
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: near, namespace: purelb}
+spec: {remote: {v4pool: {pool: 10.31.210.1-10.31.210.9, subnet: 10.31.0.0/16}}}
+";
+
+#[test]
+fn a_group_says_how_its_addresses_are_announced() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let made = Instant::now();
+        lab.apply(&format!(
+            "{ROUTED}{}",
+            service("typo", ", purelb.io/service-group: mistyped")
+        ))
+        .await?;
+        let near = [
+            "its range 10.31.210.1-10.31.210.9 has addresses of 10.31.0.0/16",
+            "Make the group local",
+        ];
+        told(&lab, made, ("ServiceGroup", "near"), "RemoteInSubnet", &near).await?;
+        let typo = [
+            "no node has an interface in the subnet of its range 10.32.200.1-10.32.200.9 (nodes have 10.31.0.0/16",
+            "mistyped?",
+        ];
+        told(&lab, made, ("ServiceGroup", "mistyped"), "NoRoutingDaemon", &typo).await?;
+        let segment = events(&lab, "ServiceGroup", "segment", "NoRoutingDaemon").await?;
+        ensure!(segment.is_empty(), "its addresses are the nodes' own: {segment:#?}");
+
+        // An address that moves says how.
+        let (owner, excluded) = (
+            &lab.node("w11")?.name,
+            "node.kubernetes.io/exclude-from-external-load-balancers",
+        );
+        let moved = Instant::now();
+        lab.kubectl(["label", "node", owner, &format!("{excluded}=")]).await?;
+        let vip = scene::VIP.to_string();
+        let words = [vip.as_str(), "took announcement of", owner, " (handed over)"];
+        told(&lab, moved, ("Service", "web"), "AnnounceSlotSteal", &words).await?;
+        lab.kubectl(["label", "node", owner, &format!("{excluded}-")]).await?;
+        scene.settled("w11").await?;
+        let cut = Instant::now();
+        lab.cut("w11").await?;
+        let words = [vip.as_str(), owner, " (silent for ", " ms)"];
+        told(&lab, cut, ("Service", "web"), "AnnounceSlotSteal", &words).await?;
+        Ok(())
+    })
+}
+
+/// No gossip and no standby watch, in neither direction, and everything else.
+const CLOSED: &str = "table inet closed {
+    chain in { type filter hook input priority -300
+        tcp dport 7934 drop; udp dport 7934 drop; udp dport 7935 drop }
+    chain out { type filter hook output priority -300
+        tcp dport 7934 drop; udp dport 7934 drop; udp dport 7935 drop }
+}";
+
+#[test]
+fn an_agent_behind_a_closed_port_is_told() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let name = &lab.node("w12")?.name;
+        let closed = Instant::now();
+        lab.exec("w12", ["nft", CLOSED]).await?;
+        let words = [
+            name.as_str(),
+            "hears no other agent on ports 7934 and 7935",
+            "Open TCP and UDP port 7934",
+        ];
+        told(&lab, closed, ("LBNode", name), "HearsNobody", &words).await?;
+        shows(&lab, ["lbnode", name, "-n", NAMESPACE], "{.status.members}", "1").await?;
+        // kubectl describe finds it, and the owner is the same.
+        let described = lab.kubectl(["describe", "lbnode", name, "-n", NAMESPACE]).await?;
+        ensure!(described.contains("HearsNobody"), "{described}");
+        lab.exec("w12", ["nft", "delete table inet closed"]).await?;
+        let opened = Instant::now();
+        told(
+            &lab,
+            opened,
+            ("LBNode", name),
+            "HearsOthers",
+            &["hears 2 other agents again"],
+        )
+        .await?;
+        for ns in ["m", "w11"] {
+            let all = events(&lab, "LBNode", &lab.node(ns)?.name, "HearsNobody").await?;
+            ensure!(all.is_empty(), "{ns} heard the other one: {all:#?}");
+        }
+        // Why an agent is not ready, or that it is, from afar.
+        let ready = lab
+            .get("m", &format!("http://{}:7472/readyz", lab.node("w12")?.ipv4))
+            .await?;
+        ensure!(ready.body.contains("ready"), "{}", ready.body);
+        scene.settled("w11").await
+    })
+}
+
+#[test]
+fn a_node_that_answers_for_all_is_told() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        Scene::start(&lab).await?;
+        let name = &lab.node("w11")?.name;
+        // As kube-proxy in IPVS mode has it. The lab's kernel may have no dummy links.
+        let began = Instant::now();
+        lab.exec(
+            "w11",
+            [
+                "ip",
+                "link",
+                "add",
+                "kube-ipvs0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "ipvs-peer",
+            ],
+        )
+        .await?;
+        let words = ["IPVS mode without strictARP", "ipvs.strictARP: true"];
+        told(&lab, began, ("LBNode", name), "NodeProblem", &words).await?;
+        lab.exec("w11", ["sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1"])
+            .await?;
+        lab.exec("w11", ["ip", "link", "set", "kube-ipvs0", "up"]).await?;
+        told(
+            &lab,
+            Instant::now(),
+            ("LBNode", name),
+            "NodeRight",
+            &["finds nothing wrong with itself any more"],
+        )
+        .await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn all_agents_stop() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let stopped = Instant::now();
+        for node in lab.nodes() {
+            scene.agent(&node.ns)?.stop().await?;
+        }
+        let words = ["no node carries addresses. Start the Pods of the DaemonSet lbnodeagent"];
+        told(&lab, stopped, ("Service", "web"), "NotAnnounced", &words).await?;
+        // Those that stop are no trouble of a node.
+        stays("nothing is told of the LBNodes", Duration::from_secs(10), async || {
+            for node in lab.nodes() {
+                let all = events(&lab, "LBNode", &node.name, "HearsNobody").await?;
+                ensure!(all.is_empty(), "{all:#?}");
+            }
+            Ok(())
+        })
+        .await
+    })
+}
