@@ -29,7 +29,7 @@ SERVICES ?=
 # Nodes in `make bench-scale`.
 NODES ?= 3
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs pictures crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -148,6 +148,9 @@ vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS,
 	@e2e/vm/build >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --workspace --test vm -- --ignored --nocapture --test-threads 1
+
+pictures: ## Draw the book's pictures, docs/pictures/*.svg
+	cargo run --quiet --locked --package pictures
 
 crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds
