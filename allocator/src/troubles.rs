@@ -105,8 +105,8 @@ impl Kind {
 enum Finding {
     /// There is trouble: what is said of it.
     Trouble(String),
-    /// There is none: what is said when there was.
-    Well(String),
+    /// There is none.
+    Well,
     /// Nobody can say.
     Unknown,
 }
@@ -136,7 +136,7 @@ struct State {
 #[derive(Debug, Default)]
 pub struct Troubles {
     nodes: BTreeMap<String, Node>,
-    states: BTreeMap<(String, Kind), State>,
+    states: BTreeMap<String, BTreeMap<Kind, State>>,
 }
 
 impl Troubles {
@@ -156,12 +156,12 @@ impl Troubles {
     /// Takes note that an LBNode is gone.
     pub fn gone(&mut self, node: &str) {
         self.nodes.remove(node);
-        self.states.retain(|(of, _), _| of != node);
+        self.states.remove(node);
     }
 
     /// What there is at first was told before.
     pub fn know(&mut self, now: Duration) {
-        for (key, finding) in self.findings(now) {
+        for (node, kind, finding) in self.findings(now) {
             if let Finding::Trouble(message) = finding {
                 let state = State {
                     message,
@@ -169,7 +169,7 @@ impl Troubles {
                     is_told: true,
                     over: None,
                 };
-                self.states.insert(key, state);
+                self.states.entry(node).or_default().insert(kind, state);
             }
         }
     }
@@ -177,11 +177,12 @@ impl Troubles {
     /// What is to be told of which node now.
     pub fn look(&mut self, now: Duration) -> Vec<(String, Notice)> {
         let mut told = Vec::new();
-        for (key, finding) in self.findings(now) {
-            let (tells, ends) = key.1.reasons();
+        for (node, kind, finding) in self.findings(now) {
+            let (tells, ends) = kind.reasons();
+            let states = self.states.entry(node.clone()).or_default();
             match finding {
                 Finding::Trouble(message) => {
-                    let state = self.states.entry(key.clone()).or_insert_with(|| State {
+                    let state = states.entry(kind).or_insert_with(|| State {
                         message: message.clone(),
                         since: now,
                         is_told: false,
@@ -191,60 +192,65 @@ impl Troubles {
                     if state.message != message {
                         (state.message, state.since, state.is_told) = (message, now, false);
                     }
-                    if !state.is_told && now.saturating_sub(state.since) >= key.1.begins_after() {
+                    if !state.is_told && now.saturating_sub(state.since) >= kind.begins_after() {
                         state.is_told = true;
-                        told.push((key.0, Notice::warning(tells, state.message.clone())));
+                        told.push((node, Notice::warning(tells, state.message.clone())));
                     }
                 }
-                Finding::Well(message) => {
-                    let Some(state) = self.states.get_mut(&key) else {
-                        continue;
-                    };
+                Finding::Well => {
+                    let Some(state) = states.get_mut(&kind) else { continue };
                     let over = *state.over.get_or_insert(now);
-                    if !state.is_told {
-                        self.states.remove(&key);
-                    } else if now.saturating_sub(over) >= key.1.ends_after() {
-                        self.states.remove(&key);
-                        told.push((key.0, Notice::normal(ends, message)));
+                    let (is_told, lasts) = (state.is_told, now.saturating_sub(over) >= kind.ends_after());
+                    if !is_told || lasts {
+                        states.remove(&kind);
+                    }
+                    if is_told
+                        && lasts
+                        && let Some(known) = self.nodes.get(&node)
+                    {
+                        let message = over_in_words(kind, &node, &known.health);
+                        told.push((node, Notice::normal(ends, message)));
                     }
                 }
-                Finding::Unknown => {
-                    if self.states.get(&key).is_some_and(|state| !state.is_told) {
-                        self.states.remove(&key);
-                    }
-                }
+                Finding::Unknown => states.retain(|known, state| *known != kind || state.is_told),
             }
         }
+        self.states.retain(|_, states| !states.is_empty());
         told
     }
 
-    /// When to look again though nothing is heard.
-    pub fn next(&self) -> Option<Duration> {
-        let due = self.states.iter().filter_map(|((_, kind), state)| match state.over {
+    /// When to look again after `now` though nothing is heard.
+    pub fn next(&self, now: Duration) -> Option<Duration> {
+        let states = self.states.values().flatten();
+        let due = states.filter_map(|(kind, state)| match state.over {
             Some(over) => Some(over + kind.ends_after()),
             None => (!state.is_told).then(|| state.since + kind.begins_after()),
         });
-        let stale = self.nodes.iter().filter(|(name, node)| {
-            !node.health.is_withdrawn && !self.states.contains_key(&((*name).clone(), Kind::Silent))
-        });
-        due.chain(stale.map(|(_, node)| node.heard + STALE)).min()
+        let stale = self.nodes.values().filter(|node| !node.health.is_withdrawn);
+        let due = due.chain(stale.map(|node| node.heard + STALE));
+        due.filter(|due| *due > now).min()
     }
 
-    fn findings(&self, now: Duration) -> Vec<((String, Kind), Finding)> {
-        let nodes = self.nodes.iter();
-        let found = nodes.flat_map(|(name, node)| {
-            Kind::ALL.map(|kind| {
+    /// What is so of each node, but for what is well and was before.
+    fn findings(&self, now: Duration) -> Vec<(String, Kind, Finding)> {
+        let mut found = Vec::new();
+        for (name, node) in &self.nodes {
+            let states = self.states.get(name);
+            for kind in Kind::ALL {
                 let finding = match kind {
                     Kind::Alone => self.hearing(now, name, node),
                     Kind::Silent => self.silence(now, name, node),
-                    Kind::Problem => problem(name, node),
+                    Kind::Problem => problem(node),
                     Kind::Daemon => daemon(name, node),
                     Kind::Session => sessions(name, node),
                 };
-                ((name.clone(), kind), finding)
-            })
-        });
-        found.collect()
+                let is_trouble = matches!(finding, Finding::Trouble(_));
+                if is_trouble || states.is_some_and(|states| states.contains_key(&kind)) {
+                    found.push((name.clone(), kind, finding));
+                }
+            }
+        }
+        found
     }
 
     /// Whether an agent hears the others. That there are others is known from those that write something after it has begun to hear
@@ -254,10 +260,8 @@ impl Troubles {
         if !is_alive(node) {
             return Finding::Unknown;
         }
-        let others = node.health.members.saturating_sub(1);
-        if others > 0 {
-            let agents = if others == 1 { "agent" } else { "agents" };
-            return Finding::Well(format!("The agent of node {name} hears {others} other {agents} again"));
+        if node.health.members > 1 {
+            return Finding::Well;
         }
         let alive = self.nodes.values().filter(|node| is_alive(node)).count();
         let proves = |other: &Node| {
@@ -287,7 +291,7 @@ impl Troubles {
             return Finding::Unknown;
         }
         if !is_stale(node) {
-            return Finding::Well(format!("The agent of node {name} writes its LBNode again"));
+            return Finding::Well;
         }
         if self.nodes.values().all(is_stale) {
             return Finding::Unknown;
@@ -305,10 +309,10 @@ fn is_fresh(now: Duration, node: &Node) -> bool {
 }
 
 /// What the agent itself says of its node.
-fn problem(name: &str, node: &Node) -> Finding {
+fn problem(node: &Node) -> Finding {
     match &node.health.problem {
         Some(problem) => Finding::Trouble(problem.clone()),
-        None => Finding::Well(format!("Node {name} finds nothing wrong with itself any more")),
+        None => Finding::Well,
     }
 }
 
@@ -322,7 +326,7 @@ fn daemon(name: &str, node: &Node) -> Finding {
         }) => Finding::Trouble(format!(
             "{daemon} on node {name} does not answer, so it is not known whether routers hear of the node's addresses: {why}"
         )),
-        Some(daemon) => Finding::Well(format!("{} on node {name} answers again", daemon.name)),
+        Some(_) => Finding::Well,
     }
 }
 
@@ -337,13 +341,7 @@ fn sessions(name: &str, node: &Node) -> Finding {
         .map(|session| format!("{} ({})", session.neighbor, session.state))
         .collect();
     if down.is_empty() {
-        let what = if all == 1 {
-            "The BGP session of"
-        } else {
-            "All BGP sessions of"
-        };
-        let is = if all == 1 { "is" } else { "are" };
-        return Finding::Well(format!("{what} {kind} on node {name} {is} established"));
+        return Finding::Well;
     }
     let effect = if down.len() == all {
         "no router sends anything to this node"
@@ -356,6 +354,25 @@ fn sessions(name: &str, node: &Node) -> Finding {
         if down.len() == 1 { "is" } else { "are" },
         refusal::list(&down, ", ")
     ))
+}
+
+/// What is said when a trouble is over.
+fn over_in_words(kind: Kind, node: &str, health: &Health) -> String {
+    let daemon = health
+        .daemon
+        .as_ref()
+        .map_or("the routing daemon", |daemon| &daemon.name);
+    match kind {
+        Kind::Alone => {
+            let others = health.members.saturating_sub(1);
+            let agents = if others == 1 { "agent" } else { "agents" };
+            format!("The agent of node {node} hears {others} other {agents} again")
+        }
+        Kind::Silent => format!("The agent of node {node} writes its LBNode again"),
+        Kind::Problem => format!("Node {node} finds nothing wrong with itself any more"),
+        Kind::Daemon => format!("{daemon} on node {node} answers again"),
+        Kind::Session => format!("All BGP sessions of {daemon} on node {node} are established"),
+    }
 }
 
 #[cfg(test)]
@@ -394,18 +411,20 @@ mod tests {
     fn told(heard: &[(u64, &str, Health)], until: u64) -> Vec<(u64, String, &'static str)> {
         let mut troubles = Troubles::default();
         let mut told = Vec::new();
+        let mut due = None;
         for now in 0..until {
             for (_, node, health) in heard.iter().filter(|(at, ..)| *at == now) {
                 troubles.hear(s(now), node, health.clone(), false);
             }
             // As the loop does it: after each word, and when it is due.
-            if heard.iter().any(|(at, ..)| *at == now) || troubles.next().is_some_and(|next| next <= s(now)) {
+            if heard.iter().any(|(at, ..)| *at == now) || due.is_some_and(|due| due <= s(now)) {
                 told.extend(
                     troubles
                         .look(s(now))
                         .into_iter()
                         .map(|(node, said)| (now, node, said.reason)),
                 );
+                due = troubles.next(s(now));
             }
         }
         told
@@ -491,9 +510,9 @@ mod tests {
         troubles.know(s(0));
         troubles.hear(s(5), "a", hears(1), false);
         assert_eq!(troubles.look(s(60)), []);
-        assert_eq!(troubles.next(), Some(s(90)));
+        assert_eq!(troubles.next(s(60)), Some(s(90)));
         troubles.hear(s(61), "b", hears(2), false);
-        assert!(troubles.look(s(61)).is_empty() && troubles.next() == Some(s(66)));
+        assert!(troubles.look(s(61)).is_empty() && troubles.next(s(61)) == Some(s(66)));
         assert_eq!(troubles.look(s(66)).len(), 1);
     }
 
@@ -576,7 +595,7 @@ mod tests {
         troubles.hear(s(0), "a", routes(&["Active"]), false);
         troubles.look(s(0));
         troubles.gone("a");
-        assert!(troubles.next().is_none() && troubles.look(s(60)).is_empty());
+        assert!(troubles.next(s(1)).is_none() && troubles.look(s(60)).is_empty());
         assert!(troubles.states.is_empty());
     }
 }

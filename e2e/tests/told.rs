@@ -143,6 +143,7 @@ fn an_edited_group_says_who_stays_outside() -> Result<()> {
         .await?;
         let all = events(lab, of.0, of.1, "AddressesOutside").await?;
         ensure!(all.len() == 1, "{all:#?}");
+        lab.kubectl(["delete", "service", "a"]).await?;
         lab.apply(&group("10.31.200.1-10.31.200.9")).await?;
         shows(lab, at, condition, "").await
     })
@@ -279,10 +280,16 @@ fn a_group_says_how_its_addresses_are_announced() -> Result<()> {
 
 /// No gossip and no standby watch, in neither direction, and everything else.
 const CLOSED: &str = "table inet closed {
-    chain in { type filter hook input priority -300
-        tcp dport 7934 drop; udp dport 7934 drop; udp dport 7935 drop }
-    chain out { type filter hook output priority -300
-        tcp dport 7934 drop; udp dport 7934 drop; udp dport 7935 drop }
+    chain incoming {
+        type filter hook input priority -300
+        tcp dport 7934 drop
+        udp dport { 7934, 7935 } drop
+    }
+    chain outgoing {
+        type filter hook output priority -300
+        tcp dport 7934 drop
+        udp dport { 7934, 7935 } drop
+    }
 }";
 
 #[test]

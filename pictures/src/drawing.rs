@@ -165,7 +165,7 @@ impl Drawing {
             )
         };
         format!(
-            "<!-- Drawn by `make pictures`: edit pictures/src/main.rs. -->\n<svg xmlns=\"http://www.w3.org/2000/svg\" \
+            "<!-- Drawn by `make pictures`: edit pictures/src/lib.rs. -->\n<svg xmlns=\"http://www.w3.org/2000/svg\" \
              width=\"{WIDTH}\" height=\"{height}\" viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n<title>{}</title>\n\
              <style>{style}</style>\n<defs>{}{}</defs>\n<rect class=\"paper\" width=\"{WIDTH}\" height=\"{height}\" rx=\"8\"/>\n{body}</svg>\n",
             escaped(title),

@@ -104,7 +104,7 @@ impl Controller {
             object.metadata.uid = self.agents.uids.get(&node).cloned();
             self.reporter.tell(&object, &notice);
         }
-        let Some(next) = self.agents.troubles.next() else {
+        let Some(next) = self.agents.troubles.next(now) else {
             return;
         };
         let next = self.began + next;

@@ -426,7 +426,9 @@ fn log_change(before: &Verdicts, now: &Verdicts) {
         let Watched { node, link, address } = watched;
         match (known, verdict) {
             (_, Verdict::Silent) => tracing::warn!(node, link, %address, "neither agent nor kernel answers"),
-            (_, Verdict::Node) => tracing::warn!(node, link, %address, "the agent does not answer, its node does"),
+            (_, Verdict::Node) => {
+                tracing::warn!(node, link, %address, "the agent does not answer, its node does: was it stopped, or is UDP port 7935 closed?")
+            }
             (Some(Verdict::Silent | Verdict::Node), Verdict::Agent) => {
                 tracing::info!(node, link, %address, "the agent answers again");
             }
