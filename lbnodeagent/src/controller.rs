@@ -172,6 +172,7 @@ pub async fn run(
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
     let mut stop = std::pin::pin!(stop);
     let mut look_round = tokio::time::interval(LOOK_ROUND);
+    look_round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut members_now = living.borrow_and_update().clone();
     loop {
         let wake = agent.next_wake();
@@ -330,6 +331,8 @@ struct Agent<'a> {
     watches: Watches,
     /// The families in which other nodes ask this one.
     asked_in: BTreeSet<Family>,
+    /// Whether anything comes by gossip.
+    ear: isolation::Ear,
     steadiness: Steadiness,
     /// The interfaces of default routes.
     usual: plan::Usual,
@@ -428,6 +431,7 @@ impl<'a> Agent<'a> {
             silent_since: BTreeMap::new(),
             watches: Watches::new(),
             asked_in: BTreeSet::new(),
+            ear: isolation::Ear::default(),
             steadiness: Steadiness::default(),
             usual: plan::Usual::default(),
             last_right: None,
@@ -814,7 +818,7 @@ impl<'a> Agent<'a> {
         let asked_in = self.links.watcher.asked_in();
         let is_news = self.asked_in != asked_in;
         self.asked_in = asked_in;
-        is_news
+        self.ear.listen(self.links.metrics.gossip.received()) || is_news
     }
 
     /// Lets gossip have its way where the standby watch alone says that a member is silent: see [`OVERRULED`].
@@ -881,7 +885,7 @@ impl<'a> Agent<'a> {
             has_others: !peers.is_empty()
                 && (is_of_gossip || peers.values().any(has_address) || self.watches.keys().any(is_watched)),
             is_of_gossip,
-            is_heard: (is_of_gossip && living.len() > 1)
+            is_heard: (is_of_gossip && living.len() > 1 && !self.ear.is_deaf())
                 || heard.any(|(_, verdict)| verdict.is_heard())
                 || self.asked_in.contains(&family),
             is_api_reachable: self.is_api_reachable && api.is_none_or(|api| Family::of(api) == family),

@@ -80,9 +80,47 @@ pub async fn ask_api_server(client: Client, mut is_alone: watch::Receiver<bool>,
     }
 }
 
+/// Whether anything comes by gossip at all. Where the kernel refuses what this node sends, as a filter for what goes out does, gossip
+/// takes that for its own fault and calls nobody dead: it goes on naming members of which it hears nothing.
+#[derive(Debug, Default)]
+pub struct Ear {
+    bytes: Option<u64>,
+    is_deaf: bool,
+}
+
+impl Ear {
+    /// Takes note of how many bytes came so far, every few seconds. Returns whether it has become deaf, or hears again.
+    pub const fn listen(&mut self, bytes: u64) -> bool {
+        let is_deaf = matches!(self.bytes, Some(before) if before == bytes);
+        let is_news = self.is_deaf != is_deaf;
+        (self.bytes, self.is_deaf) = (Some(bytes), is_deaf);
+        is_news
+    }
+
+    /// Whether nothing came lately.
+    pub const fn is_deaf(&self) -> bool {
+        self.is_deaf
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gossip_that_hears_nothing_is_deaf_until_something_comes() {
+        let mut ear = Ear::default();
+        let heard = [0, 150, 150, 150, 151, 151].map(|bytes| (ear.listen(bytes), ear.is_deaf()));
+        let expected = [
+            (false, false),
+            (false, false),
+            (true, true),
+            (false, true),
+            (true, false),
+            (true, true),
+        ];
+        assert_eq!(heard, expected);
+    }
 
     #[test]
     fn a_node_lets_go_when_both_members_and_api_server_are_gone_for_long_enough() {

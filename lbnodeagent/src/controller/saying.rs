@@ -46,9 +46,12 @@ impl Agent<'_> {
         let local = verdicts.filter(|(ip, verdict)| matches!(verdict, Verdict::Local(_)) && !failed.contains_key(ip));
         let local: BTreeSet<IpAddr> = local.map(|(ip, _)| *ip).collect();
         self.memory.announcing(Timestamp::now(), &local);
+        let node = self.settings.node.as_str();
+        let heard = living.keys().map(String::as_str);
+        let heard = heard.filter(|member| *member == node || !self.ear.is_deaf());
         let status = lbnode::status(&State {
             node: &self.settings.node,
-            members: living.keys().map(String::as_str).collect(),
+            members: heard.collect(),
             configuration: self.configuration.as_deref(),
             problem: self.problem.clone(),
             is_withdrawn: self.cluster.is_excluded(&self.settings.node),

@@ -77,6 +77,12 @@ impl Traffic {
         Refused(self.clone()).with_filter(Targets::new().with_target(READING, LevelFilter::WARN))
     }
 
+    /// How many bytes of packets came from others. Each member hears some every second.
+    pub fn received(&self) -> u64 {
+        let received = WAYS.iter().filter(|(_, way)| way.direction == "received");
+        received.map(|(_, way)| self.bytes.get_or_create(way).get()).sum()
+    }
+
     /// Resolves when the first packet or stream could not be read.
     pub async fn refused(&self) {
         self.first_refused.notified().await;
