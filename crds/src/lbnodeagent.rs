@@ -1,4 +1,5 @@
 //! The LBNodeAgent: how node agents announce.
+#![allow(clippy::duplicated_attributes, reason = "two columns may have one type")]
 #![allow(unreachable_pub, reason = "KubeSchema repeats each struct inside a block of its own")]
 
 use std::collections::BTreeMap;

@@ -29,7 +29,7 @@ use e2e::{Lab, Options, Scene, scene, stays, wait_until};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, ListParams};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 const NAMESPACE: &str = "purelb";
 
 /// The events of an object with a reason.

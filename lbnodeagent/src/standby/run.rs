@@ -427,7 +427,7 @@ fn log_change(before: &Verdicts, now: &Verdicts) {
         match (known, verdict) {
             (_, Verdict::Silent) => tracing::warn!(node, link, %address, "neither agent nor kernel answers"),
             (_, Verdict::Node) => {
-                tracing::warn!(node, link, %address, "the agent does not answer, its node does: was it stopped, or is UDP port 7935 closed?")
+                tracing::warn!(node, link, %address, "the agent does not answer, its node does: was it stopped, or is UDP port 7935 closed?");
             }
             (Some(Verdict::Silent | Verdict::Node), Verdict::Agent) => {
                 tracing::info!(node, link, %address, "the agent answers again");
