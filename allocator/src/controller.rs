@@ -38,6 +38,7 @@ use crate::agents::Labels;
 use crate::condition::Saying;
 use crate::controller::external::External;
 use crate::controller::reserved::Named;
+pub use crate::controller::reserved::{of_network, of_node, of_service, of_slice};
 use crate::controller::slim::Packed;
 use crate::controller::strangers::Unheeded;
 use crate::controller::writes::{Granted, Part, Written};

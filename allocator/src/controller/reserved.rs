@@ -154,14 +154,14 @@ async fn watch_networks(client: Client, sender: mpsc::UnboundedSender<Input>) {
 }
 
 /// The networks of a `ServiceCIDR`.
-fn of_network(object: &DynamicObject) -> Vec<IpNet> {
+pub fn of_network(object: &DynamicObject) -> Vec<IpNet> {
     let cidrs = object.data.pointer("/spec/cidrs").and_then(|cidrs| cidrs.as_array());
     let cidrs = cidrs.into_iter().flatten();
     cidrs.filter_map(|cidr| cidr.as_str()?.parse().ok()).collect()
 }
 
 /// What a Node says of its addresses and of those of its Pods.
-fn of_node(node: &Node) -> reserved::Node {
+pub fn of_node(node: &Node) -> reserved::Node {
     let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
     let addresses = addresses.filter(|address| matches!(address.type_.as_str(), "InternalIP" | "ExternalIP"));
     let spec = node.spec.as_ref();
@@ -173,13 +173,13 @@ fn of_node(node: &Node) -> reserved::Node {
 }
 
 /// The addresses in an EndpointSlice.
-fn of_slice(slice: &EndpointSlice) -> Vec<IpAddr> {
+pub fn of_slice(slice: &EndpointSlice) -> Vec<IpAddr> {
     let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
     addresses.filter_map(|address| address.parse().ok()).collect()
 }
 
 /// What a Service has besides what it is given.
-pub(super) fn of_service(service: &Service) -> OfService {
+pub fn of_service(service: &Service) -> OfService {
     let parse = |texts: Option<&Vec<String>>| -> Vec<IpAddr> {
         let texts = texts.into_iter().flatten();
         texts.filter_map(|text| text.parse().ok()).collect()
