@@ -29,7 +29,7 @@ SERVICES ?=
 # Nodes in `make bench-scale`.
 NODES ?= 3
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs pictures crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs pictures plugin crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,10 @@ images-test: kubernetes ## Build them twice for one digest, and install them on 
 
 build: ## Build the two programs, optimised
 	cargo build --release --locked --package allocator --package lbnodeagent
+
+plugin: ## Build kubectl-purelb, optimised, for this machine: target/release/kubectl-purelb
+	cargo build --release --locked --package kubectl-purelb
+	@echo "target/release/kubectl-purelb: put it into a directory of PATH, and kubectl purelb finds it"
 
 kubernetes: setup ## Build the Kubernetes programs of the lab and Helm, once (some minutes, then cached)
 	@e2e/kubernetes/build >/dev/null

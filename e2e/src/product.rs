@@ -66,6 +66,15 @@ impl Lab {
         self.output(ROOT, program).await
     }
 
+    /// Runs `kubectl purelb` as the administrator, whatever comes of it.
+    pub async fn purelb<S: AsRef<str>>(&self, arguments: impl IntoIterator<Item = S>) -> Result<Output> {
+        let program = own_binary("kubectl-purelb")?.to_string_lossy().into_owned();
+        let mut argv = vec![program];
+        argv.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        let program = Program::new(argv).env("KUBECONFIG", self.admin_kubeconfig());
+        self.output(ROOT, program).await
+    }
+
     /// Starts the allocator and an agent on every node.
     pub async fn start_product(&self) -> Result<Product> {
         let allocator = self.start_allocator().await?;

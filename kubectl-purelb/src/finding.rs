@@ -145,7 +145,7 @@ codes! {
     PLB208 Error "no node carries addresses";
     PLB209 Error "a session of a routing daemon is down";
     PLB210 Error "a routing daemon cannot be asked";
-    PLB211 Warning "kube-proxy in IPVS mode answers ARP on every node";
+    PLB211 Warning "every node answers ARP, since kube-proxy is in IPVS mode";
     PLB212 Warning "an LBNodeAgent is not used on a node";
     PLB301 Error "no node has the subnet of a local group";
     PLB302 Error "a ServiceGroup gives out nothing";
@@ -160,7 +160,7 @@ codes! {
     PLB401 Error "an annotation is misspelt";
     PLB402 Warning "an annotation is another load balancer's";
     PLB403 Warning "the value of an annotation has no effect";
-    PLB404 Error "spec.loadBalancerClass is almost ours";
+    PLB404 Error "the class of a Service is almost ours";
     PLB410 Error "a Service asks for a group that does not exist";
     PLB411 Error "a Service asks for a group that gives out nothing";
     PLB412 Error "a Service waits since its group is full";
