@@ -26,7 +26,9 @@ pub(super) fn findings(view: &View<'_>) -> Vec<Finding> {
     }
     found.extend(of_lease(cluster));
     found.extend(cluster.pods.iter().filter_map(of_pod));
-    found.extend(view.agents.iter().filter_map(|(name, agent)| of_agent(name, agent)));
+    if cluster.asked("lbnodes") {
+        found.extend(view.agents.iter().filter_map(|(name, agent)| of_agent(name, agent)));
+    }
     found.extend(of_versions(view));
     found
 }

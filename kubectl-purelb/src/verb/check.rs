@@ -160,7 +160,11 @@ fn well(view: &View<'_>, findings: &[Finding]) -> Vec<(Area, String)> {
         Area::Groups,
         &["servicegroups", "lbnodes"],
         &["PLB301", "PLB302", "PLB305", "PLB306", "PLB308"],
-        format!("{} give out addresses that nodes can announce", count(groups, "group")),
+        format!(
+            "{} {} out addresses that nodes can announce",
+            count(groups, "group"),
+            if groups == 1 { "gives" } else { "give" }
+        ),
     );
     let without = view
         .holdings
@@ -168,7 +172,10 @@ fn well(view: &View<'_>, findings: &[Finding]) -> Vec<(Area, String)> {
         .filter(|holding| holding.waiting.is_some())
         .count();
     if without == 0 {
-        let text = format!("{} have what they ask for", count(view.holdings.len(), "Service"));
+        let text = match view.holdings.len() {
+            1 => "1 Service has what it asks for".to_owned(),
+            several => format!("{several} Services have what they ask for"),
+        };
         add(Area::Services, &["services"], &["PLB420", "PLB421", "PLB419"], text);
     }
     let addresses = view.by_address().len();

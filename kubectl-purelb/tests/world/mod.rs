@@ -45,7 +45,7 @@ status:
   conditions:
   - {type: purelb.io/Allocated, status: 'True', reason: Assigned, message: from pool default, lastTransitionTime: '2026-01-01T11:00:00Z'}
   - {type: purelb.io/Granted, status: 'True', reason: Local, message: 10.0.0.1 from default, lastTransitionTime: '2026-01-01T11:00:00Z'}
-  - {type: purelb.io/Announced, status: 'True', reason: Announced, message: 10.0.0.1 by b (eth0), lastTransitionTime: '2026-01-01T11:00:00Z'}
+  - {type: purelb.io/Announced, status: 'True', reason: Announced, message: 10.0.0.1 by a (eth0), lastTransitionTime: '2026-01-01T11:00:00Z'}
 ---
 kind: EndpointSlice
 metadata: {name: web-1, namespace: default, labels: {kubernetes.io/service-name: web}}
@@ -88,7 +88,7 @@ pub(crate) fn with(more: &[&str]) -> Cluster {
     );
     for object in objects
         .iter_mut()
-        .filter(|object| object["kind"] == "LBNode" && object["metadata"]["name"] == "b")
+        .filter(|object| object["kind"] == "LBNode" && object["metadata"]["name"] == "a")
     {
         object["status"]["local"] = json!(1);
         object["status"]["announcing"] =
