@@ -42,7 +42,7 @@ pub struct Common {
     /// Look again every two seconds.
     #[arg(short, long, global = true)]
     pub watch: bool,
-    /// Without colours, which are left out by themselves where the output is no terminal or NO_COLOR is set.
+    /// Without colours, which are left out by themselves where the output is no terminal or `NO_COLOR` is set.
     #[arg(long, global = true)]
     pub no_color: bool,
 }
@@ -121,7 +121,7 @@ pub enum Verb {
         #[arg(long, value_parser = duration)]
         since: Option<Duration>,
     },
-    /// The addresses of Services as annotations, in YAML: for GitOps, and for a cluster that is restored
+    /// The addresses of Services as annotations, in YAML: for a repository of manifests, and for a cluster that is restored
     Pin {
         /// Of all namespaces.
         #[arg(short = 'A', long)]
@@ -135,7 +135,7 @@ pub enum Verb {
     },
     /// Versions of this plugin, the programs and Kubernetes
     Version,
-    /// A script that completes words: source <(kubectl-purelb completion bash)
+    /// A script that completes words: `source <(kubectl-purelb completion bash)`
     Completion {
         /// The shell.
         shell: clap_complete::Shell,

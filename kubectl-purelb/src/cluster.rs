@@ -55,7 +55,7 @@ pub struct Cluster {
     pub events: Vec<Event>,
     /// Other load balancers that were found.
     pub others: Vec<Other>,
-    /// How kube-proxy works, as its ConfigMap says.
+    /// How kube-proxy works, as its configuration says.
     pub proxy: Option<Proxy>,
     /// What could not be asked.
     pub unasked: Vec<Unasked>,

@@ -481,23 +481,20 @@ where
     let place = objects
         .iter()
         .position(|known| known.meta().namespace == namespace && known.meta().name == name);
-    match place.and_then(|place| objects.get_mut(place)) {
-        Some(known) => {
-            object
-                .meta_mut()
-                .creation_timestamp
-                .clone_from(&known.meta().creation_timestamp);
-            object
-                .meta_mut()
-                .resource_version
-                .clone_from(&known.meta().resource_version);
-            object.meta_mut().uid.clone_from(&known.meta().uid);
-            keep(&mut object, known);
-            *known = object;
-        }
-        None => {
-            object.meta_mut().creation_timestamp = Some(Time(now));
-            objects.push(object);
-        }
+    if let Some(known) = place.and_then(|place| objects.get_mut(place)) {
+        object
+            .meta_mut()
+            .creation_timestamp
+            .clone_from(&known.meta().creation_timestamp);
+        object
+            .meta_mut()
+            .resource_version
+            .clone_from(&known.meta().resource_version);
+        object.meta_mut().uid.clone_from(&known.meta().uid);
+        keep(&mut object, known);
+        *known = object;
+    } else {
+        object.meta_mut().creation_timestamp = Some(Time(now));
+        objects.push(object);
     }
 }

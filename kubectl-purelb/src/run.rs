@@ -68,10 +68,11 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
     let (client, namespace) = read::connect(common.kubeconfig.as_deref(), common.context.as_deref()).await?;
     let namespace = common.namespace.clone().unwrap_or(namespace);
     if let Verb::Status { wait: Some(patience) } = cli.verb {
-        return wait(&client, common, patience).await;
+        return Box::pin(wait(&client, common, patience)).await;
     }
     loop {
-        let cluster = read::read(&client, common.install_namespace.as_deref(), wanted(&cli.verb)).await?;
+        let reading = read::read(&client, common.install_namespace.as_deref(), wanted(&cli.verb));
+        let cluster = Box::pin(reading).await?;
         let (text, outcome) = look(&cli, &cluster, &namespace)?;
         if !common.watch {
             print(&text)?;
@@ -197,7 +198,8 @@ async fn wait(client: &Client, common: &Common, patience: Duration) -> Result<Ou
     let deadline = Instant::now() + patience;
     let mut said = String::new();
     loop {
-        let cluster = read::read(client, common.install_namespace.as_deref(), Wanted::default()).await;
+        let reading = read::read(client, common.install_namespace.as_deref(), Wanted::default());
+        let cluster = Box::pin(reading).await;
         let trouble = match &cluster {
             Ok(cluster) if cluster.has_kinds => {
                 let status = status::status(&View::of(cluster));

@@ -207,6 +207,7 @@ fn explain_says_what_was_asked_given_and_announced() {
 /// What is wrong with a cluster that differs from a healthy one in these objects: the codes, and a part of the sentence of the
 /// first of them.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn objects_that_are_wrong_are_named_with_the_way_out() {
     let service = |name: &str, more: &str, annotations: &str| {
         format!(
@@ -343,6 +344,7 @@ fn objects_that_are_wrong_are_named_with_the_way_out() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table")]
 fn what_agents_and_the_allocator_do_not_do_is_named() {
     type Change = fn(&mut Cluster);
     let cases: [(&str, Change, &str, &str); 15] = [

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 
 use super::{Finding, PLB301, PLB302, PLB303, PLB304, PLB305, PLB306, PLB307, PLB308, PLB309, PLB310};
 use crate::render::{count, some};
-use crate::view::View;
+use crate::view::{Agent, View};
 
 const NAMED: usize = 4;
 
@@ -74,7 +74,7 @@ pub(crate) fn nodes_have(view: &View<'_>, family: Family) -> String {
 
 fn of_subnets(view: &View<'_>, name: &str, group: &Group, object: &str) -> Vec<Finding> {
     // Of nodes that nobody hears nothing is known, and that is told elsewhere.
-    if !view.cluster.asked("lbnodes") || !view.agents.values().any(|agent| agent.is_carrying()) {
+    if !view.cluster.asked("lbnodes") || !view.agents.values().any(Agent::is_carrying) {
         return Vec::new();
     }
     let far: Vec<&Pool> = group.pools().iter().filter(|pool| !is_near(view, pool)).collect();

@@ -8,7 +8,7 @@ use lbnodeagent::notices;
 
 use super::{Finding, PLB201, PLB202, PLB203, PLB204, PLB205, PLB206, PLB207, PLB208, PLB209, PLB210, PLB211, PLB212};
 use crate::render::some;
-use crate::view::{Presence, View};
+use crate::view::{Agent, Presence, View};
 
 /// How many names a sentence has.
 const NAMED: usize = 4;
@@ -53,7 +53,6 @@ fn of_gossip(view: &View<'_>) -> Vec<Finding> {
             ),
         };
         let suspect = match hearing.as_slice() {
-            [] => String::new(),
             [one] => format!(" The agent of {one} hears all, or has just died."),
             _ => String::new(),
         };
@@ -171,7 +170,7 @@ fn of_problems(view: &View<'_>) -> Vec<Finding> {
         .values()
         .filter(|agent| agent.presence == Presence::Speaking)
         .count();
-    if speaking > 0 && !view.agents.values().any(super::super::view::Agent::is_carrying) {
+    if speaking > 0 && !view.agents.values().any(Agent::is_carrying) {
         let message = "every node is excluded, so nobody announces anything: take the label \
                        node.kubernetes.io/exclude-from-external-load-balancers off some of them";
         found.push(Finding::new(&PLB208, "Nodes", message));

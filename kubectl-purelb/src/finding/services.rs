@@ -19,11 +19,11 @@ pub(super) fn findings(view: &View<'_>) -> Vec<Finding> {
     let mut found = Vec::new();
     for service in view.cluster.services.iter().filter(|service| is_load_balancer(service)) {
         let key = ServiceKey::of(service);
-        match view.holdings.get(&key) {
-            Some(holding) => found.extend(of(view, &key, holding)),
-            None => {
-                found.extend(lint::class(service).map(|notice| Finding::new(&PLB404, object(&key), notice.message)))
-            }
+        if let Some(holding) = view.holdings.get(&key) {
+            found.extend(of(view, &key, holding));
+        } else {
+            let notice = lint::class(service);
+            found.extend(notice.map(|notice| Finding::new(&PLB404, object(&key), notice.message)));
         }
     }
     found

@@ -9,7 +9,8 @@ use crate::view::{Presence, View};
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sessions {
-    sessions: Vec<Session>,
+    #[serde(rename = "sessions")]
+    all: Vec<Session>,
     without_daemon: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     not_asked: Vec<String>,
@@ -55,7 +56,7 @@ pub fn sessions(view: &View<'_>) -> Sessions {
         }));
     }
     Sessions {
-        sessions,
+        all: sessions,
         without_daemon,
         not_asked: super::check::not_asked(view.cluster),
     }
@@ -66,7 +67,7 @@ impl Report for Sessions {
 
     fn text(&self, ink: Ink) -> String {
         let mut table = Table::new(&["NODE", "DAEMON", "NEIGHBOUR", "STATE"]);
-        for session in &self.sessions {
+        for session in &self.all {
             let cells = [&session.node, &session.daemon, &session.neighbor, &session.state];
             table.painted(cells.map(Clone::clone), (!session.established).then_some(Colour::Red));
         }
@@ -84,7 +85,7 @@ impl Report for Sessions {
     }
 
     fn names(&self) -> Vec<String> {
-        self.sessions
+        self.all
             .iter()
             .map(|session| format!("{} {}", session.node, session.neighbor))
             .collect()

@@ -15,7 +15,8 @@ use crate::view::{Agent, Elected, Presence, View, reason};
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Nodes {
-    nodes: Vec<Row>,
+    #[serde(rename = "nodes")]
+    all: Vec<Row>,
     #[serde(skip_serializing_if = "Option::is_none")]
     drain: Option<Drain>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -82,7 +83,7 @@ pub fn nodes(view: &View<'_>, drained: Option<&str>) -> Result<Nodes> {
         .iter()
         .map(|(name, agent)| row(name, agent, standby_of.get(name).copied().unwrap_or_default()));
     Ok(Nodes {
-        nodes: rows.collect(),
+        all: rows.collect(),
         drain: drained.map(|name| drain(view, name)).transpose()?,
         not_asked: super::check::not_asked(view.cluster),
     })
@@ -191,7 +192,7 @@ impl Report for Nodes {
         }
         heading.push("PROBLEM");
         let mut table = Table::new(&heading);
-        for row in &self.nodes {
+        for row in &self.all {
             let interfaces: Vec<String> = row
                 .interfaces
                 .iter()
@@ -232,7 +233,7 @@ impl Report for Nodes {
     }
 
     fn names(&self) -> Vec<String> {
-        self.nodes.iter().map(|row| format!("node/{}", row.name)).collect()
+        self.all.iter().map(|row| format!("node/{}", row.name)).collect()
     }
 }
 

@@ -272,6 +272,53 @@ impl Pools {
             )
         })
     }
+
+    /// What is shown below the table.
+    fn details(&self, ink: Ink) -> String {
+        let mut text = String::new();
+        for group in &self.groups {
+            for map in &group.maps {
+                let _ = writeln!(
+                    text,
+                    "\n{} {}   █ used  ▒ a foreign host's  x not for Services  · free",
+                    group.name, map.range
+                );
+                let width = map
+                    .rows
+                    .iter()
+                    .map(|(ip, _)| ip.to_string().len())
+                    .max()
+                    .unwrap_or_default();
+                for (ip, signs) in &map.rows {
+                    let _ = writeln!(text, "{:<width$}  {signs}", ip.to_string());
+                }
+                if map.is_cut {
+                    let _ = writeln!(text, "{:<width$}  and so on", "");
+                }
+            }
+            if !group.free.is_empty() {
+                let _ = writeln!(text, "\n{} next free: {}", group.name, group.free.join(" "));
+            }
+            if !group.holders.is_empty() {
+                let _ = writeln!(text, "\n{}", ink.paint(Colour::Bold, &group.name));
+                for held in &group.holders {
+                    let _ = writeln!(text, "  {}  {}", held.address, held.services.join(", "));
+                }
+            }
+        }
+        if !self.left_over.is_empty() {
+            let all = self
+                .left_over
+                .iter()
+                .map(|left| format!("{} {} of {}", left.address, left.service, left.group));
+            let _ = writeln!(
+                text,
+                "left over, outside of their group's ranges: {}",
+                some(all, 8, ", ")
+            );
+        }
+        text
+    }
 }
 
 impl Report for Pools {
@@ -341,49 +388,7 @@ impl Report for Pools {
                 table.painted(cells, colour);
             }
         }
-        let mut text = table.text(ink);
-        for group in &self.groups {
-            for map in &group.maps {
-                let _ = writeln!(
-                    text,
-                    "\n{} {}   █ used  ▒ a foreign host's  x not for Services  · free",
-                    group.name, map.range
-                );
-                let width = map
-                    .rows
-                    .iter()
-                    .map(|(ip, _)| ip.to_string().len())
-                    .max()
-                    .unwrap_or_default();
-                for (ip, signs) in &map.rows {
-                    let _ = writeln!(text, "{:<width$}  {signs}", ip.to_string());
-                }
-                if map.is_cut {
-                    let _ = writeln!(text, "{:<width$}  and so on", "");
-                }
-            }
-            if !group.free.is_empty() {
-                let _ = writeln!(text, "\n{} next free: {}", group.name, group.free.join(" "));
-            }
-            if !group.holders.is_empty() {
-                let _ = writeln!(text, "\n{}", ink.paint(Colour::Bold, &group.name));
-                for held in &group.holders {
-                    let _ = writeln!(text, "  {}  {}", held.address, held.services.join(", "));
-                }
-            }
-        }
-        if !self.left_over.is_empty() {
-            let all = self
-                .left_over
-                .iter()
-                .map(|left| format!("{} {} of {}", left.address, left.service, left.group));
-            let _ = writeln!(
-                text,
-                "left over, outside of their group's ranges: {}",
-                some(all, 8, ", ")
-            );
-        }
-        text
+        table.text(ink) + &self.details(ink)
     }
 
     fn names(&self) -> Vec<String> {

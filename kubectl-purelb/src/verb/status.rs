@@ -241,6 +241,50 @@ impl Status {
             .filter(|_| self.errors > 0)
             .unwrap_or_else(on_its_way)
     }
+
+    fn groups_line(&self, ink: Ink) -> String {
+        let groups = self.groups.iter().map(|group| {
+            if group.refused {
+                return ink.paint(Colour::Red, &format!("{} refused", group.name));
+            }
+            let size = if group.size == u64::MAX {
+                "many".to_owned()
+            } else {
+                group.size.to_string()
+            };
+            let wait = if group.waiting > 0 {
+                format!(" {} wait", group.waiting)
+            } else {
+                String::new()
+            };
+            format!(
+                "{} {}/{size} {}{wait}",
+                group.name,
+                group.used,
+                bar(group.used, group.size)
+            )
+        });
+        some(groups, 8, "   ")
+    }
+
+    fn routing_line(&self) -> String {
+        let routing = &self.routing;
+        if routing.daemons.is_empty() && routing.addresses == 0 {
+            return String::new();
+        }
+        let daemons: Vec<String> = routing
+            .daemons
+            .iter()
+            .map(|(name, nodes)| format!("{name} on {}", count(*nodes, "node")))
+            .collect();
+        let daemons = if daemons.is_empty() {
+            "no daemon that can be asked".to_owned()
+        } else {
+            daemons.join(", ")
+        };
+        let sessions = format!("{}/{} sessions", routing.established, routing.sessions);
+        format!("  routing     {daemons}, {sessions} · {} routed\n", routing.addresses)
+    }
 }
 
 impl Report for Status {
@@ -312,47 +356,8 @@ impl Report for Status {
             "  addresses   {} in use, {} announced{nobody}{wait}",
             addresses.in_use, addresses.announced
         );
-        let groups = self.groups.iter().map(|group| {
-            if group.refused {
-                return ink.paint(Colour::Red, &format!("{} refused", group.name));
-            }
-            let size = if group.size == u64::MAX {
-                "many".to_owned()
-            } else {
-                group.size.to_string()
-            };
-            let wait = if group.waiting > 0 {
-                format!(" {} wait", group.waiting)
-            } else {
-                String::new()
-            };
-            format!(
-                "{} {}/{size} {}{wait}",
-                group.name,
-                group.used,
-                bar(group.used, group.size)
-            )
-        });
-        let _ = writeln!(text, "  groups      {}", some(groups, 8, "   "));
-        let routing = &self.routing;
-        if !routing.daemons.is_empty() || routing.addresses > 0 {
-            let daemons: Vec<String> = routing
-                .daemons
-                .iter()
-                .map(|(name, nodes)| format!("{name} on {}", count(*nodes, "node")))
-                .collect();
-            let daemons = if daemons.is_empty() {
-                "no daemon that can be asked".to_owned()
-            } else {
-                daemons.join(", ")
-            };
-            let sessions = format!("{}/{} sessions", routing.established, routing.sessions);
-            let _ = writeln!(
-                text,
-                "  routing     {daemons}, {sessions} · {} routed",
-                routing.addresses
-            );
-        }
+        let _ = writeln!(text, "  groups      {}", self.groups_line(ink));
+        text.push_str(&self.routing_line());
         if let Some(last) = &self.last_move {
             let _ = writeln!(
                 text,
