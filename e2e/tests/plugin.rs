@@ -1,4 +1,5 @@
 //! `kubectl purelb` on a cluster: it finds nothing wrong with a healthy one, and names the cause of what is broken.
+#![allow(clippy::indexing_slicing, reason = "a test may panic")]
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use e2e::{Lab, Options, wait_until};
 use serde_json::Value;
 
 /// Far more than anything here takes: the machine may be busy.
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 const OBJECTS: &str = "
 apiVersion: purelb.io/v2
@@ -342,6 +343,7 @@ async fn files(lab: &Lab) -> Result<()> {
 }
 
 /// What is wrong with objects.
+#[expect(clippy::too_many_lines, reason = "a list")]
 async fn objects(lab: &Lab) -> Result<()> {
     lab.apply(BROKEN).await?;
     wait_until("the one address is taken", SOON, async || {
