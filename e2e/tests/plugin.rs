@@ -488,21 +488,35 @@ async fn configuration(lab: &Lab) -> Result<()> {
     patch(r#"{"spec": {"local": {"localInterface": "default"}}}"#).await?;
     is_well(lab).await?;
 
+    // One that is for other nodes: these announce nothing.
+    patch(r#"{"spec": {"nodeSelector": {"matchLabels": {"rack": "none"}}}}"#).await?;
+    finds(
+        lab,
+        &[
+            ("PLB203", "Node tiny", "so it announces nothing"),
+            ("PLB204", "LBNodeAgent purelb/default", "matches no node"),
+            ("PLB430", "Service default/web", "nobody announces"),
+        ],
+    )
+    .await?;
+    explain(lab, "web", 1, &["nobody announces", "PLB203"]).await?;
+    patch(r#"{"spec": {"nodeSelector": null}}"#).await?;
+    is_well(lab).await?;
+
     let saved = lab
         .kubectl(["get", "lbna", "default", "-n", "purelb", "-o", "json"])
         .await?;
     let mut saved: Value = serde_json::from_str(&saved)?;
     saved["metadata"] = serde_json::json!({"name": "default", "namespace": "purelb"});
     lab.kubectl(["delete", "lbna", "default", "-n", "purelb"]).await?;
-    finds(
-        lab,
-        &[
-            ("PLB202", "Namespace purelb", "no LBNodeAgent"),
-            ("PLB430", "Service default/web", "nobody announces"),
-        ],
-    )
+    wait_until("check finds that it is gone", SOON, async || {
+        let (found, code) = check(lab).await?;
+        let codes: Vec<&str> = found.iter().map(|(code, ..)| code.as_str()).collect();
+        ensure!(codes == ["PLB202"] && code == 0, "{code}: {found:#?}");
+        Ok(())
+    })
     .await?;
-    explain(lab, "web", 1, &["nobody announces", "PLB202"]).await?;
+    ensure!(code(&lab.purelb(["check", "--strict"]).await?)? == 1);
     lab.apply(&saved.to_string()).await?;
     is_well(lab).await?;
 
@@ -512,7 +526,7 @@ async fn configuration(lab: &Lab) -> Result<()> {
         lab,
         &[
             ("PLB208", "Nodes", "every node is excluded"),
-            ("PLB430", "Service default/web", "no node carries addresses"),
+            ("PLB430", "Service default/web", "nobody announces"),
         ],
     )
     .await?;

@@ -136,7 +136,7 @@ codes! {
     PLB106 Warning "another load balancer is in the cluster";
     PLB107 Error "this Kubernetes is too old";
     PLB201 Error "agents do not hear each other";
-    PLB202 Error "there is no LBNodeAgent";
+    PLB202 Warning "there is no LBNodeAgent";
     PLB203 Error "no LBNodeAgent applies to a node";
     PLB204 Warning "an LBNodeAgent applies to no node";
     PLB205 Error "an LBNodeAgent is wrong";

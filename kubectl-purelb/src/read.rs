@@ -88,7 +88,7 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     let services = services.context("Services cannot be read")?;
     cluster.services = services.into_iter().map(|Slim(service)| service).collect();
     cluster.groups = match groups {
-        Err(kube::Error::Api(status)) if status.is_not_found() => {
+        Err(kube::Error::Api(status)) if status.code == 404 => {
             cluster.has_kinds = false;
             Vec::new()
         }

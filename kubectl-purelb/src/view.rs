@@ -16,7 +16,7 @@ use allocator::nodes::{Nodes, Report};
 use allocator::record::{Standing, order};
 use allocator::refusal::Refusal;
 use allocator::request::{self, Reading};
-use crds::lbnode::LBNodeStatus;
+use crds::lbnode::{LBNodeStatus, MOST_VIPS};
 use crds::lbnodeagent::LocalConfig;
 use crds::record::{self, Granted};
 use crds::service::{ingress, is_load_balancer};
@@ -280,16 +280,16 @@ impl<'a> View<'a> {
         let cluster = self.cluster;
         let mut nodes = Nodes::default();
         let is_said = cluster.asked("lbnodes");
-        let mut since: BTreeMap<(IpAddr, &str), Timestamp> = BTreeMap::new();
+        let mut held: BTreeMap<(IpAddr, &str), Option<Timestamp>> = BTreeMap::new();
         for lbnode in &cluster.lbnodes {
             let Some(name) = lbnode.metadata.name.as_deref() else {
                 continue;
             };
             nodes.hear(name, Report::of(lbnode), |_| true);
             let announcing = lbnode.status.iter().flat_map(|status| &status.announcing);
-            for held in announcing.flat_map(|on| &on.addresses) {
-                if let (Ok(ip), Some(time)) = (held.ip.parse(), &held.since) {
-                    since.insert((ip, name), time.0);
+            for one in announcing.flat_map(|on| &on.addresses) {
+                if let Ok(ip) = one.ip.parse() {
+                    held.insert((ip, name), one.since.as_ref().map(|since| since.0));
                 }
             }
         }
@@ -313,19 +313,7 @@ impl<'a> View<'a> {
                 .into_iter()
                 .map(|(ip, group)| {
                     let mut voice = voices.remove(&ip).unwrap_or(Voice::Unsaid);
-                    if let Voice::Local {
-                        node,
-                        since: known,
-                        silent,
-                        ..
-                    } = &mut voice
-                    {
-                        *known = since.get(&(ip, node.as_str())).copied();
-                        *silent = match self.agents.get(node).map(|agent| agent.presence) {
-                            Some(Presence::Silent(seconds)) => Some(seconds),
-                            _ => None,
-                        };
-                    }
+                    settle(&mut voice, ip, &held, &self.agents);
                     Vip { ip, group, voice }
                 })
                 .collect();
@@ -551,6 +539,41 @@ fn granted(holding: &Holding<'_>, ledger: &Ledger, key: &ServiceKey) -> Granted 
     Granted {
         announce: kept.announce.unwrap_or(Announce::Auto),
         addresses: kept.addresses.into_iter().zip(kept.origins).collect(),
+    }
+}
+
+/// Adds what its node says of an address, or takes the word back where that node does not have it any more. The allocator goes by
+/// what was said last until another node speaks; when none does, nobody has it.
+fn settle(
+    voice: &mut Voice,
+    ip: IpAddr,
+    held: &BTreeMap<(IpAddr, &str), Option<Timestamp>>,
+    agents: &BTreeMap<String, Agent<'_>>,
+) {
+    let Voice::Local {
+        node, since, silent, ..
+    } = voice
+    else {
+        return;
+    };
+    let Some(agent) = agents.get(node) else { return };
+    match (held.get(&(ip, node.as_str())), agent.said) {
+        (Some(known), _) => {
+            *since = *known;
+            if let Presence::Silent(seconds) = agent.presence {
+                *silent = Some(seconds);
+            }
+        }
+        // Of more than it lists some are not there.
+        (None, Some(said)) if usize::try_from(said.local).is_ok_and(|local| local <= MOST_VIPS) => {
+            *voice = Voice::Nobody {
+                reason: "Unannounced".to_owned(),
+                why: format!(
+                    "no node says that it has it, and {node} had it last. kubectl purelb check says what is wrong with the nodes"
+                ),
+            };
+        }
+        (None, _) => {}
     }
 }
 

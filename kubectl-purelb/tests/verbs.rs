@@ -503,6 +503,10 @@ fn why_nobody_announces_is_what_the_nodes_say() {
     };
     let shown = text(&pools::pools(&View::of(&cluster), &map));
     assert!(shown.contains("▒········"), "{shown}");
+    // What was said last holds for the allocator until another node speaks.
+    let mut cluster = healthy();
+    said(&mut cluster, 0).announcing.clear();
+    assert!(sentence(&cluster, "PLB430").contains("no node says that it has it, and a had it last"));
     // An agent that is silent may be dead, and with it what it announced.
     let mut cluster = healthy();
     said(&mut cluster, 0).renewed = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(

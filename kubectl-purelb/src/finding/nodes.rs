@@ -83,21 +83,25 @@ fn of_configuration(view: &View<'_>) -> Vec<Finding> {
         );
         found.push(Finding::new(&PLB207, format!("LBNodeAgent {}", title(agent)), message));
     }
-    if here.is_empty() {
+    if !here.iter().any(|agent| agent.spec.local.is_some()) {
         let message = format!(
-            "there is no LBNodeAgent in namespace {namespace}, so no node announces anything. Make one: kubectl create -f - \
-             <<< '{{apiVersion: purelb.io/v2, kind: LBNodeAgent, metadata: {{name: default, namespace: {namespace}}}, spec: {{local: {{}}}}}}'"
+            "there is no LBNodeAgent in namespace {namespace}, so nodes announce on the interface of their default route, as if there \
+             were one without settings. Make the one that is meant"
         );
         found.push(Finding::new(&PLB202, format!("Namespace {namespace}"), message));
         return found;
     }
     let mut used: BTreeSet<String> = BTreeSet::new();
-    let mut bare: Vec<&str> = Vec::new();
+    let mut bare: Vec<(&str, &str)> = Vec::new();
     let mut wrong: BTreeMap<(String, bool, String), Vec<&str>> = BTreeMap::new();
     for (name, agent) in view.agents.iter().filter(|(_, agent)| agent.node.is_some()) {
         match agent.config {
             Some(config) => _ = used.insert(title(config)),
-            None if agent.is_expected || agent.said.is_some() => bare.push(name),
+            // Where the one is gone that applied, its agent goes on with it for as long as it runs.
+            None if agent.said.is_some_and(|said| said.problem.is_none()) => {
+                bare.push((name, "and it goes on with the one before until its agent starts again"));
+            }
+            None if agent.is_expected || agent.said.is_some() => bare.push((name, "so it announces nothing")),
             None => {}
         }
         for (config, error) in &agent.faults {
@@ -115,17 +119,11 @@ fn of_configuration(view: &View<'_>) -> Vec<Finding> {
                 .push(name);
         }
     }
-    if !bare.is_empty() {
+    for (name, does) in bare {
         let message = format!(
-            "no LBNodeAgent applies to {}, so nothing is announced there: give one of them a nodeSelector that has it, or make one \
-             without a selector",
-            some(&bare, NAMED, ", ")
+            "no LBNodeAgent applies to this node, {does}: give one of them a nodeSelector that has it, or make one without a selector"
         );
-        found.push(Finding::new(
-            &PLB203,
-            format!("Node {}", some(&bare, NAMED, ", ")),
-            message,
-        ));
+        found.push(Finding::new(&PLB203, format!("Node {name}"), message));
     }
     for ((config, is_ignored, sentence), nodes) in wrong {
         let code = if is_ignored { &PLB212 } else { &PLB205 };
@@ -160,6 +158,7 @@ fn of_problems(view: &View<'_>) -> Vec<Finding> {
         let is_known = |problem: &str| known.clone().any(|known| problem.contains(&known));
         if let Some(problem) = agent.said.and_then(|said| said.problem.as_deref())
             && !agent.is_excluded
+            && agent.config.is_some()
             && !is_known(problem)
         {
             found.push(Finding::new(&PLB206, format!("Node {name}"), problem));
