@@ -427,17 +427,14 @@ impl<'a> View<'a> {
                 (name.clone(), candidate)
             })
             .collect();
-        let wanted = |service: &Announced| only.is_none_or(|only| service.vips.iter().any(|vip| only.contains(vip)));
-        let services: BTreeMap<ServiceKey, Announced> = self
-            .picture
-            .announced()
-            .iter()
-            .filter(|(_, service)| wanted(service))
-            .map(|(key, service)| (key.clone(), service.clone()))
-            .collect();
+        let services = self.picture.announced();
+        let vips: Vec<IpAddr> = match only {
+            Some(only) => only.iter().copied().filter(|ip| services.has(*ip)).collect(),
+            None => services.vips().collect(),
+        };
         let Some(this) = candidates.keys().next() else {
-            let vips = services.values().flat_map(|service| &service.vips);
-            return vips.map(|vip| (*vip, Elected::Nobody(Reason::Withdrawn))).collect();
+            let nobody = vips.into_iter().map(|vip| (vip, Elected::Nobody(Reason::Withdrawn)));
+            return nobody.collect();
         };
         let Ok(config) = NodeConfig::read(&LocalConfig::default()) else {
             return BTreeMap::new();
@@ -451,7 +448,7 @@ impl<'a> View<'a> {
         };
         let picture = Picture {
             node: this,
-            services: &services,
+            services,
             groups: self.picture.groups(),
             candidates: &candidates,
             heard: &Verdicts::default(),
@@ -461,8 +458,8 @@ impl<'a> View<'a> {
             findings: &Findings::default(),
             reserved: self.picture.reserved(),
         };
-        let verdicts = plan::plan(&picture).verdicts.into_iter();
-        let elected = verdicts.map(|((_, ip), verdict)| {
+        let verdicts = plan::decide(&picture, vips).verdicts.into_iter();
+        let elected = verdicts.map(|(ip, verdict)| {
             let elected = match verdict {
                 plan::Verdict::Local(_) | plan::Verdict::Unclear(_) | plan::Verdict::Taken(..) => {
                     Elected::Node(this.clone())
@@ -473,9 +470,7 @@ impl<'a> View<'a> {
             };
             (ip, elected)
         });
-        elected
-            .filter(|(ip, _)| only.is_none_or(|only| only.contains(ip)))
-            .collect()
+        elected.collect()
     }
 
     /// The node that takes each address over when the one goes that is to announce it now.
