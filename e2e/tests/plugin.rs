@@ -286,7 +286,9 @@ async fn healthy(lab: &Lab) -> Result<()> {
         "{missing:?}"
     );
 
-    // What the drain of each node is said to do is what is then done.
+    readers(lab).await?;
+
+    // What the drain of a node is said to do is what is then done.
     let report = says(lab, &["vips", "-o", "json"], &[]).await?;
     let report: Value = serde_json::from_str(&report)?;
     let row = report["vips"]
@@ -307,16 +309,59 @@ async fn healthy(lab: &Lab) -> Result<()> {
     .await?;
     let line = drain.lines().find(|line| line.ends_with(&format!("→ {standby}")));
     ensure!(line.is_some_and(|line| line.contains(&vip)), "{drain}");
-    let label = "node.kubernetes.io/exclude-from-external-load-balancers";
-    lab.kubectl(["label", "node", owner, &format!("{label}=")]).await?;
+    says(lab, &["drain", owner], &["carries nothing any more"]).await?;
     wait_until("the standby has it", SOON, async || {
         let shown = says(lab, &["vips", "--node", standby], &[]).await?;
         ensure!(shown.contains(&format!("{vip} ")), "{shown}");
         Ok(())
     })
     .await?;
-    lab.kubectl(["label", "node", owner, &format!("{label}-")]).await?;
+    // The others go, too, but not the last one, unless that is insisted on.
+    says(lab, &["drain", standby], &[]).await?;
+    let last = lab
+        .nodes()
+        .iter()
+        .find(|node| node.name != owner && node.name != standby);
+    let last = last.context("no third node")?.name.as_str();
+    let refused = lab.purelb(["drain", last]).await?;
+    ensure!(
+        code(&refused)? == 2 && refused.stderr.contains("nothing was changed"),
+        "{refused:?}"
+    );
+    for node in [owner, standby] {
+        says(lab, &["undrain", node], &["is in use again"]).await?;
+    }
     is_well(lab).await
+}
+
+/// Whoever has the rights of the sample role may ask all there is to ask, and whoever has none is told so.
+async fn readers(lab: &Lab) -> Result<()> {
+    let role = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("kubectl-purelb");
+    lab.apply(&std::fs::read_to_string(role.join("role.yaml"))?).await?;
+    lab.kubectl(["create", "serviceaccount", "reader"]).await?;
+    let kubeconfig = lab.service_account_kubeconfig("default", "reader").await?;
+    let refused = lab.purelb(["status", "--kubeconfig", &kubeconfig]).await?;
+    ensure!(
+        code(&refused)? == 2 && refused.stderr.contains("Services cannot be read"),
+        "{refused:?}"
+    );
+    let bind = [
+        "create",
+        "clusterrolebinding",
+        "reader",
+        "--clusterrole=purelb:plugin",
+        "--serviceaccount=default:reader",
+    ];
+    lab.kubectl(bind).await?;
+    for verb in ["status", "check", "vips", "events", "nodes", "pools", "version"] {
+        wait_until(&format!("a reader may {verb}"), SOON, async || {
+            let output = lab.purelb([verb, "--kubeconfig", &kubeconfig]).await?.success()?;
+            ensure!(!output.contains("not asked"), "{output}");
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(())
 }
 
 /// Objects that are not applied.

@@ -90,6 +90,22 @@ pub enum Verb {
         #[arg(long, value_name = "NODE")]
         simulate_drain: Option<String>,
     },
+    /// Take a node's addresses off it: sets the label of KEP-1143 and waits until others have them
+    Drain {
+        /// The node, or the beginning of its name.
+        node: String,
+        /// Though some addresses would be announced by nobody.
+        #[arg(long)]
+        force: bool,
+        /// How long to wait.
+        #[arg(long, default_value = "1m", value_parser = duration)]
+        timeout: Duration,
+    },
+    /// Have a drained node carry addresses again
+    Undrain {
+        /// The node, or the beginning of its name.
+        node: String,
+    },
     /// All about one Service or address: asked, given, announced, and why not
     #[command(visible_alias = "inspect")]
     Explain {

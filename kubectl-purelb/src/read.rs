@@ -1,4 +1,4 @@
-//! Reads a cluster from its API server. Nothing is decided here, and nothing is written.
+//! Reads a cluster from its API server. Nothing is decided here, and nothing is written but the label of a node that is drained.
 
 use std::fmt::Debug;
 use std::path::Path;
@@ -14,7 +14,9 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, fmt::rfc2822};
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, ObjectList, PartialObjectMeta};
+use kube::api::{
+    Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, ObjectList, PartialObjectMeta, Patch, PatchParams,
+};
 use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, Resource, ResourceExt};
@@ -111,7 +113,7 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     );
     let deployments = asked(&mut cluster.unasked, "deployments", deployments);
     let sets = asked(&mut cluster.unasked, "daemonsets", sets);
-    let is_allocator = |deployment: &&Deployment| label(*deployment, "component") == Some("allocator");
+    let is_allocator = |deployment: &&Deployment| label_of(*deployment, "component") == Some("allocator");
     cluster.namespace = match install {
         Some(namespace) => namespace.to_owned(),
         None => installed(&cluster, deployments.iter().filter(is_allocator)),
@@ -120,7 +122,7 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     cluster.allocator = deployments
         .into_iter()
         .find(|deployment| is_allocator(&deployment) && is_here(deployment.namespace()));
-    let is_agents = |set: &DaemonSet| label(set, "component") == Some("lbnodeagent");
+    let is_agents = |set: &DaemonSet| label_of(set, "component") == Some("lbnodeagent");
     cluster.lbnodeagent = sets.into_iter().find(|set| is_agents(set) && is_here(set.namespace()));
     cluster
         .lbnodes
@@ -145,8 +147,21 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     Ok(cluster)
 }
 
-fn label<'a>(object: &'a impl ResourceExt, key: &str) -> Option<&'a str> {
+fn label_of<'a>(object: &'a impl ResourceExt, key: &str) -> Option<&'a str> {
     object.labels().get(key).map(String::as_str)
+}
+
+/// Puts a label without a value on a Node, or takes it off.
+///
+/// # Errors
+/// What the API server answered.
+pub async fn label(client: &Client, node: &str, key: &str, is_set: bool) -> Result<()> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let value = is_set.then_some("");
+    let patch = Patch::Merge(serde_json::json!({"metadata": {"labels": {key: value}}}));
+    let patched = nodes.patch_metadata(node, &PatchParams::default(), &patch).await;
+    patched.with_context(|| format!("the label {key} of Node {node}"))?;
+    Ok(())
 }
 
 /// The API server's clock.

@@ -219,7 +219,8 @@ pub fn count(number: usize, one: &str) -> String {
     if number == 1 {
         format!("1 {one}")
     } else {
-        format!("{number} {one}s")
+        let end = if one.ends_with('s') { "es" } else { "s" };
+        format!("{number} {one}{end}")
     }
 }
 

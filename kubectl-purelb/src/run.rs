@@ -12,7 +12,7 @@ use crate::cli::{Bgp, Cli, Common, Verb};
 use crate::cluster::Cluster;
 use crate::read::{self, Wanted};
 use crate::render::{Format, Ink, Report, render};
-use crate::verb::{bgp, check, events, explain, nodes, pin, pools, status, version, vips};
+use crate::verb::{bgp, check, drain, events, explain, nodes, pin, pools, status, version, vips};
 use crate::view::View;
 
 /// How often `--watch` and `--wait` look.
@@ -69,6 +69,11 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
     let namespace = common.namespace.clone().unwrap_or(namespace);
     if let Verb::Status { wait: Some(patience) } = cli.verb {
         return Box::pin(wait(&client, common, patience)).await;
+    }
+    match &cli.verb {
+        Verb::Drain { node, force, timeout } => return Box::pin(drain(&client, common, node, *force, *timeout)).await,
+        Verb::Undrain { node } => return Box::pin(undrain(&client, common, node)).await,
+        _ => {}
     }
     loop {
         let reading = read::read(&client, common.install_namespace.as_deref(), wanted(&cli.verb));
@@ -181,8 +186,51 @@ fn look(cli: &Cli, cluster: &Cluster, namespace: &str) -> Result<(String, Outcom
         } => well(show.it(&bgp::routes(&view))?),
         Verb::Bgp { .. } => well(show.it(&bgp::sessions(&view))?),
         Verb::Version => well(show.it(&version::version(&view))?),
-        Verb::Completion { .. } => bail!("the completion needs no cluster"),
+        Verb::Completion { .. } | Verb::Drain { .. } | Verb::Undrain { .. } => bail!("this is no verb that looks"),
     }
+}
+
+/// Drains a node, and looks until it has no address any more.
+async fn drain(client: &Client, common: &Common, word: &str, force: bool, patience: Duration) -> Result<Outcome> {
+    let install = common.install_namespace.as_deref();
+    let cluster = Box::pin(read::read(client, install, Wanted::default())).await?;
+    let view = View::of(&cluster);
+    let node = nodes::find(&view, word)?.to_owned();
+    let lost = nodes::drain(&view, &node)?.lost();
+    if !lost.is_empty() && !force {
+        bail!(
+            "without {node} nobody would announce {}; nothing was changed: --force does it nevertheless",
+            lost.join(", ")
+        );
+    }
+    let had = drain::held(&view, &node).unwrap_or_default();
+    let began = Instant::now();
+    read::label(client, &node, drain::LABEL, true).await?;
+    loop {
+        let cluster = Box::pin(read::read(client, install, Wanted::default())).await?;
+        let has = drain::held(&View::of(&cluster), &node).unwrap_or_default();
+        if has == 0 || began.elapsed() >= patience {
+            let drained = drain::Drained::new(&node, true, (had, has), began.elapsed());
+            print(&render(&drained, common.output, ink(common))?)?;
+            return Ok(Outcome::of(drained.is_well()));
+        }
+        sleep(EVERY / 8).await;
+    }
+}
+
+async fn undrain(client: &Client, common: &Common, word: &str) -> Result<Outcome> {
+    let cluster = Box::pin(read::read(
+        client,
+        common.install_namespace.as_deref(),
+        Wanted::default(),
+    ))
+    .await?;
+    let view = View::of(&cluster);
+    let node = nodes::find(&view, word)?;
+    read::label(client, node, drain::LABEL, false).await?;
+    let drained = drain::Drained::new(node, false, (0, 0), Duration::ZERO);
+    print(&render(&drained, common.output, ink(common))?)?;
+    Ok(Outcome::Well)
 }
 
 struct Show(Format, Ink);

@@ -2,6 +2,7 @@
 
 pub mod bgp;
 pub mod check;
+pub mod drain;
 pub mod events;
 pub mod explain;
 pub mod nodes;

@@ -188,7 +188,7 @@ fn well(view: &View<'_>, findings: &[Finding]) -> Vec<(Area, String)> {
             if addresses == 1 {
                 "1 address is".to_owned()
             } else {
-                format!("{addresses} addresses are")
+                format!("{} are", count(addresses, "address"))
             }
         ),
     );

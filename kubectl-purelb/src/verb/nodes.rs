@@ -51,7 +51,7 @@ struct Row {
 /// What happens when a node goes.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Drain {
+pub struct Drain {
     node: String,
     moves: Vec<Moved>,
     lost: Vec<Lost>,
@@ -141,7 +141,11 @@ pub fn find<'v>(view: &'v View<'_>, word: &str) -> Result<&'v str> {
     }
 }
 
-fn drain(view: &View<'_>, word: &str) -> Result<Drain> {
+/// What happens when a node goes.
+///
+/// # Errors
+/// When there is no such node.
+pub fn drain(view: &View<'_>, word: &str) -> Result<Drain> {
     let node = find(view, word)?;
     let now = view.elect(&BTreeSet::new(), None);
     let then = view.elect(&BTreeSet::from([node]), None);
@@ -169,6 +173,14 @@ fn drain(view: &View<'_>, word: &str) -> Result<Drain> {
         moves,
         lost,
     })
+}
+
+impl Drain {
+    /// The addresses that nobody would have, each with why.
+    pub fn lost(&self) -> Vec<String> {
+        let lost = self.lost.iter();
+        lost.map(|lost| format!("{} ({})", lost.address, lost.why)).collect()
+    }
 }
 
 impl Report for Nodes {
