@@ -19,7 +19,8 @@ pub const LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers
 #[serde(rename_all = "camelCase")]
 pub struct Drained {
     node: String,
-    drained: bool,
+    #[serde(rename = "drained")]
+    is_away: bool,
     /// How many addresses it had at first.
     had: u32,
     /// How many it has still.
@@ -36,10 +37,10 @@ pub fn held(view: &View<'_>, word: &str) -> Option<u32> {
 
 impl Drained {
     /// A node that had so many addresses and has so many after a time.
-    pub fn new(node: &str, is_drained: bool, (had, has): (u32, u32), took: Duration) -> Self {
+    pub fn new(node: &str, is_away: bool, (had, has): (u32, u32), took: Duration) -> Self {
         Self {
             node: node.to_owned(),
-            drained: is_drained,
+            is_away,
             had,
             has,
             milliseconds: took.as_millis(),
@@ -48,7 +49,7 @@ impl Drained {
 
     /// Whether that is what was wanted.
     pub const fn is_well(&self) -> bool {
-        !self.drained || self.has == 0
+        !self.is_away || self.has == 0
     }
 }
 
@@ -58,7 +59,7 @@ impl Report for Drained {
     fn text(&self, _: Ink) -> String {
         let addresses = |number: u32| count(usize::try_from(number).unwrap_or(usize::MAX), "address");
         let Self { node, had, has, .. } = self;
-        if !self.drained {
+        if !self.is_away {
             return format!("{node} is in use again, and gets back what the election gives it\n");
         }
         if *has > 0 {
