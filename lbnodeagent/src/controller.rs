@@ -171,8 +171,7 @@ pub async fn run(
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
     let mut stop = std::pin::pin!(stop);
-    let mut look_round = tokio::time::interval(LOOK_ROUND);
-    look_round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut look_round = looking_round();
     let mut members_now = living.borrow_and_update().clone();
     loop {
         let wake = agent.next_wake();
@@ -221,6 +220,13 @@ pub async fn run(
     agent.leave(writing).await;
     members.leave().await;
     Ok(())
+}
+
+/// Ticks every [`LOOK_ROUND`], and never sooner after a tick that came late.
+fn looking_round() -> tokio::time::Interval {
+    let mut ticks = tokio::time::interval(LOOK_ROUND);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    ticks
 }
 
 async fn start_gossip(
@@ -621,6 +627,7 @@ impl<'a> Agent<'a> {
 
     /// Looks at everything.
     async fn look_at_all(&mut self, living: &Living) -> anyhow::Result<()> {
+        self.links.metrics.looked("all");
         let began = Instant::now();
         let snapshot = self.links.kernel.snapshot().await?;
         let Some(config) = self.config(&snapshot) else {
@@ -697,6 +704,7 @@ impl<'a> Agent<'a> {
 
     /// Looks at single VIPs.
     async fn look_at(&mut self, living: &Living, mut basis: Basis, vips: BTreeSet<IpAddr>) {
+        self.links.metrics.looked("some");
         let own = basis.kernel.addresses.len();
         let ours = self.links.kernel.held(vips.iter().copied());
         basis.kernel.addresses.extend(ours);

@@ -140,6 +140,7 @@ pub struct Metrics {
     configuration_problem: Gauge,
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
+    looks: Family<OfKind, Counter>,
     unadvertised: Family<OfCause, Gauge>,
     peers: Family<State, Gauge>,
 }
@@ -205,6 +206,11 @@ impl Metrics {
         self.sent.register(agent);
         agent.register("address_additions", "Addresses added", self.additions.clone());
         agent.register("address_withdrawals", "Addresses taken off", self.withdrawals.clone());
+        agent.register(
+            "looks",
+            "How often everything was looked at (all), or the addresses that a change touches (some)",
+            self.looks.clone(),
+        );
         agent.register("address_renewals", "Lifetimes that began anew", self.renewals.clone());
         agent.register(
             "address_renewal_errors",
@@ -319,6 +325,11 @@ impl Metrics {
     /// The kernel had lost an address (`restored`), or had one nobody wanted (`leftover`).
     pub fn corrected(&self, kind: &'static str) {
         self.corrections.get_or_create(&OfKind { kind }).inc();
+    }
+
+    /// Everything was looked at, or some addresses.
+    pub fn looked(&self, kind: &'static str) {
+        self.looks.get_or_create(&OfKind { kind }).inc();
     }
 
     /// How many routed addresses each cause keeps from being advertised.
