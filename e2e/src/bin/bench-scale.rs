@@ -93,7 +93,8 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
 /// Creates Services until there are `size`, and says what that cost. Returns the agent's milliseconds for each.
 async fn grow(lab: &Lab, product: &Product, have: usize, size: usize, singles: usize) -> Result<f64> {
     let agent = product.agents.values().last().context("no agent")?;
-    let before = (cpu(agent)?, cpu(&product.allocator)?);
+    let node = product.agents.keys().last().context("no agent")?;
+    let before = (cpu(agent)?, cpu(&product.allocator)?, looks(lab, node).await?);
     let begun = Instant::now();
     stream::iter(have..size)
         .map(|i| create(lab, format!("s{i}")))
@@ -107,6 +108,7 @@ async fn grow(lab: &Lab, product: &Product, have: usize, size: usize, singles: u
     let news = millis(size - have);
     let of_agent = (cpu(agent)? - before.0) / news;
     let of_allocator = (cpu(&product.allocator)? - before.1) / news;
+    let after = looks(lab, node).await?;
     let (median, worst) = one_more(lab, size, singles).await?;
     tokio::time::sleep(Duration::from_secs(5)).await;
     let idle = cpu(agent)?;
@@ -117,6 +119,11 @@ async fn grow(lab: &Lab, product: &Product, have: usize, size: usize, singles: u
         millis(size - have) / created.as_secs_f64(),
         peak(agent)?,
         peak(&product.allocator)?,
+    );
+    println!(
+        "         the agent looked {:.0} times at everything, {:.0} times at single addresses",
+        after.0 - before.2.0,
+        after.1 - before.2.1
     );
     Ok(of_agent)
 }
@@ -221,6 +228,18 @@ async fn restart(lab: &Lab, product: &mut Product, have: usize) -> Result<()> {
         cpu(&again)? / 1e3,
     );
     Ok(())
+}
+
+/// How often an agent has looked at everything, and at single addresses.
+async fn looks(lab: &Lab, node: &str) -> Result<(f64, f64)> {
+    let url = format!("http://{}:7472/metrics", lab.node(node)?.ipv4);
+    let metrics = lab.curl(node, &url).await?;
+    let count = |kind: &str| {
+        let name = format!("purelb_lbnodeagent_looks_total{{kind=\"{kind}\"}} ");
+        let line = metrics.lines().find_map(|line| line.strip_prefix(&name));
+        line.map_or(Ok(0.0), str::parse::<f64>)
+    };
+    Ok((count("all")?, count("some")?))
 }
 
 /// Milliseconds of processor time that a process has taken.
