@@ -119,6 +119,8 @@ struct Spec {
     #[serde(rename = "loadBalancerIP")]
     load_balancer_ip: Option<Address>,
     ports: Option<Vec<Port>>,
+    session_affinity: Option<String>,
+    load_balancer_source_ranges: Option<Ranges>,
 }
 
 /// The first of `spec.externalIPs`.
@@ -184,8 +186,36 @@ impl<'de> Deserialize<'de> for Selector {
     }
 }
 
+/// `spec.loadBalancerSourceRanges`, of which it is kept whether there are any.
+struct Ranges(bool);
+
+impl<'de> Deserialize<'de> for Ranges {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Seq;
+
+        impl<'de> Visitor<'de> for Seq {
+            type Value = Ranges;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("ranges of addresses")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                let mut are_there = false;
+                while seq.next_element::<IgnoredAny>()?.is_some() {
+                    are_there = true;
+                }
+                Ok(Ranges(are_there))
+            }
+        }
+
+        deserializer.deserialize_seq(Seq)
+    }
+}
+
 #[derive(Deserialize)]
 struct Port {
+    name: Option<String>,
     port: i32,
     protocol: Option<String>,
 }
@@ -204,6 +234,7 @@ impl From<Cow<'_, str>> for Address {
 impl From<Spec> for ServiceSpec {
     fn from(spec: Spec) -> Self {
         let port = |port: Port| ServicePort {
+            name: port.name,
             port: port.port,
             protocol: port.protocol,
             ..ServicePort::default()
@@ -224,6 +255,10 @@ impl From<Spec> for ServiceSpec {
             load_balancer_class: spec.load_balancer_class,
             load_balancer_ip: spec.load_balancer_ip.map(|Address(text)| text),
             ports: spec.ports.map(|ports| ports.into_iter().map(port).collect()),
+            session_affinity: spec.session_affinity.filter(|affinity| affinity == "ClientIP"),
+            load_balancer_source_ranges: spec
+                .load_balancer_source_ranges
+                .and_then(|Ranges(are_there)| are_there.then(|| vec![String::new()])),
             ..Self::default()
         }
     }

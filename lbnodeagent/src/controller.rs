@@ -6,6 +6,7 @@
 //! the failover path: when it is away, what was last heard from it holds, and members and kernel go on.
 
 mod asking;
+mod bypassing;
 mod counting;
 mod handing;
 mod introducing;
@@ -32,6 +33,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::bypass::{self, Answers, Bypass, Suspects, Wanted};
 use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
 use crate::greeting::{self, Held};
@@ -72,6 +74,10 @@ pub struct Settings {
     pub routers_follow_in: Duration,
     /// The routing daemon of this node, if it can be asked.
     pub routing_daemon: Option<daemons::Daemon>,
+    /// Whether new connections bypass Pods of dead nodes.
+    pub bypasses: bool,
+    /// How long a node has to be dead until connections that are open to its Pods are reset; `None`: they never are.
+    pub reset_after: Option<Duration>,
 }
 
 /// How long an address stays after another node has won its election: the winner adds it and tells the
@@ -167,6 +173,9 @@ pub async fn run(
         // Beside this loop, which a long answer must not hold up.
         tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
     }
+    let (answers, mut answered) = watch::channel(Answers::new());
+    tokio::spawn(bypass::run::keep_asking(agent.suspects.subscribe(), answers));
+    tokio::spawn(bypass::run::keep_telling(agent.bypassed.subscribe()));
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
@@ -186,6 +195,7 @@ pub async fn run(
             Ok(()) = api_reachable.changed() => {}
             Ok(()) = not_advertised.changed() => {}
             Ok(()) = sessions_seen.changed() => {}
+            Ok(()) = answered.changed() => {}
             () = kernel.changed() => {}
             () = watcher.taken_over() => {
                 tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
@@ -208,14 +218,18 @@ pub async fn run(
             agent.take(input);
         }
         let scope = agent.scope(is_about_all || living.has_changed().unwrap_or(true));
-        if scope == Scope::All {
+        let is_all = scope == Scope::All;
+        if is_all {
             members_now = living.borrow_and_update().clone();
             agent.meet(&members_now);
             agent.heard = heard.borrow_and_update().clone();
             agent.is_api_reachable = *api_reachable.borrow_and_update();
             agent.unadvertised = not_advertised.borrow_and_update().clone();
+            agent.answers = answered.borrow_and_update().clone();
         }
         agent.reconcile(&members_now, scope).await?;
+        // After the addresses: where one has no owner, all of its connections fail.
+        agent.bypass_dead_pods(&members_now, is_all);
     }
     agent.leave(writing).await;
     members.leave().await;
@@ -372,6 +386,13 @@ struct Agent<'a> {
     said_unadvertised: BTreeMap<(ServiceKey, IpAddr), &'static str>,
     /// Former owners of addresses this node has, through which their open connections go on.
     handover: Handover,
+    /// Nodes that may be dead, whether they answer, and what is done about those that are.
+    nodes: bypass::Nodes,
+    suspects: watch::Sender<Suspects>,
+    answers: Answers,
+    bypass: Bypass,
+    /// What the kernel is to do so that connections bypass dead Pods; `None` while a process before this one knows better.
+    bypassed: watch::Sender<Option<Arc<Wanted>>>,
     /// Addresses that another node has won, and until when they stay here.
     lingering: BTreeMap<(u32, IpAddr), Instant>,
     /// What is known of addresses that were never announced.
@@ -456,6 +477,11 @@ impl<'a> Agent<'a> {
             unadvertised: BTreeMap::new(),
             said_unadvertised: BTreeMap::new(),
             handover: Handover::default(),
+            nodes: bypass::Nodes::default(),
+            suspects: watch::Sender::new(Suspects::new()),
+            answers: Answers::new(),
+            bypass: Bypass::default(),
+            bypassed: watch::Sender::new(None),
             lingering: BTreeMap::new(),
             findings: Findings::default(),
             owners: BTreeMap::new(),

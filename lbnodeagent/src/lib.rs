@@ -2,6 +2,7 @@
 //!
 //! The binary only wires; everything it uses is here, so that tests can.
 
+pub mod bypass;
 pub mod config;
 pub mod conflict;
 pub mod controller;
@@ -15,6 +16,7 @@ pub mod lbnode;
 pub mod members;
 pub mod metrics;
 pub mod neighbor;
+mod netfilter;
 pub mod notices;
 pub mod picture;
 pub mod plan;

@@ -34,6 +34,12 @@ struct Flags {
     /// The routing daemon of this node, `bird=SOCKET` or `frr=SOCKET`: it is asked whether it advertises the routed addresses.
     #[arg(long, env = "PURELB_ROUTING_DAEMON")]
     routing_daemon: Option<Daemon>,
+    /// Whether new connections to VIPs bypass Pods of nodes that are dead, until the control plane has given those nodes up.
+    #[arg(long, env = "PURELB_BYPASS_DEAD_NODES", default_value = "true", action = clap::ArgAction::Set)]
+    bypass_dead_nodes: bool,
+    /// Seconds a node has to be dead until connections that are open to its Pods by VIPs are reset; 0: they never are.
+    #[arg(long, env = "PURELB_RESET_AFTER_SECONDS", default_value = "30")]
+    reset_after_seconds: u16,
 }
 
 /// How long tasks have that are still under way when everything is done: they have nothing to do any more.
@@ -72,6 +78,8 @@ async fn run() -> anyhow::Result<()> {
         keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
         routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),
         routing_daemon: flags.routing_daemon,
+        bypasses: flags.bypass_dead_nodes,
+        reset_after: (flags.reset_after_seconds > 0).then(|| Duration::from_secs(flags.reset_after_seconds.into())),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

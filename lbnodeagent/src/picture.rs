@@ -102,6 +102,8 @@ pub struct Cluster {
     ended: Ended,
     /// What has to be decided anew since it was last asked for.
     touched: Scope,
+    /// Services with addresses of ours, ports and endpoints of which may have changed since it was last asked for.
+    moved: BTreeSet<ServiceKey>,
 }
 
 /// Nodes that are gone, and Services that have no address of ours any more: what is remembered of them ends too.
@@ -252,6 +254,17 @@ impl Cluster {
         std::mem::take(&mut self.touched)
     }
 
+    /// Services whose ports or endpoints may have changed since this was last asked. Some may have no addresses of ours any more.
+    pub fn moved(&mut self) -> BTreeSet<ServiceKey> {
+        std::mem::take(&mut self.moved)
+    }
+
+    /// Where the endpoints of a Service are, slice by slice.
+    pub fn endpoints(&self, key: &ServiceKey) -> impl Iterator<Item = &slice::Usable> {
+        let slices = self.endpoints.get(key).into_iter().flat_map(BTreeMap::values);
+        slices.map(|slice| &slice.usable)
+    }
+
     /// Takes in a watch event.
     pub fn see(&mut self, seen: Seen) {
         match seen {
@@ -290,6 +303,9 @@ impl Cluster {
     }
 
     fn service_says(&mut self, key: ServiceKey, says: Option<Announced>) {
+        if says.is_some() || self.announced.get(&key).is_some() {
+            self.moved.insert(key.clone());
+        }
         if let Some(announced) = says {
             let announced = self.with_endpoints(&key, announced);
             self.touched.add(self.announced.set(key, announced));
@@ -405,6 +421,7 @@ impl Cluster {
 
     fn endpoints_changed(&mut self, key: &ServiceKey) {
         if let Some(known) = self.announced.get(key).cloned() {
+            self.moved.insert(key.clone());
             let announced = self.with_endpoints(key, known);
             self.touched.add(self.announced.set(key.clone(), announced));
         }
@@ -481,7 +498,27 @@ fn announced(service: &Service) -> Option<Announced> {
             .into_iter()
             .map(|(ip, (node, _))| (ip, node))
             .collect(),
+        ports: ports(service),
+        is_sticky: service.spec.as_ref().and_then(|spec| spec.session_affinity.as_deref()) == Some("ClientIP"),
+        is_restricted: service
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.load_balancer_source_ranges.as_ref())
+            .is_some_and(|ranges| !ranges.is_empty()),
     })
+}
+
+/// A Service's ports, as their slices name them.
+fn ports(service: &Service) -> Box<[slice::Port]> {
+    let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
+    let read = ports.filter_map(|port| {
+        Some(slice::Port {
+            name: port.name.as_deref().unwrap_or_default().into(),
+            protocol: slice::protocol(port.protocol.as_deref())?,
+            port: port.port.try_into().ok()?,
+        })
+    });
+    read.collect()
 }
 
 #[cfg(test)]

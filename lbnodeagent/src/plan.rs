@@ -22,6 +22,7 @@ use crate::election;
 use crate::kernel::{Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
+use crate::picture::slice;
 use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
 pub use crate::scope::{Place, Scope};
@@ -56,6 +57,12 @@ pub struct Announced {
     pub cluster_ips: Vec<IpAddr>,
     /// Who announces an address, as its annotation says.
     pub announcers: BTreeMap<IpAddr, String>,
+    /// Its ports.
+    pub ports: Box<[slice::Port]>,
+    /// `sessionAffinity: ClientIP`: a client's connections go to one endpoint.
+    pub is_sticky: bool,
+    /// `loadBalancerSourceRanges`: not everybody may connect.
+    pub is_restricted: bool,
 }
 
 /// What a node says of itself: the subnets it can announce, and whether it wants to.

@@ -1,13 +1,14 @@
-//! An EndpointSlice reduced, while it is read, to the nodes that have endpoints of a Service.
+//! An EndpointSlice reduced, while it is read, to the nodes that have endpoints of a Service, and to where the first endpoints are.
 //!
 //! Anybody who may write EndpointSlices decides how many there are and what is in them. A thousand endpoints on ten nodes
-//! are ten numbers here.
+//! are ten numbers here, and a hundred addresses.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::{Arc, LazyLock};
 
 use daemon::Keep;
@@ -21,13 +22,13 @@ use smol_str::SmolStr;
 
 /// A node's name as a number. Names in a slice are its author's, and may be long and of no node at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NodeId(u64);
+pub struct NodeId(NonZeroU64);
 
 impl NodeId {
     /// The number of this name, the same for as long as this process lives and known to nobody else.
     pub fn of(name: &str) -> Self {
         static SEED: LazyLock<RandomState> = LazyLock::new(RandomState::new);
-        Self(SEED.hash_one(name))
+        Self(NonZeroU64::new(SEED.hash_one(name)).unwrap_or(NonZeroU64::MIN))
     }
 }
 
@@ -66,6 +67,15 @@ struct Wire {
     metadata: Metadata,
     #[serde(default, deserialize_with = "usable")]
     endpoints: Usable,
+    #[serde(default)]
+    ports: Option<Vec<WirePort>>,
+}
+
+#[derive(Deserialize)]
+struct WirePort {
+    name: Option<String>,
+    port: Option<u16>,
+    protocol: Option<String>,
 }
 
 #[derive(Default, Deserialize)]
@@ -86,6 +96,19 @@ struct Labels {
 
 impl From<Wire> for Slim {
     fn from(wire: Wire) -> Self {
+        let mut usable = wire.endpoints;
+        let ports = wire.ports.unwrap_or_default();
+        usable.is_whole &= ports.len() <= MOST_PORTS;
+        let ports = ports.into_iter().take(MOST_PORTS);
+        usable.ports = ports
+            .filter_map(|port| {
+                Some(Port {
+                    name: port.name.unwrap_or_default().into(),
+                    protocol: protocol(port.protocol.as_deref())?,
+                    port: port.port?,
+                })
+            })
+            .collect();
         Self {
             metadata: ObjectMeta {
                 name: wire.metadata.name,
@@ -97,7 +120,7 @@ impl From<Wire> for Slim {
                 .metadata
                 .labels
                 .and_then(|labels| labels.service.map(SmolStr::from)),
-            usable: wire.endpoints,
+            usable,
         }
     }
 }
@@ -131,8 +154,22 @@ impl Resource for Slim {
     }
 }
 
-/// How many addresses are read of a slice.
+/// How many addresses are read of the API servers' slice.
 const MOST: usize = 64;
+/// How many endpoints are kept of a slice: as many as the endpoint controller puts into one, unless it is told otherwise.
+const MOST_ENDPOINTS: usize = 100;
+/// How many ports are kept of a slice.
+const MOST_PORTS: usize = 100;
+
+/// The number of a protocol by its name in Kubernetes.
+pub fn protocol(name: Option<&str>) -> Option<u8> {
+    match name.unwrap_or("TCP") {
+        "TCP" => Some(6),
+        "UDP" => Some(17),
+        "SCTP" => Some(132),
+        _ => None,
+    }
+}
 
 /// Whether the slice of this namespace and name says where the API servers are.
 pub(super) fn is_api_servers(namespace: &str, name: &str) -> bool {
@@ -154,6 +191,10 @@ impl From<Slim> for Arc<Kept> {
         let name = |text: &Option<String>| text.as_deref().unwrap_or_default().to_owned();
         if !is_api_servers(&name(&slim.metadata.namespace), &name(&slim.metadata.name)) {
             slim.usable.addresses = Box::default();
+        }
+        if slim.service.is_none() {
+            slim.usable.endpoints = Box::default();
+            slim.usable.ports = Box::default();
         }
         Self::new(Kept {
             version: daemon::version(&slim),
@@ -180,6 +221,34 @@ pub struct Usable {
     pub is_any: bool,
     /// The first addresses of its endpoints, usable or not. Kept of the API servers' slice only.
     pub addresses: Box<[IpAddr]>,
+    /// The first of the endpoints themselves.
+    pub endpoints: Box<[Place]>,
+    /// The ports that all of them have.
+    pub ports: Box<[Port]>,
+    /// These are all.
+    pub is_whole: bool,
+}
+
+/// Where an endpoint is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its node; none of one outside the cluster.
+    pub node: Option<NodeId>,
+    /// It is ready, and not only serving while it terminates.
+    pub is_ready: bool,
+}
+
+/// A port of all endpoints of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// The name of the Service's port that leads here.
+    pub name: SmolStr,
+    /// The number of its protocol.
+    pub protocol: u8,
+    /// The port.
+    pub port: u16,
 }
 
 #[derive(Deserialize)]
@@ -217,13 +286,16 @@ fn usable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Usable, D::Error
             let (mut ready, mut serving) = (BTreeSet::new(), BTreeSet::new());
             let mut is_any = false;
             let mut addresses = Vec::new();
+            let mut places = Vec::new();
+            let mut is_whole = true;
             while let Some(endpoint) = endpoints.next_element::<Endpoint>()? {
                 if addresses.len() < MOST {
                     let texts = endpoint.addresses.iter().flatten();
                     addresses.extend(texts.take(MOST).filter_map(|text| text.parse::<IpAddr>().ok()));
                 }
                 let conditions = endpoint.conditions.unwrap_or_default();
-                let nodes = if conditions.ready.unwrap_or(true) {
+                let is_ready = conditions.ready.unwrap_or(true);
+                let nodes = if is_ready {
                     &mut ready
                 } else if conditions.serving.unwrap_or(false) {
                     &mut serving
@@ -232,12 +304,28 @@ fn usable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Usable, D::Error
                 };
                 is_any = true;
                 nodes.extend(endpoint.node_name);
+                // Of several addresses the first is the one that counts.
+                let address = endpoint.addresses.iter().flatten().next();
+                let Some(address) = address.and_then(|text| text.parse().ok()) else {
+                    continue;
+                };
+                is_whole = places.len() < MOST_ENDPOINTS;
+                if is_whole {
+                    places.push(Place {
+                        address,
+                        node: endpoint.node_name,
+                        is_ready,
+                    });
+                }
             }
             Ok(Usable {
                 ready: ready.into_iter().collect(),
                 serving: serving.into_iter().collect(),
                 is_any,
                 addresses: addresses.into(),
+                endpoints: places.into(),
+                ports: Box::default(),
+                is_whole,
             })
         }
     }
@@ -274,6 +362,43 @@ mod tests {
         assert_eq!((slice.usable.ready.len(), slice.usable.serving.len()), (9, 1));
         assert_eq!(*slice.usable.serving, [NodeId::of("node-9")]);
         assert!(slice.usable.addresses.is_empty());
+        assert_eq!((slice.usable.endpoints.len(), slice.usable.is_whole), (MOST_ENDPOINTS, false));
+        assert!(size_of::<Place>() <= 32, "there are many");
+    }
+
+    #[test]
+    fn endpoints_are_kept_where_they_can_be_used() {
+        let slice = |labels: serde_json::Value| {
+            read(&json!({
+                "metadata": {"name": "web-1", "namespace": "default", "labels": labels},
+                "endpoints": [
+                    {"addresses": ["10.0.0.1", "10.0.0.9"], "nodeName": "a"},
+                    {"addresses": ["10.0.0.2"], "conditions": {"ready": false}, "nodeName": "a"},
+                    {"addresses": ["10.0.0.3"], "conditions": {"ready": false, "serving": true}},
+                    {"addresses": ["example.org"]},
+                ],
+                "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}, {"port": 53, "protocol": "UDP"}, {"name": "any"},
+                    {"port": 1, "protocol": "ICMP"}],
+            }))
+        };
+        let kept = slice(json!({"kubernetes.io/service-name": "web"}));
+        let place = |ip: &str, node: Option<&str>, is_ready| Place {
+            address: ip.parse().unwrap(),
+            node: node.map(NodeId::of),
+            is_ready,
+        };
+        assert_eq!(
+            *kept.usable.endpoints,
+            [place("10.0.0.1", Some("a"), true), place("10.0.0.3", None, false)]
+        );
+        let port = |name: &str, protocol, port| Port {
+            name: name.into(),
+            protocol,
+            port,
+        };
+        assert_eq!(*kept.usable.ports, [port("http", 6, 8080), port("", 17, 53)]);
+        assert!(kept.usable.is_whole);
+        assert!(slice(json!({})).usable.endpoints.is_empty(), "of no Service");
     }
 
     #[test]
