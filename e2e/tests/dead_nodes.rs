@@ -73,9 +73,16 @@ struct Seen {
 impl std::fmt::Display for Seen {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
-            opened, failed, late, last, ..
+            opened,
+            failed,
+            late,
+            last,
+            ..
         } = self;
-        write!(f, "{failed} of {opened} failed, the last one opened {last:?} after the cut; {late} late; longest silence of UDP flows:")?;
+        write!(
+            f,
+            "{failed} of {opened} failed, the last one opened {last:?} after the cut; {late} late; longest silence of UDP flows:"
+        )?;
         for flow in &self.flows {
             write!(f, " {:?}", flow.longest_silence)?;
         }
@@ -103,15 +110,27 @@ fn bypassed(proxy: ProxyMode) -> Result<()> {
         let agents = start_agents(&lab, "true").await?;
         settled(&lab).await?;
         let with = cut_off(&lab, "with", true).await?;
-        ensure!(without.failed >= 20, "too few failed to compare with: {}", without.failed);
-        ensure!(with.failed * 10 <= without.failed, "{} and {}", with.failed, without.failed);
+        ensure!(
+            without.failed >= 20,
+            "too few failed to compare with: {}",
+            without.failed
+        );
+        ensure!(
+            with.failed * 10 <= without.failed,
+            "{} and {}",
+            with.failed,
+            without.failed
+        );
         for flow in &with.flows {
             ensure!(flow.longest_silence < CUT / 2, "a flow stayed with a dead Pod: {flow}");
         }
 
         // An agent that is killed is no dead node: its kernel answers.
         agents.get("w12").context("an agent")?.kill().await?;
-        stays("nothing is bypassed", Duration::from_secs(4), async || no_table(&lab).await).await?;
+        stays("nothing is bypassed", Duration::from_secs(4), async || {
+            no_table(&lab).await
+        })
+        .await?;
         Ok(())
     })
 }

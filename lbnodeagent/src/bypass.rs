@@ -27,6 +27,8 @@ use crate::standby::{Verdict, Verdicts};
 
 /// How long the kernel goes on without being told again.
 pub const TIMEOUT: Duration = Duration::from_mins(1);
+/// How long a node that was dead has to answer until it lives though its agent is not heard.
+const RETURN: Duration = Duration::from_secs(30);
 /// How many living Pods new connections to a port of a VIP are spread over.
 pub const MOST_LIVING: usize = 64;
 /// How many living Pods of all Services, and how many dead ones, the kernel is told of.
@@ -103,7 +105,7 @@ pub type Answers = BTreeMap<String, (Duration, bool)>;
 /// Which nodes are dead. One is suspected that the standby watch hears no more, or that gossip has given up, be it that its agent has
 /// said goodbye: a node that is switched off begins with that. A suspect is asked at its own address, where its kernel answers
 /// though no agent listens. The watch, which has asked agent and kernel alike, is believed meanwhile; gossip, which knows of agents
-/// only, is not.
+/// only, is not. One that was dead may have been restarted: its kernel answers before it has any Pods, and its agent is waited for.
 #[derive(Debug, Default)]
 pub struct Nodes {
     /// Where members were heard last.
@@ -111,17 +113,30 @@ pub struct Nodes {
     suspects: Suspects,
     /// Those that the watch hears no more.
     silent: BTreeSet<String>,
+    /// Those of the suspects that did not answer, and since when they do again.
+    returning: BTreeMap<String, Option<Duration>>,
 }
 
 impl Nodes {
     /// Takes note of who is there. `is_node` says whether a node exists.
-    pub fn look(&mut self, now: Duration, this: &str, living: &Living, heard: &Verdicts, is_node: impl Fn(&str) -> bool) {
+    pub fn look(
+        &mut self,
+        now: Duration,
+        this: &str,
+        living: &Living,
+        heard: &Verdicts,
+        is_node: impl Fn(&str) -> bool,
+    ) {
         let others = living.values().filter(|member| member.name != this);
-        self.addresses.extend(others.map(|member| (member.name.clone(), member.addr)));
-        self.addresses.retain(|name, _| living.contains_key(name) || is_node(name));
+        self.addresses
+            .extend(others.map(|member| (member.name.clone(), member.addr)));
+        self.addresses
+            .retain(|name, _| living.contains_key(name) || is_node(name));
         let of = |verdict: fn(Verdict) -> bool| {
             let heard = heard.iter().filter(move |(_, known)| verdict(**known));
-            heard.map(|(watched, _)| watched.node.as_str()).collect::<BTreeSet<&str>>()
+            heard
+                .map(|(watched, _)| watched.node.as_str())
+                .collect::<BTreeSet<&str>>()
         };
         let is_heard = of(Verdict::is_heard);
         let is_silent = of(|verdict| verdict == Verdict::Silent);
@@ -135,6 +150,7 @@ impl Nodes {
             let address = *address;
             self.suspects.insert(name.clone(), Suspect { address, since });
         }
+        self.returning.retain(|name, _| self.suspects.contains_key(name));
     }
 
     /// Whom to ask.
@@ -143,22 +159,42 @@ impl Nodes {
     }
 
     /// Which of them are dead, and when that is to be looked at again. Open connections are given up after `reset_after`, if ever.
-    pub fn dead(&self, now: Duration, answers: &Answers, reset_after: Option<Duration>) -> (Dead, Option<Duration>) {
+    pub fn dead(
+        &mut self,
+        now: Duration,
+        answers: &Answers,
+        reset_after: Option<Duration>,
+    ) -> (Dead, Option<Duration>) {
         let mut dead = Dead::default();
         let mut again: Option<Duration> = None;
         for (name, suspect) in &self.suspects {
             let answer = answers.get(name).filter(|(since, _)| *since == suspect.since);
-            let is_dead = answer.map_or_else(|| self.silent.contains(name), |(_, has_answered)| !has_answered);
-            if !is_dead {
-                continue;
-            }
             let id = NodeId::of(name);
+            let mut look_in = |wait: Duration| again = Some(again.map_or(wait, |known| known.min(wait)));
+            match answer {
+                None if !self.silent.contains(name) => continue,
+                None => {}
+                Some((_, false)) => _ = self.returning.insert(name.clone(), None),
+                Some((_, true)) => {
+                    let Some(since) = self.returning.get_mut(name) else {
+                        continue;
+                    };
+                    let left = (*since.get_or_insert(now) + RETURN).saturating_sub(now);
+                    if left.is_zero() {
+                        self.returning.remove(name);
+                    } else {
+                        dead.nodes.insert(id);
+                        look_in(left);
+                    }
+                    continue;
+                }
+            }
             dead.nodes.insert(id);
             let left = reset_after.map(|after| (suspect.since + after).saturating_sub(now));
             match left {
                 // That it was asked at all is part of it.
                 Some(Duration::ZERO) if answer.is_some() => _ = dead.gone.insert(id),
-                Some(left) => again = Some(again.map_or(left, |known| known.min(left))),
+                Some(left) => look_in(left),
                 None => {}
             }
         }
@@ -224,7 +260,9 @@ fn places<'a>(vip: IpAddr, port: &slice::Port, slices: &[&'a Usable]) -> impl It
             .endpoints
             .iter()
             .filter(move |place| Family::of(place.address) == Family::of(vip));
-        number.into_iter().flat_map(move |number| of_family.clone().map(move |place| (place, number)))
+        number
+            .into_iter()
+            .flat_map(move |number| of_family.clone().map(move |place| (place, number)))
     })
 }
 

@@ -168,14 +168,8 @@ pub async fn run(
     ));
     let (unadvertised, mut not_advertised) = watch::channel(BTreeMap::new());
     let (sessions, mut sessions_seen) = (agent.sessions.clone(), agent.sessions.subscribe());
-    if let Some(daemon) = agent.settings.routing_daemon.clone() {
-        let (routed, metrics) = (agent.routed.subscribe(), agent.links.metrics.clone());
-        // Beside this loop, which a long answer must not hold up.
-        tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
-    }
-    let (answers, mut answered) = watch::channel(Answers::new());
-    tokio::spawn(bypass::run::keep_asking(agent.suspects.subscribe(), answers));
-    tokio::spawn(bypass::run::keep_telling(agent.bypassed.subscribe()));
+    agent.start_asking_the_daemon(unadvertised, sessions);
+    let mut answered = agent.start_bypassing();
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));

@@ -34,8 +34,8 @@ use crds::Family;
 
 use super::{MOST_LIVING, Pair, Place, Port, Wanted};
 use crate::netfilter::{
-    APPEND, Batch, CREATE, DELETE_TABLE, GET_RULE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER, VERDICT,
-    attribute, attributes, be32, expression, find, list, nested, number, protocol, register,
+    APPEND, Batch, CREATE, DELETE_TABLE, GET_RULE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER,
+    VERDICT, attribute, attributes, be32, expression, find, list, nested, number, protocol, register,
 };
 
 const TABLE: &[u8] = b"purelb-bypass\0";
@@ -129,7 +129,10 @@ struct Table {
 impl Table {
     fn add(&self, wanted: &Wanted, batch: &mut Batch) {
         let of = protocol(self.family);
-        let living = wanted.living.iter().filter(|(port, _)| Family::of(port.vip) == self.family);
+        let living = wanted
+            .living
+            .iter()
+            .filter(|(port, _)| Family::of(port.vip) == self.family);
         let living: BTreeMap<&Port, &[Place]> = living.map(|(port, places)| (port, places.as_slice())).collect();
         batch.add(NEW_TABLE, CREATE, of, &[attribute(1, TABLE)]);
         // Types of parts, as `nft` numbers them: an address, a protocol, a port, a mark.
@@ -139,12 +142,23 @@ impl Table {
         };
         let joined = |parts: &[u32]| parts.iter().fold(0, |all, part| (all << 6) | part);
         let data = (joined(&[address, 13]), length + 4);
-        self.set(batch, LIVING, (joined(&[address, 12, 13, 19]), length + 12), Some(data), 1);
-        self.elements(batch, LIVING, living.iter().flat_map(|(port, places)| elements(port, places)));
+        self.set(
+            batch,
+            LIVING,
+            (joined(&[address, 12, 13, 19]), length + 12),
+            Some(data),
+            1,
+        );
+        self.elements(
+            batch,
+            LIVING,
+            living.iter().flat_map(|(port, places)| elements(port, places)),
+        );
         for (number, name, pairs) in [(2, DEAD, &wanted.dead), (3, GONE, &wanted.gone)] {
             self.set(batch, name, (joined(&[address, address]), 2 * length), None, number);
             let pairs = pairs.iter().filter(|(vip, _)| Family::of(*vip) == self.family);
-            let pair = |(vip, pod): &Pair| nested(1, &[nested(1, &[attribute(1, &[octets(*vip), octets(*pod)].concat())])]);
+            let pair =
+                |(vip, pod): &Pair| nested(1, &[nested(1, &[attribute(1, &[octets(*vip), octets(*pod)].concat())])]);
             self.elements(batch, name, pairs.map(pair));
         }
         // Hooks 0 and 2 are prerouting and forward.
@@ -152,7 +166,12 @@ impl Table {
         chain(batch, of, FORWARD, b"filter\0", 2, -5);
         let counts: BTreeSet<usize> = living.values().map(|places| places.len()).collect();
         for count in counts {
-            rule(batch, of, PREROUTING, &self.to_living(u32::try_from(count).unwrap_or(1)));
+            rule(
+                batch,
+                of,
+                PREROUTING,
+                &self.to_living(u32::try_from(count).unwrap_or(1)),
+            );
         }
         rule(batch, of, FORWARD, &self.drop_new());
         rule(batch, of, FORWARD, &self.reset());
@@ -163,7 +182,10 @@ impl Table {
         let flags = TIMEOUT | data.map_or(0, |_| MAP);
         let mut parts = vec![attribute(1, TABLE), attribute(2, name), be32(3, flags)];
         parts.extend([be32(4, key.0), be32(5, key.1)]);
-        parts.extend(data.into_iter().flat_map(|(type_, length)| [be32(6, type_), be32(7, length)]));
+        parts.extend(
+            data.into_iter()
+                .flat_map(|(type_, length)| [be32(6, type_), be32(7, length)]),
+        );
         parts.extend([be32(10, number), attribute(11, &milliseconds.to_be_bytes())]);
         batch.add(NEW_SET, CREATE, protocol(self.family), &parts);
     }
@@ -285,7 +307,10 @@ fn elements(port: &Port, places: &[Place]) -> impl Iterator<Item = Vec<u8>> {
     places.iter().zip(first..).map(move |((pod, port), slot)| {
         let key = [key.as_slice(), &slot.to_ne_bytes()].concat();
         let data = [octets(*pod), [port.to_be_bytes(), [0; 2]].concat()].concat();
-        nested(1, &[nested(1, &[attribute(1, &key)]), nested(2, &[attribute(1, &data)])])
+        nested(
+            1,
+            &[nested(1, &[attribute(1, &key)]), nested(2, &[attribute(1, &data)])],
+        )
     })
 }
 
@@ -298,12 +323,21 @@ fn octets(ip: IpAddr) -> Vec<u8> {
 
 fn chain(batch: &mut Batch, of: u8, name: &[u8], type_: &[u8], hook: u32, priority: i32) {
     let hook = [be32(1, hook), attribute(2, &priority.to_be_bytes())];
-    let parts = [attribute(1, TABLE), attribute(3, name), nested(4, &hook), attribute(7, type_)];
+    let parts = [
+        attribute(1, TABLE),
+        attribute(3, name),
+        nested(4, &hook),
+        attribute(7, type_),
+    ];
     batch.add(NEW_CHAIN, CREATE, of, &parts);
 }
 
 fn rule(batch: &mut Batch, of: u8, chain: &[u8], expressions: &[u8]) {
-    let parts = [attribute(1, TABLE), attribute(2, chain), nested(4, &[expressions.to_vec()])];
+    let parts = [
+        attribute(1, TABLE),
+        attribute(2, chain),
+        nested(4, &[expressions.to_vec()]),
+    ];
     batch.add(NEW_RULE, CREATE | APPEND, of, &parts);
 }
 
@@ -313,7 +347,7 @@ fn payload(to: u32, base: u32, offset: u32, length: u32) -> Vec<u8> {
     expression(b"payload\0", &parts)
 }
 
-/// Loads something about a packet: NFT_META_MARK is 3, NFT_META_L4PROTO 16.
+/// Loads something about a packet: `NFT_META_MARK` is 3, `NFT_META_L4PROTO` 16.
 fn meta(to: u32, key: u32) -> Vec<u8> {
     expression(b"meta\0", &[be32(1, to), be32(2, key)])
 }

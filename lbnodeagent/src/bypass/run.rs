@@ -51,7 +51,9 @@ pub async fn keep_asking(mut suspects: watch::Receiver<Suspects>, answers: watch
             let began = *first.entry((name.clone(), suspect.since)).or_insert(started.elapsed());
             let is_asked = match known.get(&name) {
                 None => true,
-                Some((_, true)) if started.elapsed().saturating_sub(began) > LONG => is_round && round.is_multiple_of(SELDOM),
+                Some((_, true)) if started.elapsed().saturating_sub(began) > LONG => {
+                    is_round && round.is_multiple_of(SELDOM)
+                }
                 Some(_) => is_round,
             };
             if is_asked {
@@ -90,7 +92,9 @@ pub async fn keep_telling(mut wanted: watch::Receiver<Option<Arc<Wanted>>>) {
             changed = wanted.changed() => if changed.is_err() { return },
             () = sleep(REFRESH), if holds => {}
         }
-        let Some(news) = wanted.borrow_and_update().clone() else { continue };
+        let Some(news) = wanted.borrow_and_update().clone() else {
+            continue;
+        };
         let began = Instant::now();
         let before = told.replace(news.clone());
         let is_known = before.as_ref().is_some_and(|before| before.dead == news.dead);

@@ -50,107 +50,68 @@ fn dead(nodes: &[&str], gone: &[&str]) -> Dead {
     }
 }
 
+/// How many living Pods connections to the Service are spread over, and how many Pods are dead, and gone.
+fn counted(service: &Announced, pods: &[(&str, &str)], dead: &Dead) -> (usize, usize, usize) {
+    let wanted = of_service(service, &[&slice(pods)], dead);
+    for (port, places) in &wanted.living {
+        assert_eq!((port.vip, port.protocol, port.port), (ip(VIP), 6, 80));
+        assert!(places.iter().all(|(pod, port)| *pod != ip("10.0.0.1") && *port == 8080));
+    }
+    let living = wanted.living.values().map(Vec::len).sum();
+    (living, wanted.dead.len(), wanted.gone.len())
+}
+
+const THREE: [(&str, &str); 3] = [("10.0.0.1", "a"), ("10.0.0.2", "b"), ("10.0.0.3", "c")];
+
 #[test]
 fn new_connections_go_to_pods_of_living_nodes() {
-    let three = [("10.0.0.1", "a"), ("10.0.0.2", "b"), ("10.0.0.3", "c")];
     let many: Vec<String> = (0..200).map(|i| format!("10.1.0.{i}")).collect();
-    let many: Vec<(&str, &str)> = many.iter().map(|ip| (ip.as_str(), "b")).chain([three[0]]).collect();
-    for (name, pods, service, dead, living, lost, gone) in [
-        ("none is dead", &three[..], service(), dead(&[], &[]), 0, 0, 0),
-        ("another node is", &three, service(), dead(&["x"], &[]), 0, 0, 0),
-        ("one is", &three, service(), dead(&["a"], &[]), 2, 1, 0),
-        ("two are, one for long", &three, service(), dead(&["a", "b"], &["b"]), 1, 2, 1),
-        ("all are", &three, service(), dead(&["a", "b", "c"], &["a"]), 0, 0, 0),
+    let many = many.iter().map(|ip| (ip.as_str(), "b")).chain([THREE[0]]);
+    let many: Vec<(&str, &str)> = many.collect();
+    let outside = [("10.0.0.1", "a"), ("192.0.2.1", "")];
+    let ending = [("10.0.0.1", "!a"), ("10.0.0.2", "!b")];
+    let one_ending = [("10.0.0.1", "a"), ("10.0.0.2", "!b"), ("10.0.0.3", "c")];
+    for (name, pods, dead, expected) in [
+        ("none is dead", &THREE[..], dead(&[], &[]), (0, 0, 0)),
+        ("another node is", &THREE, dead(&["x"], &[]), (0, 0, 0)),
+        ("one is", &THREE, dead(&["a"], &[]), (2, 1, 0)),
+        ("two are, one for long", &THREE, dead(&["a", "b"], &["b"]), (1, 2, 1)),
+        ("all are", &THREE, dead(&["a", "b", "c"], &["a"]), (0, 0, 0)),
         (
-            "outside the cluster nobody dies",
-            &[("10.0.0.1", "a"), ("192.0.2.1", "")],
-            service(),
+            "nobody dies outside the cluster",
+            &outside,
             dead(&["a"], &[]),
-            1,
-            1,
-            0,
+            (1, 1, 0),
         ),
-        (
-            "what terminates is used where nothing is ready",
-            &[("10.0.0.1", "!a"), ("10.0.0.2", "!b")],
-            service(),
-            dead(&["a"], &[]),
-            1,
-            1,
-            0,
-        ),
-        (
-            "and not otherwise",
-            &[("10.0.0.1", "a"), ("10.0.0.2", "!b"), ("10.0.0.3", "c")],
-            service(),
-            dead(&["a"], &[]),
-            1,
-            1,
-            0,
-        ),
-        ("more than are spread over", &many, service(), dead(&["a"], &[]), MOST_LIVING, 1, 0),
-        (
-            "policy Local",
-            &three,
-            Announced {
-                is_traffic_local: true,
-                ..service()
-            },
-            dead(&["a"], &["a"]),
-            0,
-            1,
-            1,
-        ),
-        (
-            "affinity",
-            &three,
-            Announced {
-                is_sticky: true,
-                ..service()
-            },
-            dead(&["a"], &[]),
-            0,
-            1,
-            0,
-        ),
-        (
-            "not for everybody",
-            &three,
-            Announced {
-                is_restricted: true,
-                ..service()
-            },
-            dead(&["a"], &[]),
-            0,
-            1,
-            0,
-        ),
-        (
-            "another port",
-            &three,
-            Announced {
-                ports: [slice::Port {
-                    protocol: 17,
-                    ..port(80)
-                }]
-                .into(),
-                ..service()
-            },
-            dead(&["a"], &[]),
-            0,
-            0,
-            0,
-        ),
+        ("what ends, as all do", &ending, dead(&["a"], &[]), (1, 1, 0)),
+        ("what ends, as not all do", &one_ending, dead(&["a"], &[]), (1, 1, 0)),
+        ("more than enough", &many, dead(&["a"], &[]), (MOST_LIVING, 1, 0)),
     ] {
-        let wanted = of_service(&service, &[&slice(pods)], &dead);
-        let counts: Vec<usize> = wanted.living.values().map(Vec::len).collect();
-        assert_eq!(counts, [living].into_iter().filter(|n| *n > 0).collect::<Vec<_>>(), "{name}");
-        assert_eq!((wanted.dead.len(), wanted.gone.len()), (lost, gone), "{name}");
-        for (port, places) in &wanted.living {
-            assert_eq!((port.vip, port.protocol, port.port), (ip(VIP), 6, 80), "{name}");
-            assert!(places.iter().all(|(pod, port)| *pod != ip("10.0.0.1") && *port == 8080), "{name}");
-        }
+        assert_eq!(counted(&service(), pods, &dead), expected, "{name}");
     }
+}
+
+#[test]
+fn where_kube_proxy_has_its_reasons_it_goes_on_to_choose() {
+    let dead = dead(&["a"], &["a"]);
+    let with = |change: fn(&mut Announced)| {
+        let mut service = service();
+        change(&mut service);
+        counted(&service, &THREE, &dead)
+    };
+    assert_eq!(with(|_| {}), (2, 1, 1));
+    assert_eq!(
+        with(|service| service.is_traffic_local = true),
+        (0, 1, 1),
+        "policy Local"
+    );
+    assert_eq!(with(|service| service.is_sticky = true), (0, 1, 1), "affinity");
+    assert_eq!(with(|service| service.is_restricted = true), (0, 1, 1), "ranges");
+    assert_eq!(
+        with(|service| service.ports[0].protocol = 17),
+        (0, 0, 0),
+        "another port"
+    );
 }
 
 #[test]
@@ -168,7 +129,11 @@ fn slices_of_both_families_and_of_other_ports_are_told_apart() {
     other.ports = [port(9090)].into();
     let four = slice(&[("10.0.0.1", "a"), ("10.0.0.2", "b")]);
     let wanted = of_service(&service(), &[&six, &other, &four], &dead(&["a"], &[]));
-    let living: Vec<(IpAddr, Vec<Place>)> = wanted.living.into_iter().map(|(port, places)| (port.vip, places)).collect();
+    let living: Vec<(IpAddr, Vec<Place>)> = wanted
+        .living
+        .into_iter()
+        .map(|(port, places)| (port.vip, places))
+        .collect();
     assert_eq!(
         living,
         [
@@ -176,7 +141,10 @@ fn slices_of_both_families_and_of_other_ports_are_told_apart() {
             (ip("fd00::64"), vec![(ip("fd00::2"), 8080)])
         ]
     );
-    assert_eq!(wanted.dead, [(ip(VIP), ip("10.0.0.1")), (ip("fd00::64"), ip("fd00::1"))].into());
+    assert_eq!(
+        wanted.dead,
+        [(ip(VIP), ip("10.0.0.1")), (ip("fd00::64"), ip("fd00::1"))].into()
+    );
 }
 
 fn living(names: &[&str]) -> Living {
@@ -252,12 +220,39 @@ fn open_connections_are_given_up_later_and_an_answer_to_an_earlier_suspicion_is_
     let (dead, again) = nodes.dead(NOW + SECOND * 30, &answers(NOW), RESET_AFTER);
     assert_eq!((dead.gone.len(), again), (1, None));
     let (dead, again) = nodes.dead(NOW + SECOND * 99, &answers(NOW), None);
-    assert_eq!((dead.nodes.len(), dead.gone.len(), again), (1, 0, None), "never, if so told");
+    assert_eq!(
+        (dead.nodes.len(), dead.gone.len(), again),
+        (1, 0, None),
+        "never, if so told"
+    );
     // Back, and gone again.
     nodes.look(NOW + SECOND * 99, "this", &all, &Verdicts::new(), is_node);
     assert!(nodes.suspects().is_empty());
     nodes.look(NOW + SECOND * 100, "this", &this, &Verdicts::new(), is_node);
     assert!(nodes.dead(NOW + SECOND * 100, &answers(NOW), RESET_AFTER).0.is_empty());
+}
+
+#[test]
+fn a_node_that_was_dead_lives_when_its_agent_is_heard_or_its_kernel_has_answered_for_long() {
+    let mut nodes = Nodes::default();
+    let is_node = |_: &str| true;
+    let (all, this) = (living(&["this", "a"]), living(&["this"]));
+    nodes.look(NOW, "this", &all, &Verdicts::new(), is_node);
+    nodes.look(NOW, "this", &this, &Verdicts::new(), is_node);
+    let answers = |answer| Answers::from([("a".to_owned(), (NOW, answer))]);
+    let mut dead = |seconds, answer| {
+        let (dead, again) = nodes.dead(NOW + SECOND * seconds, &answers(answer), RESET_AFTER);
+        (dead.nodes.len(), dead.gone.len(), again)
+    };
+    assert_eq!(dead(40, false), (1, 1, None));
+    assert_eq!(dead(41, true), (1, 0, Some(RETURN)), "nothing is reset any more");
+    assert_eq!(dead(50, false), (1, 1, None), "not for long");
+    assert_eq!(dead(51, true), (1, 0, Some(RETURN)));
+    assert_eq!(dead(81, true), (0, 0, None));
+    assert_eq!(dead(82, true), (0, 0, None));
+    assert_eq!(dead(83, false), (1, 1, None));
+    nodes.look(NOW + SECOND * 84, "this", &all, &Verdicts::new(), is_node);
+    assert!(nodes.suspects().is_empty() && nodes.returning.is_empty());
 }
 
 #[test]
@@ -269,7 +264,10 @@ fn what_a_process_before_told_stays_until_this_one_knows() {
     assert!(bypass.take(dead(&["a"], &[])));
     assert!(!bypass.take(dead(&["a"], &[])));
     assert!(bypass.decide(&key, Some(&service()), [&slice].into_iter()));
-    assert!(!bypass.decide(&key, Some(&service()), [&slice].into_iter()), "nothing new");
+    assert!(
+        !bypass.decide(&key, Some(&service()), [&slice].into_iter()),
+        "nothing new"
+    );
     let wanted = bypass.wanted(false).unwrap();
     assert_eq!((wanted.living.len(), wanted.dead.len()), (1, 1));
     // Its Pods leave service.

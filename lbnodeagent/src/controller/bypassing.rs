@@ -4,12 +4,21 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crds::ServiceKey;
+use tokio::sync::watch;
 
 use super::Agent;
-use crate::bypass::{self, Wanted};
+use crate::bypass::{self, Answers, Wanted, run};
 use crate::members::Living;
 
 impl Agent<'_> {
+    /// Has suspects asked and the kernel told beside the loop, and returns who answers.
+    pub(super) fn start_bypassing(&self) -> watch::Receiver<Answers> {
+        let (answers, answered) = watch::channel(Answers::new());
+        tokio::spawn(run::keep_asking(self.suspects.subscribe(), answers));
+        tokio::spawn(run::keep_telling(self.bypassed.subscribe()));
+        answered
+    }
+
     /// Sees which nodes are dead, and what that means to Services: to those that have changed, or to all where nodes have.
     pub(super) fn bypass_dead_pods(&mut self, living: &Living, is_about_all: bool) {
         let moved = self.cluster.moved();

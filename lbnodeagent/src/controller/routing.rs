@@ -5,13 +5,29 @@ use std::net::IpAddr;
 
 use crds::ServiceKey;
 use crds::event::Notice;
+use crds::lbnode::RoutingDaemon;
 use smol_str::SmolStr;
+use tokio::sync::watch;
 
 use super::Agent;
 use crate::plan::{Plan, Verdict};
+use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::Scope;
 
 impl Agent<'_> {
+    /// Has the routing daemon asked, if there is one.
+    pub(super) fn start_asking_the_daemon(
+        &self,
+        unadvertised: watch::Sender<BTreeMap<IpAddr, Unadvertised>>,
+        sessions: watch::Sender<Option<RoutingDaemon>>,
+    ) {
+        if let Some(daemon) = self.settings.routing_daemon.clone() {
+            let (routed, metrics) = (self.routed.subscribe(), self.links.metrics.clone());
+            // Beside the loop, which a long answer must not hold up.
+            tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
+        }
+    }
+
     /// Says of each routed address that is looked at that routers do not hear of it, once for each cause, and once that they do again.
     pub(super) fn tell_advertising(&mut self, plan: &Plan, scope: &Scope) {
         let Some(daemon) = self.settings.routing_daemon.clone() else {

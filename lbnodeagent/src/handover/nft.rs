@@ -24,8 +24,8 @@ use std::time::Duration;
 use crds::Family;
 
 use crate::netfilter::{
-    APPEND, Batch, CREATE, DELETE_TABLE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER, attribute, expression,
-    nested, protocol,
+    APPEND, Batch, CREATE, DELETE_TABLE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER, attribute,
+    expression, nested, protocol,
 };
 
 const TABLE: &[u8] = b"purelb\0";

@@ -362,7 +362,10 @@ mod tests {
         assert_eq!((slice.usable.ready.len(), slice.usable.serving.len()), (9, 1));
         assert_eq!(*slice.usable.serving, [NodeId::of("node-9")]);
         assert!(slice.usable.addresses.is_empty());
-        assert_eq!((slice.usable.endpoints.len(), slice.usable.is_whole), (MOST_ENDPOINTS, false));
+        assert_eq!(
+            (slice.usable.endpoints.len(), slice.usable.is_whole),
+            (MOST_ENDPOINTS, false)
+        );
         assert!(size_of::<Place>() <= 32, "there are many");
     }
 
