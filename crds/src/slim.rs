@@ -216,7 +216,8 @@ impl<'de> Deserialize<'de> for Ranges {
 #[derive(Deserialize)]
 struct Port {
     name: Option<String>,
-    port: i32,
+    #[serde(rename = "port")]
+    number: i32,
     protocol: Option<String>,
 }
 
@@ -235,7 +236,7 @@ impl From<Spec> for ServiceSpec {
     fn from(spec: Spec) -> Self {
         let port = |port: Port| ServicePort {
             name: port.name,
-            port: port.port,
+            port: port.number,
             protocol: port.protocol,
             ..ServicePort::default()
         };

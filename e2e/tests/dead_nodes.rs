@@ -20,7 +20,7 @@ const FLOWS: usize = 6;
 const TABLE: &str = "purelb-bypass";
 const NODES: [&str; 3] = ["m", "w11", "w12"];
 
-/// w11 announces the address; every node has a Pod.
+/// w11 announces the address; the lab puts a Pod on every node.
 const OBJECTS: &str = "
 apiVersion: purelb.io/v2
 kind: ServiceGroup
@@ -30,9 +30,10 @@ spec:
     v4pool: {subnet: 10.31.0.0/16, pool: 10.31.188.64-10.31.188.126}
 ---
 apiVersion: apps/v1
-kind: DaemonSet
+kind: Deployment
 metadata: {name: web, namespace: default}
 spec:
+  replicas: 3
   selector: {matchLabels: {app: web}}
   template:
     metadata: {labels: {app: web}}
