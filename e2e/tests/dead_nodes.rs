@@ -10,7 +10,7 @@ use e2e::{Lab, Options, Probe, Process, Protocol, ProxyMode, Report, scene::VIP,
 use futures::future::join_all;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 /// How long a node is cut off, and a client goes on to open connections.
 const CUT: Duration = Duration::from_secs(10);
 const BETWEEN: Duration = Duration::from_millis(20);

@@ -166,9 +166,8 @@ pub async fn run(
         again.clone(),
         greeting::Times::SHIPPED
     ));
-    let (unadvertised, mut not_advertised) = watch::channel(BTreeMap::new());
-    let (sessions, mut sessions_seen) = (agent.sessions.clone(), agent.sessions.subscribe());
-    agent.start_asking_the_daemon(unadvertised, sessions);
+    let mut sessions_seen = agent.sessions.subscribe();
+    let mut not_advertised = agent.start_asking_the_daemon();
     let mut answered = agent.start_bypassing();
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
@@ -189,7 +188,7 @@ pub async fn run(
             Ok(()) = api_reachable.changed() => {}
             Ok(()) = not_advertised.changed() => {}
             Ok(()) = sessions_seen.changed() => {}
-            Ok(()) = answered.changed() => {}
+            Ok(()) = answered.changed() => agent.answers = answered.borrow_and_update().clone(),
             () = kernel.changed() => {}
             () = watcher.taken_over() => {
                 tracing::info!("this node's addresses were taken over meanwhile: telling the neighbours again");
@@ -219,7 +218,6 @@ pub async fn run(
             agent.heard = heard.borrow_and_update().clone();
             agent.is_api_reachable = *api_reachable.borrow_and_update();
             agent.unadvertised = not_advertised.borrow_and_update().clone();
-            agent.answers = answered.borrow_and_update().clone();
         }
         agent.reconcile(&members_now, scope).await?;
         // After the addresses: where one has no owner, all of its connections fail.

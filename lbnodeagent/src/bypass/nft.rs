@@ -222,7 +222,7 @@ impl Table {
         let numgen = [be32(1, slot), be32(2, count), be32(3, 1), be32(4, first_slot(count))];
         let look_up = [attribute(1, LIVING), be32(2, address), be32(3, to)];
         let set_mark = [be32(3, mark), be32(2, 3)];
-        let [without, with] = [!self.mark, self.mark].map(u32::to_ne_bytes);
+        let [keep, set] = [!self.mark, self.mark].map(u32::to_ne_bytes);
         // NFT_NAT_DNAT is 1.
         let nat = [
             be32(1, 1),
@@ -237,7 +237,7 @@ impl Table {
             expression(b"numgen\0", &numgen),
             expression(b"lookup\0", &look_up),
             meta(mark, 3),
-            bitwise(mark, &without, &with),
+            bitwise(mark, keep, set),
             expression(b"meta\0", &set_mark),
             expression(b"nat\0", &nat),
         ]
@@ -267,7 +267,7 @@ impl Table {
         let drop = nested(2, &[nested(2, &[be32(1, 0)])]);
         [
             expression(b"ct\0", &state),
-            bitwise(register(0), &8_u32.to_ne_bytes(), &[0; 4]),
+            bitwise(register(0), 8_u32.to_ne_bytes(), [0; 4]),
             compare(1, &[0; 4]),
             self.is_to(DEAD),
             expression(b"counter\0", &[]),
@@ -352,13 +352,13 @@ fn meta(to: u32, key: u32) -> Vec<u8> {
     expression(b"meta\0", &[be32(1, to), be32(2, key)])
 }
 
-fn bitwise(what: u32, and: &[u8; 4], xor: &[u8; 4]) -> Vec<u8> {
+fn bitwise(what: u32, and: [u8; 4], xor: [u8; 4]) -> Vec<u8> {
     let parts = [
         be32(1, what),
         be32(2, what),
         be32(3, 4),
-        nested(4, &[attribute(1, and)]),
-        nested(5, &[attribute(1, xor)]),
+        nested(4, &[attribute(1, &and)]),
+        nested(5, &[attribute(1, &xor)]),
     ];
     expression(b"bitwise\0", &parts)
 }

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 
 use crds::ServiceKey;
 use crds::event::Notice;
-use crds::lbnode::RoutingDaemon;
 use smol_str::SmolStr;
 use tokio::sync::watch;
 
@@ -15,17 +14,16 @@ use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::Scope;
 
 impl Agent<'_> {
-    /// Has the routing daemon asked, if there is one.
-    pub(super) fn start_asking_the_daemon(
-        &self,
-        unadvertised: watch::Sender<BTreeMap<IpAddr, Unadvertised>>,
-        sessions: watch::Sender<Option<RoutingDaemon>>,
-    ) {
+    /// Has the routing daemon asked, if there is one, and returns what it does not advertise.
+    pub(super) fn start_asking_the_daemon(&self) -> watch::Receiver<BTreeMap<IpAddr, Unadvertised>> {
+        let (unadvertised, not_advertised) = watch::channel(BTreeMap::new());
         if let Some(daemon) = self.settings.routing_daemon.clone() {
-            let (routed, metrics) = (self.routed.subscribe(), self.links.metrics.clone());
+            let (routed, sessions) = (self.routed.subscribe(), self.sessions.clone());
+            let metrics = self.links.metrics.clone();
             // Beside the loop, which a long answer must not hold up.
             tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
         }
+        not_advertised
     }
 
     /// Says of each routed address that is looked at that routers do not hear of it, once for each cause, and once that they do again.
