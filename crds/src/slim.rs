@@ -213,6 +213,9 @@ impl<'de> Deserialize<'de> for Ranges {
     }
 }
 
+/// The longest name of a port.
+const PORT_NAME: usize = 63;
+
 #[derive(Deserialize)]
 struct Port {
     name: Option<String>,
@@ -235,7 +238,7 @@ impl From<Cow<'_, str>> for Address {
 impl From<Spec> for ServiceSpec {
     fn from(spec: Spec) -> Self {
         let port = |port: Port| ServicePort {
-            name: port.name,
+            name: port.name.filter(|name| name.len() <= PORT_NAME),
             port: port.number,
             protocol: port.protocol,
             ..ServicePort::default()
