@@ -270,13 +270,14 @@ async fn kubectl_says_it_all(lab: &Lab) -> Result<()> {
     }
     let few = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 PROBLEM AGE";
     let many = "NAME ANNOUNCE IPAM ALLOCATED-V4 ALLOCATED-V6 ADDRESSES AVAILABLE-V4 AVAILABLE-V6 NAMESPACES ENFORCED BOUND PROBLEM AGE";
+    let agents = "NAME INTERFACES NODES PROBLEM AGE";
     for (kind, output, expected) in [
         ("servicegroups", "", few),
         ("sg", "wide", many),
         ("sgs", "", few),
-        ("lbnodeagents", "", "NAME AGE"),
-        ("lbna", "", "NAME AGE"),
-        ("lbnas", "wide", "NAME AGE"),
+        ("lbnodeagents", "", agents),
+        ("lbna", "", agents),
+        ("lbnas", "wide", agents),
     ] {
         let shown = lab.kubectl(["get", kind, "-n", "purelb", "-o", output]).await?;
         let heading: Vec<&str> = shown.lines().next().unwrap_or_default().split_whitespace().collect();
