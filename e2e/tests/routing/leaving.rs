@@ -76,11 +76,12 @@ async fn client(lab: &Lab, only: Option<[&str; 2]>) -> Result<Probe> {
     Ok(probe)
 }
 
+/// Of a thousand datagrams a busy machine may lose one; a next hop that goes without a word takes hundreds along.
 async fn lost_nothing(probe: Probe, what: &str) -> Result<()> {
     tokio::time::sleep(AROUND).await;
     let report = probe.stop().await?;
     println!("{what}: {report}");
-    ensure!(report.lost == 0, "{what}: {report}");
+    ensure!(report.lost * 1000 <= report.sent, "{what}: {report}");
     Ok(())
 }
 
