@@ -142,7 +142,10 @@ impl Story {
             "{groups}"
         );
         let agents = self
-            .shows("get --namespace=purelb lbnodeagent.purelb.io", &["NAME INTERFACES NODES PROBLEM AGE", "default"])
+            .shows(
+                "get --namespace=purelb lbnodeagent.purelb.io",
+                &["NAME INTERFACES NODES PROBLEM AGE", "default"],
+            )
             .await?;
         ensure!(agents.lines().count() == 2, "{agents}");
         // T8: kernels without dummy links show a veth pair without ARP, which is as good.
