@@ -543,10 +543,10 @@ impl<'a> Agent<'a> {
 
     /// When there is something to do though nothing happens.
     fn next_wake(&self) -> Option<Instant> {
-        [self.wake_at, self.wakes.next(), self.say_at, self.ahead_at]
-            .into_iter()
-            .flatten()
-            .min()
+        // Without a picture what waits for one is not done, and would be due for ever.
+        let of_picture = self.basis.as_ref().map(|_| [self.say_at, self.ahead_at]);
+        let all = [self.wake_at, self.wakes.next()].into_iter();
+        all.chain(of_picture.into_iter().flatten()).flatten().min()
     }
 
     /// What has to be decided now.
