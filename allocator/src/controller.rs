@@ -45,6 +45,7 @@ use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
 use crate::ipam::Access;
+use crate::lasting::Lasting;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::lint;
 use crate::metrics::Metrics;
@@ -166,6 +167,8 @@ struct Controller {
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
     status_due: Option<Instant>,
     status_writes: Writes<GroupKey>,
+    /// Groups whose addresses are routed while no routing daemon is known of.
+    unrouted: Lasting<GroupKey>,
     /// What is known of other addresses in the cluster.
     others: reserved::Sources,
     /// What nodes say of addresses, and the LBNodes that they say it in.
@@ -233,6 +236,7 @@ impl Controller {
             statuses: BTreeMap::new(),
             status_due: None,
             status_writes: Writes::default(),
+            unrouted: Lasting::default(),
             others: reserved::Sources::default(),
             nodes: Nodes::default(),
             lbnodes: reserved::Seen::default(),

@@ -13,6 +13,7 @@ pub mod decide;
 pub mod errand;
 pub mod groups;
 pub mod ipam;
+pub mod lasting;
 pub mod lease;
 pub mod ledger;
 pub mod lint;

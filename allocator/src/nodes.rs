@@ -442,6 +442,10 @@ impl Nodes {
         if !has_agent || self.all.values().any(|node| node.has_daemon) {
             return None;
         }
+        // Without a subnet there is something else wrong with the nodes, and they say so.
+        if group.announce == Announce::Auto && nets.is_empty() {
+            return None;
+        }
         let near = |pool: &&Pool| {
             nets.iter()
                 .any(|net| net.contains(&pool.range.first()) || net.contains(&pool.range.last()))
@@ -688,6 +692,13 @@ mod tests {
                 "",
                 "no node has an interface in the subnet of its range 10.1.0.0/28 (nodes have 10.0.0.0/24), so these addresses are routed: \
                  they are on kube-lb0 of every node. Is the range mistyped? Else they are reached only where a routing daemon",
+            ),
+            (
+                "Auto, and no node says a subnet",
+                "{announce: Auto, local: {v4pool: {pool: 10.0.0.0/28, subnet: 10.0.0.0/24}}}",
+                vec![report(&json!({}))],
+                "",
+                "",
             ),
             (
                 "no agent yet",

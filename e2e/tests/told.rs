@@ -11,7 +11,7 @@
 //! | an interface pattern that matches nothing | event `ConfigError`, column `PROBLEM` of LBNode and LBNodeAgent | 3 s | `interfaces` |
 //! | an LBNodeAgent elsewhere, or that selects no node | its event, its column `PROBLEM` | 2 s | `an_lbnodeagent_that_applies_nowhere_says_so` |
 //! | the last LBNodeAgent is deleted | nothing: the nodes go on as before | – | `interfaces` |
-//! | a mistyped range of a v1 group, a routed one without a daemon | the group's event and condition `NoRoutingDaemon` | 2 s | `a_group_says_how_its_addresses_are_announced` |
+//! | a mistyped range of a v1 group, a routed one without a daemon | the group's event and condition `NoRoutingDaemon` | 11 s | `a_group_says_how_its_addresses_are_announced` |
 //! | a remote group in the nodes' subnet | the group's event and condition `RemoteInSubnet` | 2 s | the same |
 //! | an edit that leaves Services outside of a group's ranges | the group's event and condition `AddressesOutside` | 2 s | `an_edited_group_says_who_stays_outside` |
 //! | a routing daemon without a session, with a filter, dead | event `NotAdvertised`, condition, metric | 15 s | `routing advertised` |

@@ -117,6 +117,7 @@ impl Controller {
         self.measure();
         self.ask_stats();
         let mut again = self.write_agent_statuses();
+        self.unrouted.retain(|key| self.verdicts.contains_key(key));
         for (key, verdict) in &self.verdicts {
             let known = self
                 .statuses
@@ -133,7 +134,14 @@ impl Controller {
                 Verdict::Valid(group) => {
                     let is_used = [Family::V4, Family::V6].map(|family| self.ledger.usage(&key.1, family).used > 0);
                     let unrouted = self.nodes.unrouted(group).filter(|_| is_used.contains(&true));
-                    (self.nodes.near(group), unrouted)
+                    let is_said = known.is_some_and(|known| says(known, status::UNROUTED).is_some());
+                    let lasts = self.unrouted.missing(key, unrouted.is_some(), self.began.elapsed());
+                    if let Err(wait) = lasts
+                        && !is_said
+                    {
+                        again = Some(again.map_or(wait, |other: Duration| other.min(wait)));
+                    }
+                    (self.nodes.near(group), unrouted.filter(|_| is_said || lasts.is_ok()))
                 }
                 _ => (None, None),
             };
