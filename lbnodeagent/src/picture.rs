@@ -284,16 +284,28 @@ impl Cluster {
                 }
             }
             Seen::Group(event) => {
-                if !self.groups.apply(event).is_empty() {
-                    let groups = self.groups.objects().values();
-                    self.valid_groups = groups
-                        .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
-                        .collect();
+                let changes = self.groups.apply(event);
+                let groups = self.groups.objects().values();
+                let valid = groups
+                    .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
+                    .collect();
+                // Its status, which the allocator writes while Services come and go, is no change of a group.
+                if self.valid_groups != valid || changes.iter().any(|change| matches!(change, Change::Ready)) {
+                    self.valid_groups = valid;
                     self.touched = Scope::All;
                 }
             }
             Seen::Agent(event) => {
-                if !self.agents.apply(event).is_empty() {
+                // Nor is theirs one of an LBNodeAgent.
+                let read = |agents: &Mirror<LBNodeAgent>| -> Vec<_> {
+                    let agents = agents.objects().iter();
+                    agents
+                        .map(|(key, agent)| (key.clone(), agent.metadata.uid.clone(), agent.spec.clone()))
+                        .collect()
+                };
+                let before = read(&self.agents);
+                let changes = self.agents.apply(event);
+                if before != read(&self.agents) || changes.iter().any(|change| matches!(change, Change::Ready)) {
                     self.touched = Scope::All;
                 }
             }
@@ -799,7 +811,23 @@ mod tests {
             Seen::Slice(watcher::Event::Apply(serde_json::from_value(slice).unwrap()))
         };
         let node = |node| Seen::Node(watcher::Event::Apply(serde_json::from_value(node).unwrap()));
+        let group = |version: &str, pool: &str, used: u32| {
+            let group = json!({"metadata": {"namespace": "purelb", "name": "a", "resourceVersion": version},
+                "spec": {"remote": {"v4pool": {"pool": pool, "subnet": pool}}}, "status": {"allocatedIPv4": used}});
+            Seen::Group(watcher::Event::Apply(serde_json::from_value(group).unwrap()))
+        };
+        let agent = |version: &str, interface: &str, nodes: u32| {
+            let agent = json!({"metadata": {"namespace": "purelb", "name": "a", "resourceVersion": version},
+                "spec": {"local": {"localInterface": interface}}, "status": {"nodes": nodes}});
+            Seen::Agent(watcher::Event::Apply(serde_json::from_value(agent).unwrap()))
+        };
         for (name, seen, expected) in [
+            ("an LBNodeAgent", agent("1", "default", 0), Scope::All),
+            ("an LBNodeAgent's status", agent("2", "default", 1), Scope::default()),
+            ("another interface", agent("3", "eth1", 1), Scope::All),
+            ("a group", group("1", "10.9.0.0/24", 0), Scope::All),
+            ("a group's status", group("2", "10.9.0.0/24", 1), Scope::default()),
+            ("another range", group("3", "10.9.0.0/25", 1), Scope::All),
             ("the same Service", Seen::Service(web("Local")), Scope::default()),
             ("another policy", Seen::Service(web("Cluster")), vips.clone()),
             ("an endpoint", slice("1", "m"), vips.clone()),
