@@ -26,10 +26,10 @@ TARGET ?=
 
 # Services in `make bench` (2000 unless set) and `make bench-scale` (10000).
 SERVICES ?=
-# Nodes in `make bench-scale`.
-NODES ?= 3
+# Nodes in `make bench-scale` (3 unless set) and `make bench-watch` (60).
+NODES ?=
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale soak bench-routing vm docs pictures plugin crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale bench-watch soak bench-routing vm docs pictures plugin crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -130,7 +130,12 @@ bench-failover: kubernetes ## How long a client is without an address, beside ke
 
 bench-scale: kubernetes ## What many Services cost the allocator and an agent (SERVICES=10000 NODES=3)
 	cargo build --quiet --locked --release --workspace --bin allocator --bin lbnodeagent --bin bench-scale --bin e2e-backend
-	PURELB_BIN_DIR=target/release target/release/bench-scale --services $(or $(SERVICES),10000) --nodes $(NODES)
+	PURELB_BIN_DIR=target/release target/release/bench-scale --services $(or $(SERVICES),10000) --nodes $(or $(NODES),3)
+
+bench-watch: kubernetes ## What many nodes on one segment cost each other, and how soon they replace one (NODES=60 MINUTES=1)
+	cargo build --quiet --locked --release --workspace --bin allocator --bin lbnodeagent
+	PURELB_BIN_DIR=$(CURDIR)/target/release NODES=$(or $(NODES),60) \
+	  cargo test --quiet --locked --workspace --test many_nodes -- --ignored --nocapture measured
 
 soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES=30)
 	@cargo build --quiet --locked --workspace --bins

@@ -202,6 +202,24 @@ impl Process {
             .unwrap_or_default()
     }
 
+    /// The processor time that it has taken, to a hundredth of a second (`proc_pid_stat(5)`).
+    pub fn cpu(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
+        let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
+        let ticks: Vec<&str> = fields.split_whitespace().collect();
+        let of = |at: usize| -> Result<u64> { Ok(ticks.get(at).context("a field of stat")?.parse()?) };
+        // utime and stime.
+        Ok(Duration::from_millis((of(11)? + of(12)?) * 10))
+    }
+
+    /// The most memory that it has had at once, in MiB (`proc_pid_status(5)`).
+    pub fn peak(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib: f64 = line.context("no VmHWM")?.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib / 1024.0)
+    }
+
     /// Is it still running?
     pub fn is_running(&self) -> bool {
         self.status.borrow().is_none()

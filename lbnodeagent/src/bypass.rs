@@ -23,7 +23,8 @@ use crds::{Family, ServiceKey};
 use crate::members::Living;
 use crate::picture::slice::{self, NodeId, Usable};
 use crate::plan::Announced;
-use crate::standby::{Verdict, Verdicts};
+use crate::rounds;
+use crate::standby::{Verdict, Verdicts, Watched};
 
 /// How long the kernel goes on without being told again.
 pub const TIMEOUT: Duration = Duration::from_mins(1);
@@ -132,18 +133,24 @@ impl Nodes {
             .extend(others.map(|member| (member.name.clone(), member.addr)));
         self.addresses
             .retain(|name, _| living.contains_key(name) || is_node(name));
-        let of = |verdict: fn(Verdict) -> bool| {
-            let heard = heard.iter().filter(move |(_, known)| verdict(**known));
+        let of = |counts: fn(&Watched, Verdict) -> bool| {
+            let heard = heard.iter().filter(move |(watched, known)| counts(watched, **known));
             heard
                 .map(|(watched, _)| watched.node.as_str())
                 .collect::<BTreeSet<&str>>()
         };
-        let is_heard = of(Verdict::is_heard);
-        let is_silent = of(|verdict| verdict == Verdict::Silent);
-        self.silent = is_silent.difference(&is_heard).map(|node| (*node).to_owned()).collect();
+        let is_heard = of(|_, verdict| verdict.is_heard());
+        let is_missing = of(|_, verdict| verdict == Verdict::Silent);
+        let is_missing: BTreeSet<&str> = is_missing.difference(&is_heard).copied().collect();
+        // Over a router no kernel was asked.
+        let is_silent = of(|watched, verdict| verdict == Verdict::Silent && watched.link != rounds::ELSEWHERE);
+        self.silent = is_silent
+            .intersection(&is_missing)
+            .map(|node| (*node).to_owned())
+            .collect();
         let mut suspects = std::mem::take(&mut self.suspects);
         for (name, address) in &self.addresses {
-            if living.contains_key(name) && !self.silent.contains(name) {
+            if living.contains_key(name) && !is_missing.contains(name.as_str()) {
                 continue;
             }
             let since = suspects.remove(name).map_or(now, |known| known.since);

@@ -50,9 +50,10 @@ use crate::notices;
 use crate::picture::{self, Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Plan, User};
 use crate::presence::Presence;
+use crate::rounds;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::{Place, Scope};
-use crate::standby::{self, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
+use crate::standby::{self, Assignment, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
 use crate::wakes::Wakes;
@@ -339,8 +340,12 @@ struct Agent<'a> {
     heard: Verdicts,
     /// Since when somebody is silent to it.
     silent_since: BTreeMap<Watched, Instant>,
-    /// Whom it watches.
+    /// Whom VIPs make this node look to, whom it watches whatever VIPs there are, and both.
     watches: Watches,
+    rounds: Assignment,
+    watching: Assignment,
+    /// Whom it tells when somebody is missing.
+    told_when_missing: Vec<IpAddr>,
     /// The families in which other nodes ask this one.
     asked_in: BTreeSet<Family>,
     /// Whether anything comes by gossip.
@@ -449,6 +454,9 @@ impl<'a> Agent<'a> {
             heard: Verdicts::new(),
             silent_since: BTreeMap::new(),
             watches: Watches::new(),
+            rounds: Assignment::new(),
+            watching: Assignment::new(),
+            told_when_missing: Vec::new(),
             asked_in: BTreeSet::new(),
             ear: isolation::Ear::default(),
             steadiness: Steadiness::default(),
@@ -706,6 +714,7 @@ impl<'a> Agent<'a> {
             let_go,
             reserved,
         };
+        self.make_rounds(&basis, living);
         self.carry_out(began, living, &basis, &Scope::All).await;
         self.say(living, &basis.kernel, Some(&basis.config));
         // Last: where this node is new, it holds its addresses before the others let go of them.
@@ -821,9 +830,38 @@ impl<'a> Agent<'a> {
                 }
             }
         }
-        if self.watches != watches {
-            self.watches.clone_from(&watches);
-            self.links.watcher.watch(watches);
+        if *scope != Scope::All && self.watches == watches {
+            return;
+        }
+        self.watches = watches;
+        let watching = rounds::extend(&self.rounds, &self.watches);
+        if self.watching != watching {
+            self.watching.clone_from(&watching);
+            self.links.watcher.watch(watching);
+        }
+    }
+
+    /// Works out whom this node watches whatever VIPs there are, and whom it tells when somebody is missing.
+    fn make_rounds(&mut self, basis: &Basis, living: &Living) {
+        let offered = plan::offered(&basis.kernel, &basis.config);
+        let subnets = offered.iter().filter_map(|(name, nets)| {
+            let link = basis.kernel.link_named(name)?.index;
+            Some(nets.iter().map(move |net| (link, *net)))
+        });
+        let subnets: Vec<_> = subnets.flatten().collect();
+        self.rounds = rounds::assign(&rounds::Nodes {
+            this: &self.settings.node,
+            subnets: &subnets,
+            candidates: &basis.candidates,
+            living,
+            heard: &self.heard,
+            kernel: &basis.kernel,
+        });
+        let others = living.values().filter(|member| member.name != self.settings.node);
+        let others: Vec<IpAddr> = others.map(|member| member.addr.ip()).collect();
+        if self.told_when_missing != others {
+            self.told_when_missing.clone_from(&others);
+            self.links.watcher.tell(others);
         }
     }
 
@@ -909,7 +947,7 @@ impl<'a> Agent<'a> {
         let api = self.settings.api_server;
         Evidence {
             has_others: !peers.is_empty()
-                && (is_of_gossip || peers.values().any(has_address) || self.watches.keys().any(is_watched)),
+                && (is_of_gossip || peers.values().any(has_address) || self.watching.keys().any(is_watched)),
             is_of_gossip,
             is_heard: (is_of_gossip && living.len() > 1 && !self.ear.is_deaf())
                 || heard.any(|(_, verdict)| verdict.is_heard())

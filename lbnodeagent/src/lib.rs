@@ -22,6 +22,7 @@ pub mod picture;
 pub mod plan;
 pub mod presence;
 pub mod probe;
+pub mod rounds;
 pub mod routing;
 pub mod scope;
 pub mod standby;

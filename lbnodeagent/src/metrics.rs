@@ -131,7 +131,7 @@ pub struct Metrics {
     pub subnets: Gauge,
     /// Subnets that this node has.
     pub local_subnets: Gauge,
-    /// Nodes watched as a standby, by link.
+    /// Addresses of nodes watched all the time.
     pub watched: Gauge,
     announced: Family<Announced, Gauge>,
     steals: Family<Steal, Counter>,
@@ -189,7 +189,7 @@ impl Metrics {
         let standby = registry.sub_registry_with_prefix("standby");
         standby.register(
             "watched",
-            "Nodes watched by this one as their standby",
+            "Addresses of nodes that this one watches all the time",
             self.watched.clone(),
         );
         self.standby.register(standby);

@@ -1,12 +1,12 @@
 //! The standby's watch over an owner: a failure detector as a state machine on injected time.
 //!
-//! For each VIP the runner-up of the hash asks the owner, over the VIP's own subnet, whether it is there. There is one
-//! watch per owner, link of this node and address of the owner there, however many VIPs they have in common: a node can
-//! lose IPv4 and keep IPv6, or one subnet of several. Owns no clock and no socket: times are given as the time since
-//! some start, what is to be sent is returned. What follows from a [`Verdict`] is decided in `presence` and `plan`; what
+//! Every node is watched by a few others (`rounds` says by whom), over each of its subnets, and all of them are there when it is
+//! called missing. There is one watch per node, link of this node and address of the other there, however many VIPs they have in
+//! common: a node can lose IPv4 and keep IPv6, or one subnet of several. Owns no clock and no socket: times are given as the time
+//! since some start, what is to be sent is returned. What follows from a [`Verdict`] is decided in `presence` and `plan`; what
 //! goes over the wire is in [`packet`] and in `neighbor::frame`, and [`run`] is the only part that does I/O.
 //!
-//! How an owner is judged:
+//! How a node is judged by those who watch it, see [`Pace::Steady`]:
 //!
 //! - Its agent is asked every [`INTERVAL`], and answers. That is the whole traffic while all is well.
 //! - After two intervals without an answer it is in *doubt*: it is asked every [`DOUBT_INTERVAL`], and so is its kernel,
@@ -19,12 +19,21 @@
 //!   back ([`Standby::wake_at`]); what it is late by is taken off every silence.
 //! - From silence only the agent's own answers lead back, three in a row: a node that has been rebooted has a kernel
 //!   before it holds any VIP.
+//!
+//! How it is judged by all others, see [`Pace::OnCall`]:
+//!
+//! - Its agent is asked once, when the watch begins, and then nobody asks until somebody calls it missing.
+//! - Shortly before it would be silent to those who watch it, they *call*: each tells all other members, in one signed packet,
+//!   and tells them again when it is. Nobody believes that: who is told asks agent and kernel, at all addresses of the node, every
+//!   [`DOUBT_INTERVAL`], and judges by what comes within [`PATIENCE`], or within more where the nodes that this one watches answer
+//!   less regularly.
+//! - While a node is silent at one of its addresses it is asked now and then at its others.
 
 mod answered;
 pub mod packet;
 mod run;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -44,6 +53,16 @@ const SILENT_INTERVAL: Duration = Duration::from_millis(250);
 /// Questions a node asks per second and family at most, over all its watches, doubts aside: with more than ten watches
 /// each is asked less often, and detection becomes slower, instead of the traffic growing.
 pub const PROBES_PER_SECOND: u32 = 400;
+/// How much sooner than it would be silent a node is called missing.
+const CALLED_AHEAD: Duration = Duration::from_millis(25);
+/// How long a node that somebody else has called missing has to answer at least: to three questions of either kind.
+pub const PATIENCE: Duration = Duration::from_millis(30);
+/// How soon one that has answered can be called again.
+const CALLED_AGAIN: Duration = Duration::from_millis(100);
+/// How often somebody is asked who is neither watched nor left alone.
+const SLOW_INTERVAL: Duration = Duration::from_millis(500);
+/// How often one that is back is told that its VIPs were taken over.
+const TOLD_INTERVAL: Duration = Duration::from_millis(100);
 /// Being late by less than this is the timer's granularity.
 const PUNCTUAL: Duration = Duration::from_millis(5);
 /// Answers in a row that end a silence.
@@ -82,8 +101,34 @@ pub struct Inquiry {
     pub own: IpAddr,
 }
 
-/// Whom to watch, and what their kernels are asked. On a link without ARP there is nothing to ask.
+/// Whom a VIP makes this node look to, and what their kernels are asked. On a link without ARP there is nothing to ask.
 pub type Watches = BTreeMap<Watched, Option<Inquiry>>;
+
+/// How often somebody is asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pace {
+    /// When somebody calls it missing.
+    OnCall,
+    /// Now and then as well, since gossip does not know it any more.
+    Slow,
+    /// All the time, so that others need not.
+    #[default]
+    Steady,
+}
+
+/// How somebody is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watching {
+    /// What its kernel is asked.
+    pub inquiry: Option<Inquiry>,
+    /// How often it is asked.
+    pub pace: Pace,
+    /// This node takes over from it, and tells it so when it is back.
+    pub is_successor: bool,
+}
+
+/// Whom to watch, and how.
+pub type Assignment = BTreeMap<Watched, Watching>;
 
 /// What is known of somebody at first hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -128,35 +173,72 @@ pub enum Question {
         /// What is asked.
         inquiry: Inquiry,
     },
+    /// To all other members: a node is missing.
+    Call {
+        /// The node.
+        node: String,
+        /// Tells one call from the next.
+        sequence: u64,
+        /// How long it has given no sign of life.
+        silence: Duration,
+    },
 }
 
 /// All watches of a node.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Standby {
-    watches: BTreeMap<Watched, Watch>,
+    /// In the order of whom they watch; one is told by its index until the next [`Standby::watch`].
+    watches: Vec<(Watched, Watch)>,
+    /// Those that have something to do by themselves: of a thousand hardly any.
+    busy: BTreeSet<usize>,
+    /// Where each node is watched, by its id in packets.
+    places: HashMap<[u8; 16], Vec<usize>>,
+    /// Questions on the way: whom and when, by sequence.
+    asked: BTreeMap<u64, (usize, Duration)>,
     /// Grows with every question; a question is told by it.
     sequence: u64,
     /// When [`Standby::poll`] was to be called next, as last promised.
     promised: Option<Duration>,
-    interval: Duration,
+    beat: Beat,
     changes: u64,
     false_alarms: u64,
 }
 
-#[derive(Debug)]
+/// What all watches go by.
+#[derive(Clone, Copy, Debug, Default)]
+struct Beat {
+    interval: Duration,
+    slow_interval: Duration,
+    /// How long one that was called missing has to answer.
+    patience: Duration,
+}
+
+#[derive(Clone, Debug)]
 struct Watch {
     inquiry: Option<Inquiry>,
+    pace: Pace,
+    is_successor: bool,
+    /// It is silent at another of its addresses.
+    is_half_silent: bool,
+    /// When it was called missing, until it has answered or was judged.
+    called: Option<Duration>,
+    /// How long it had been silent then to the one who called.
+    called_after: Duration,
+    /// When it last answered that it is not.
+    disproved: Option<Duration>,
+    /// How often the others were told that it is missing.
+    calls: u8,
     /// When the kernel was asked last.
     inquired: Option<Duration>,
     verdict: Verdict,
-    /// The verdict at the last poll.
+    /// What was known of it at the last poll.
     told: Verdict,
     /// When the watch began, its agent last answered, and anything of it did; moved on by what this node slept.
     began: Duration,
     agent_at: Option<Duration>,
     node_at: Option<Duration>,
-    /// Questions on the way: sequence and time.
-    asked: VecDeque<(u64, Duration)>,
+    /// When its agent was last asked.
+    asked_at: Option<Duration>,
     next: Duration,
     gaps: Gaps,
     /// Answers in a row since it was silent.
@@ -198,60 +280,115 @@ impl Gaps {
 }
 
 impl Standby {
-    /// Sets whom to watch, and where. A watch that goes on keeps what it knows.
-    pub fn watch(&mut self, now: Duration, wanted: &Watches) {
+    /// Sets whom to watch, where and how. A watch that goes on keeps what it knows.
+    pub fn watch(&mut self, now: Duration, wanted: &Assignment) {
         self.changes += 1;
-        self.watches.retain(|watched, _| wanted.contains_key(watched));
         let count = |watches: usize| u32::try_from(watches).unwrap_or(u32::MAX);
-        let v4 = wanted.keys().filter(|watched| watched.address.is_ipv4()).count();
-        let most = count(v4.max(wanted.len() - v4));
-        self.interval = INTERVAL.max(Duration::from_secs(1) / PROBES_PER_SECOND * most);
-        // Questions are spread over the interval.
-        let step = self.interval / count(wanted.len()).max(1);
-        for ((watched, inquiry), index) in wanted.iter().zip(0..) {
-            let watch = self.watches.entry(watched.clone()).or_insert_with(|| Watch {
-                inquiry: *inquiry,
-                inquired: None,
-                verdict: Verdict::Unknown,
-                told: Verdict::Unknown,
-                began: now,
-                agent_at: None,
-                node_at: None,
-                asked: VecDeque::new(),
-                next: now + step * index,
-                gaps: Gaps::default(),
-                streak: 0,
-                told_until: Duration::ZERO,
-                silent_since: Duration::ZERO,
-            });
-            watch.inquiry = *inquiry;
+        let asked = |pace: Pace| {
+            let asked = wanted.iter().filter(move |(_, watching)| watching.pace == pace);
+            let v4 = asked.clone().filter(|(watched, _)| watched.address.is_ipv4()).count();
+            count(v4.max(asked.count() - v4))
+        };
+        let budget = Duration::from_secs(1) / PROBES_PER_SECOND;
+        self.beat.interval = INTERVAL.max(budget * asked(Pace::Steady));
+        self.beat.slow_interval = SLOW_INTERVAL.max(2 * budget * asked(Pace::Slow));
+        let before = std::mem::take(&mut self.watches).into_iter().enumerate();
+        let mut before: BTreeMap<Watched, (usize, Watch)> = before
+            .map(|(index, (watched, watch))| (watched, (index, watch)))
+            .collect();
+        let new = wanted.keys().filter(|watched| !before.contains_key(watched));
+        // Questions are spread over the interval, and the first ones to very many over more than that.
+        let step = budget.max(self.beat.interval / count(new.count()).max(1));
+        let mut firsts = (0..).map(|place| now + step * place);
+        let mut moved = HashMap::new();
+        for ((watched, watching), index) in wanted.iter().zip(0..) {
+            let mut watch = match before.remove(watched) {
+                Some((was, watch)) => {
+                    moved.insert(was, index);
+                    watch
+                }
+                None => Watch::new(firsts.next().unwrap_or(now)),
+            };
+            watch.change(now, watching);
+            self.watches.push((watched.clone(), watch));
         }
+        self.asked.retain(|_, (index, _)| match moved.get(index) {
+            Some(is) => {
+                *index = *is;
+                true
+            }
+            None => false,
+        });
+        self.places.clear();
+        for (index, (watched, _)) in self.watches.iter().enumerate() {
+            let places = self.places.entry(packet::node_id(&watched.node));
+            places.or_default().push(index);
+        }
+        let all = self.watches.iter().enumerate();
+        let busy = all.filter(|(_, (_, watch))| watch.is_busy(now));
+        self.busy = busy.map(|(index, _)| index).collect();
+        self.keep_time();
+    }
+
+    /// Whoever answers irregularly teaches this node to be as patient with those whom it does not watch.
+    fn keep_time(&mut self) {
+        let interval = self.beat.interval;
+        let busy = self.busy.iter().filter_map(|index| self.watches.get(*index));
+        let steady = busy.filter(|(_, watch)| watch.pace == Pace::Steady && watch.verdict == Verdict::Agent);
+        let more = steady.map(|(_, watch)| watch.gaps.threshold(interval));
+        let least = 2 * interval + DOUBT_TIME;
+        self.beat.patience = PATIENCE + more.max().unwrap_or(least).saturating_sub(least);
+    }
+
+    fn get(&self, watched: &Watched) -> Option<usize> {
+        self.watches.binary_search_by(|(known, _)| known.cmp(watched)).ok()
     }
 
     /// Forgets what is known of somebody, who is then to be heard anew: for when its silence was this node's own
     /// inability to hear it.
     pub fn forget(&mut self, now: Duration, watched: &Watched) {
-        if let Some(watch) = self.watches.get_mut(watched) {
-            watch.verdict = Verdict::Unknown;
-            watch.began = now;
-            watch.agent_at = None;
-            watch.node_at = None;
+        if let Some(index) = self.get(watched)
+            && let Some((_, watch)) = self.watches.get_mut(index)
+        {
+            watch.forget(now);
+            self.busy.insert(index);
+        }
+    }
+
+    /// Somebody who may do so calls a node missing, which it has not heard for this long.
+    pub fn called(&mut self, now: Duration, node: &[u8; 16], silence: Duration) {
+        self.excuse(now);
+        self.keep_time();
+        for index in self.places.get(node).into_iter().flatten() {
+            if let Some((_, watch)) = self.watches.get_mut(*index)
+                && watch.call(now, silence)
+            {
+                self.busy.insert(*index);
+            }
         }
     }
 
     /// An agent has answered, authenticated, a question of this process.
     pub fn agent_answered(&mut self, now: Duration, sequence: u64) {
         self.excuse(now);
-        let interval = self.interval;
-        if let Some(watch) = self.asked(now, sequence) {
-            watch.agent_answered(now, interval);
+        // Once: an answer that comes again is a replay.
+        let Some((index, at)) = self.asked.remove(&sequence) else {
+            return;
+        };
+        if now.saturating_sub(at) < STALE
+            && let Some((_, watch)) = self.watches.get_mut(index)
+        {
+            watch.agent_answered(now, self.beat.interval);
         }
     }
 
     /// A host says that it holds an address.
     pub fn kernel_answered(&mut self, now: Duration, link: u32, ip: IpAddr, mac: Mac) {
         self.excuse(now);
-        for (watched, watch) in &mut self.watches {
+        for index in &self.busy {
+            let Some((watched, watch)) = self.watches.get_mut(*index) else {
+                continue;
+            };
             let is_asked = watch.inquired.is_some_and(|at| now.saturating_sub(at) < STALE);
             let is_it = |inquiry: &Inquiry| inquiry.ip == ip && inquiry.mac == mac;
             if watched.link == link && is_asked && watch.inquiry.as_ref().is_some_and(is_it) {
@@ -260,20 +397,17 @@ impl Standby {
         }
     }
 
-    /// The watch that sent a question, if it still waits for an answer.
-    fn asked(&mut self, now: Duration, sequence: u64) -> Option<&mut Watch> {
-        self.watches
-            .values_mut()
-            .find_map(|watch| watch.is_answer(now, sequence).then_some(watch))
-    }
-
     /// Takes the time this node did not run off every silence.
     fn excuse(&mut self, now: Duration) {
         let Some(due) = self.promised else { return };
         let late = now.saturating_sub(due);
         if late > PUNCTUAL {
             self.promised = Some(now);
-            self.watches.values_mut().for_each(|watch| watch.excuse(now, late));
+            for index in &self.busy {
+                if let Some((_, watch)) = self.watches.get_mut(*index) {
+                    watch.excuse(now, late);
+                }
+            }
         }
     }
 
@@ -281,34 +415,88 @@ impl Standby {
     /// silence.
     pub fn poll(&mut self, now: Duration) -> Vec<Question> {
         self.excuse(now);
+        let beat = self.beat;
         let mut questions = Vec::new();
-        for (watched, watch) in &mut self.watches {
-            watch.judge(now, self.interval);
-            if watch.told != watch.verdict {
+        let (mut idle, mut missing, mut turned) = (Vec::new(), BTreeMap::new(), BTreeSet::new());
+        for index in &self.busy {
+            let Some((watched, watch)) = self.watches.get_mut(*index) else {
+                continue;
+            };
+            watch.judge(now, beat);
+            let known = watch.known();
+            if watch.told != known {
                 if watch.told == Verdict::Silent && now.saturating_sub(watch.silent_since) < FALSE_ALARM {
                     self.false_alarms += 1;
                 }
-                watch.told = watch.verdict;
+                if [watch.told, known].contains(&Verdict::Silent) {
+                    turned.insert(packet::node_id(&watched.node));
+                }
+                watch.told = known;
                 self.changes += 1;
             }
-            if watch.is_in_doubt(now, self.interval) {
-                let last = watch.asked.back().map_or(now, |(_, at)| *at);
+            if let Some(silence) = watch.calls(now, beat) {
+                missing.insert(watched.node.clone(), silence);
+            }
+            if !watch.is_busy(now) {
+                idle.push(*index);
+                continue;
+            }
+            if watch.is_in_doubt(now, beat) {
+                let last = watch.asked_at.unwrap_or(now);
                 watch.next = watch.next.min(last + DOUBT_INTERVAL);
             }
             if watch.next > now {
                 continue;
             }
             self.sequence += 1;
-            watch.ask(now, self.interval, self.sequence, watched, &mut questions);
+            self.asked.insert(self.sequence, (*index, now));
+            watch.ask(now, beat, self.sequence, watched, &mut questions);
+        }
+        for index in idle {
+            self.busy.remove(&index);
+        }
+        for node in turned {
+            self.look_to(now, &node);
+        }
+        for (node, silence) in missing {
+            self.called(now, &packet::node_id(&node), silence);
+            self.sequence += 1;
+            let sequence = self.sequence;
+            questions.push(Question::Call {
+                node,
+                sequence,
+                silence,
+            });
+        }
+        let is_stale = |at: Duration| now.saturating_sub(at) >= STALE;
+        while let Some(first) = self.asked.first_entry().filter(|first| is_stale(first.get().1)) {
+            first.remove();
         }
         self.promised = self.wake_at();
         questions
     }
 
-    /// When [`Standby::poll`] is to be called next, if nothing comes in before; `None` while nobody is watched.
+    /// While a node is silent at one of its addresses, it is asked at the others too.
+    fn look_to(&mut self, now: Duration, node: &[u8; 16]) {
+        let Some(places) = self.places.get(node) else { return };
+        let watches = places.iter().filter_map(|index| self.watches.get(*index));
+        let mut verdicts = watches.map(|(_, watch)| watch.verdict);
+        let is_half_silent = verdicts.any(|verdict| verdict == Verdict::Silent);
+        for index in places {
+            let Some((_, watch)) = self.watches.get_mut(*index) else {
+                continue;
+            };
+            watch.is_half_silent = is_half_silent;
+            if watch.is_busy(now) && self.busy.insert(*index) {
+                watch.next = now;
+            }
+        }
+    }
+
+    /// When [`Standby::poll`] is to be called next, if nothing comes in before; `None` while nobody is to be asked.
     pub fn wake_at(&self) -> Option<Duration> {
-        let times = self.watches.values().map(|watch| watch.wake_at(self.interval));
-        times.min()
+        let busy = self.busy.iter().filter_map(|index| self.watches.get(*index));
+        busy.map(|(_, watch)| watch.wake_at(self.beat)).min()
     }
 
     /// Grows with every verdict that [`Standby::poll`] comes to, so that they need not be compared.
@@ -316,11 +504,11 @@ impl Standby {
         self.changes
     }
 
-    /// What is known of everybody watched.
+    /// What is known of everybody watched; of those that nobody misses it is not known what they would answer now.
     pub fn verdicts(&self) -> BTreeMap<Watched, Verdict> {
         let verdicts = self.watches.iter();
         verdicts
-            .map(|(watched, watch)| (watched.clone(), watch.verdict))
+            .map(|(watched, watch)| (watched.clone(), watch.known()))
             .collect()
     }
 
@@ -338,40 +526,139 @@ impl Standby {
         std::mem::replace(&mut self.false_alarms, 0)
     }
 
-    /// How long somebody has to be silent now to be judged so.
+    /// How long somebody who is watched steadily has to be silent now to be judged so.
     pub fn threshold(&self, watched: &Watched) -> Option<Duration> {
-        let watch = self.watches.get(watched)?;
-        Some(watch.gaps.threshold(self.interval))
+        let (_, watch) = self.watches.get(self.get(watched)?)?;
+        Some(watch.gaps.threshold(self.beat.interval))
     }
 }
 
 impl Watch {
-    fn is_answer(&mut self, now: Duration, sequence: u64) -> bool {
-        let Some(place) = self.asked.iter().position(|(asked, _)| *asked == sequence) else {
+    fn new(first: Duration) -> Self {
+        Self {
+            inquiry: None,
+            pace: Pace::Steady,
+            is_successor: false,
+            is_half_silent: false,
+            called: None,
+            called_after: Duration::ZERO,
+            disproved: None,
+            calls: 0,
+            inquired: None,
+            verdict: Verdict::Unknown,
+            told: Verdict::Unknown,
+            began: first,
+            agent_at: None,
+            node_at: None,
+            asked_at: None,
+            next: first,
+            gaps: Gaps::default(),
+            streak: 0,
+            told_until: Duration::ZERO,
+            silent_since: Duration::ZERO,
+        }
+    }
+
+    /// It is watched like this from now on.
+    fn change(&mut self, now: Duration, watching: &Watching) {
+        let before = std::mem::replace(&mut self.pace, watching.pace);
+        self.inquiry = watching.inquiry;
+        self.is_successor = watching.is_successor;
+        // What it answered long ago says nothing of the time since.
+        let is_heard = self.verdict.is_heard();
+        if before != Pace::Steady && self.pace == Pace::Steady && is_heard {
+            self.agent_at = self.agent_at.map(|_| now);
+            self.node_at = self.node_at.map(|_| now);
+            self.called = None;
+            self.next = now;
+        }
+        if before == Pace::OnCall && self.pace == Pace::Slow && is_heard {
+            self.call(now, Duration::ZERO);
+        }
+    }
+
+    /// What is known of it is over.
+    fn forget(&mut self, now: Duration) {
+        self.verdict = Verdict::Unknown;
+        self.began = now;
+        self.next = now;
+        self.agent_at = None;
+        self.node_at = None;
+        self.called = None;
+    }
+
+    fn is_absent(&self) -> bool {
+        matches!(self.verdict, Verdict::Silent | Verdict::Unheard)
+    }
+
+    /// Whether it was never judged.
+    fn is_new(&self) -> bool {
+        self.verdict == Verdict::Unknown
+    }
+
+    /// Whether it has to be asked, or judged.
+    fn is_busy(&self, now: Duration) -> bool {
+        self.pace != Pace::OnCall
+            || self.called.is_some()
+            || self.is_half_silent
+            || self.verdict != Verdict::Agent
+            || now < self.told_until
+    }
+
+    /// What is known of it now.
+    fn known(&self) -> Verdict {
+        let is_asked = self.pace != Pace::OnCall || self.is_half_silent || self.verdict != Verdict::Agent;
+        if is_asked { self.verdict } else { Verdict::Unknown }
+    }
+
+    /// Somebody calls it missing. Returns whether that is to be looked into.
+    fn call(&mut self, now: Duration, silence: Duration) -> bool {
+        let is_disproved = self.disproved.is_some_and(|at| now.saturating_sub(at) < CALLED_AGAIN);
+        if self.pace == Pace::Steady || self.is_absent() || self.is_new() || self.called.is_some() || is_disproved {
             return false;
+        }
+        self.called = Some(now);
+        self.called_after = silence;
+        self.next = now;
+        true
+    }
+
+    /// For how long a node that is watched steadily has been silent, when the others are to be told.
+    fn calls(&mut self, now: Duration, beat: Beat) -> Option<Duration> {
+        if self.pace != Pace::Steady || matches!(self.verdict, Verdict::Unknown | Verdict::Unheard) {
+            return None;
+        }
+        let silence = self.silence(now, self.agent_at.max(self.node_at));
+        let calls = if self.verdict == Verdict::Silent {
+            // For those whom the first call has not reached.
+            2
+        } else {
+            u8::from(silence + CALLED_AHEAD >= self.gaps.threshold(beat.interval))
         };
-        // Once: an answer that comes again is a replay.
-        self.asked
-            .remove(place)
-            .is_some_and(|(_, at)| now.saturating_sub(at) < STALE)
+        let before = std::mem::replace(&mut self.calls, calls);
+        (calls > before).then_some(silence)
     }
 
     fn agent_answered(&mut self, now: Duration, interval: Duration) {
-        let is_absent = matches!(self.verdict, Verdict::Silent | Verdict::Unheard);
+        let is_absent = self.is_absent();
         let gap = self.agent_at.map(|at| now.saturating_sub(at));
         // A silence that ends soon was a false alarm, and a lesson in patience.
-        if let Some(gap) = gap.filter(|gap| !is_absent || *gap < FALSE_ALARM) {
+        let is_lesson = |gap: &Duration| !is_absent || *gap < FALSE_ALARM;
+        if let Some(gap) = gap.filter(|gap| self.pace == Pace::Steady && is_lesson(gap)) {
             self.gaps.take(gap);
         }
         let goes_on = gap.is_some_and(|gap| gap < 2 * interval + DOUBT_TIME);
         self.streak = if goes_on { self.streak.saturating_add(1) } else { 1 };
         self.agent_at = Some(now);
         self.node_at = Some(now);
+        if self.called.take().is_some() {
+            self.disproved = Some(now);
+        }
         if is_absent && self.streak == 1 {
             self.next = now;
         }
         if !is_absent || self.streak >= RETURN_STREAK {
-            if self.verdict == Verdict::Silent {
+            if self.verdict == Verdict::Silent && self.is_successor {
                 self.told_until = now + TAKEN_OVER_TOLD;
             }
             self.verdict = Verdict::Agent;
@@ -382,6 +669,7 @@ impl Watch {
     fn excuse(&mut self, now: Duration, late: Duration) {
         let move_on = |at: Duration| (at + late).min(now);
         self.began = (self.began + late).min(now);
+        self.called = self.called.map(move_on);
         self.agent_at = self.agent_at.map(move_on);
         self.node_at = self.node_at.map(move_on);
     }
@@ -390,17 +678,22 @@ impl Watch {
         now.saturating_sub(since.unwrap_or(self.began))
     }
 
-    fn judge(&mut self, now: Duration, interval: Duration) {
-        let threshold = self.gaps.threshold(interval);
+    fn judge(&mut self, now: Duration, beat: Beat) {
+        if self.is_absent() {
+            let threshold = self.gaps.threshold(beat.interval);
+            if self.silence(now, self.agent_at) >= threshold {
+                self.streak = 0;
+            }
+            return;
+        }
+        if self.pace != Pace::Steady && !self.is_new() {
+            self.judge_called(now, beat);
+            return;
+        }
+        let threshold = self.gaps.threshold(beat.interval);
         let agent = self.silence(now, self.agent_at) < threshold;
         let node = self.silence(now, self.node_at) < threshold;
         self.verdict = match self.verdict {
-            Verdict::Silent | Verdict::Unheard => {
-                if !agent {
-                    self.streak = 0;
-                }
-                self.verdict
-            }
             _ if agent && self.agent_at.is_some() => Verdict::Agent,
             _ if agent => Verdict::Unknown,
             _ if node && self.node_at.is_some() => Verdict::Node,
@@ -412,41 +705,59 @@ impl Watch {
         };
     }
 
-    fn is_in_doubt(&self, now: Duration, interval: Duration) -> bool {
+    /// Judges one that has been called missing, by what it has answered since.
+    fn judge_called(&mut self, now: Duration, beat: Beat) {
+        let Some(called) = self.called.filter(|at| now.saturating_sub(*at) >= beat.patience) else {
+            return;
+        };
+        self.called = None;
+        self.verdict = if self.node_at.is_some_and(|at| at >= called) {
+            self.disproved = Some(now);
+            Verdict::Node
+        } else {
+            self.silent_since = called.saturating_sub(self.called_after);
+            Verdict::Silent
+        };
+    }
+
+    fn is_in_doubt(&self, now: Duration, beat: Beat) -> bool {
+        if self.called.is_some() {
+            return true;
+        }
+        if self.pace != Pace::Steady && !self.is_new() {
+            return false;
+        }
         match self.verdict {
-            Verdict::Agent | Verdict::Unknown => self.silence(now, self.agent_at) >= 2 * interval,
-            Verdict::Node => self.silence(now, self.node_at) >= 2 * interval,
+            Verdict::Agent | Verdict::Unknown => self.silence(now, self.agent_at) >= 2 * beat.interval,
+            Verdict::Node => self.silence(now, self.node_at) >= 2 * beat.interval,
             Verdict::Silent | Verdict::Unheard => false,
         }
     }
 
-    fn ask(
-        &mut self,
-        now: Duration,
-        interval: Duration,
-        sequence: u64,
-        watched: &Watched,
-        questions: &mut Vec<Question>,
-    ) {
-        let is_in_doubt = self.is_in_doubt(now, interval);
-        let is_absent = matches!(self.verdict, Verdict::Silent | Verdict::Unheard);
+    fn ask(&mut self, now: Duration, beat: Beat, sequence: u64, watched: &Watched, questions: &mut Vec<Question>) {
+        // One that is asked now and then and has not answered is missed.
+        let is_unanswered = self
+            .asked_at
+            .is_some_and(|asked| self.node_at.is_none_or(|at| at < asked));
+        if is_unanswered && self.called.is_none() && !self.is_new() {
+            self.call(now, Duration::ZERO);
+        }
+        let is_in_doubt = self.is_in_doubt(now, beat);
+        let is_slow = self.pace != Pace::Steady && !self.is_new();
         let wait = if is_in_doubt {
             DOUBT_INTERVAL
-        } else if is_absent && self.streak == 0 && self.silence(now, self.agent_at) >= FALSE_ALARM {
-            SILENT_INTERVAL.max(interval)
+        } else if self.is_absent() && self.streak == 0 && self.silence(now, self.agent_at) >= FALSE_ALARM {
+            SILENT_INTERVAL.max(beat.interval)
+        } else if self.is_absent() || !is_slow {
+            beat.interval
+        } else if now < self.told_until {
+            TOLD_INTERVAL
         } else {
-            interval
+            beat.slow_interval
         };
         // From when it was due, so that the pace holds, unless that has been missed altogether.
         self.next = (self.next + wait).max(now + wait / 2);
-        while self
-            .asked
-            .front()
-            .is_some_and(|(_, at)| now.saturating_sub(*at) >= STALE)
-        {
-            self.asked.pop_front();
-        }
-        self.asked.push_back((sequence, now));
+        self.asked_at = Some(now);
         questions.push(Question::Probe {
             node: watched.node.clone(),
             address: watched.address,
@@ -461,17 +772,31 @@ impl Watch {
         }
     }
 
-    fn wake_at(&self, interval: Duration) -> Duration {
+    fn wake_at(&self, beat: Beat) -> Duration {
+        if let Some(called) = self.called {
+            return self.next.min(called + beat.patience);
+        }
+        if self.pace != Pace::Steady && !self.is_new() {
+            return self.next;
+        }
         let last = match self.verdict {
             Verdict::Agent | Verdict::Unknown => self.agent_at,
             Verdict::Node => self.node_at,
             Verdict::Silent | Verdict::Unheard => return self.next,
         };
-        // The moments it comes into doubt and is judged, if they are before the next question.
+        // The moments it comes into doubt, is called missing and is judged, if they are before the next question.
         let last = last.unwrap_or(self.began);
-        let doubt = last + 2 * interval;
-        let is_doubted = self.asked.back().is_some_and(|(_, at)| *at >= doubt);
-        let judged = last + self.gaps.threshold(interval);
+        let doubt = last + 2 * beat.interval;
+        let is_doubted = self.asked_at.is_some_and(|at| at >= doubt);
+        let judged = last + self.gaps.threshold(beat.interval);
+        let sign = self.agent_at.max(self.node_at).unwrap_or(self.began);
+        let called = (sign + self.gaps.threshold(beat.interval)).saturating_sub(CALLED_AHEAD);
+        let called = if self.calls > 0 || self.is_new() {
+            judged
+        } else {
+            called
+        };
+        let judged = judged.min(called);
         self.next.min(if is_doubted { judged } else { doubt.min(judged) })
     }
 }

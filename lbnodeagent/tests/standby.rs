@@ -11,8 +11,9 @@ use std::time::Duration;
 use common::in_namespace;
 use lbnodeagent::known::Known;
 use lbnodeagent::members::Keys;
+use lbnodeagent::rounds::extend;
 use lbnodeagent::standby::packet::PACKET_LEN;
-use lbnodeagent::standby::{Config, PORT, Verdict, Watched, Watcher};
+use lbnodeagent::standby::{Assignment, Config, PORT, Verdict, Watched, Watcher};
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
@@ -54,7 +55,7 @@ fn a_question_that_was_overheard_is_answered_once_and_only_to_a_node() {
         // Node 2 asks node 3, whose packets end up here.
         let asker = watcher(2, &Known::default());
         let overheard = UdpSocket::bind(address(3)).await.unwrap();
-        asker.watch(BTreeMap::from([(watched(3), None)]));
+        asker.watch(extend(&Assignment::new(), &[(watched(3), None)].into()));
         let mut packets = Vec::new();
         while packets.len() < 4 {
             let mut packet = [0; 100];
@@ -65,7 +66,7 @@ fn a_question_that_was_overheard_is_answered_once_and_only_to_a_node() {
         drop(overheard);
         let known = Known::default();
         let _owner = watcher(3, &known);
-        asker.watch(BTreeMap::new());
+        asker.watch(Assignment::new());
         let stranger = UdpSocket::bind("127.0.0.9:0").await.unwrap();
         assert!(
             is_answered(&stranger, &packets[1], 3).await,
@@ -91,7 +92,7 @@ fn a_node_is_watched_as_before_when_it_knows_who_asks() {
         let asker = watcher(2, &known);
         let _owner = watcher(3, &known);
         let mut verdicts = asker.verdicts();
-        asker.watch(BTreeMap::from([(watched(3), None)]));
+        asker.watch(extend(&Assignment::new(), &[(watched(3), None)].into()));
         let is_heard = |known: &BTreeMap<Watched, Verdict>| known.get(&watched(3)) == Some(&Verdict::Agent);
         timeout(SOON, verdicts.wait_for(is_heard)).await.unwrap().unwrap();
     });

@@ -12,7 +12,7 @@ use clap::Parser;
 use crds::annotations;
 use crds::event::{ALLOCATOR, Notice};
 use crds::service::ingress;
-use e2e::{Lab, Options, Process, audit, wait_until};
+use e2e::{Lab, Options, audit, wait_until};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use k8s_openapi::api::events::v1::Event;
@@ -120,7 +120,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
             println!("    {what:45} {:8.3}", count / rate(n, Duration::from_secs(1)));
         }
     }
-    println!("  peak resident memory           {:8.1} MiB", peak(&allocator)?);
+    println!("  peak resident memory           {:8.1} MiB", allocator.peak()?);
 
     let mut took = Vec::new();
     for i in 0..flags.singles {
@@ -172,7 +172,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
         "  an address after               {:8.0} ms",
         restarted.elapsed().as_secs_f64() * 1e3
     );
-    println!("  peak resident memory           {:8.1} MiB", peak(&again)?);
+    println!("  peak resident memory           {:8.1} MiB", again.peak()?);
     let all = Api::<Service>::namespaced(lab.client(), "bench")
         .list(&ListParams::default())
         .await?;
@@ -343,15 +343,4 @@ async fn requests(lab: &Lab) -> Result<BTreeMap<String, f64>> {
         *counted.entry(what).or_insert(0.0) += value.trim().parse::<f64>()?;
     }
     Ok(counted)
-}
-
-/// The most memory a process has had at once, in MiB.
-fn peak(process: &Process) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .context("no VmHWM")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib / 1024.0)
 }

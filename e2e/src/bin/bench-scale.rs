@@ -117,8 +117,8 @@ async fn grow(lab: &Lab, product: &Product, have: usize, size: usize, singles: u
     println!(
         "{size:>8} {:>9.0} {of_agent:>11.3} {:>10.1} {of_allocator:>11.3} {:>10.1} {median:>10.1} {worst:>9.1} {idle:>12.2}",
         millis(size - have) / created.as_secs_f64(),
-        peak(agent)?,
-        peak(&product.allocator)?,
+        agent.peak()?,
+        product.allocator.peak()?,
     );
     println!(
         "         the agent looked {:.0} times at everything, {:.0} times at single addresses",
@@ -224,7 +224,7 @@ async fn restart(lab: &Lab, product: &mut Product, have: usize) -> Result<()> {
         "an agent that is killed among {have} Services is ready again after {:.1} s, and has a new address after {:.1} s; {:.1} MiB, {:.1} s of processor",
         ready.as_secs_f64(),
         begun.elapsed().as_secs_f64(),
-        peak(&again)?,
+        again.peak()?,
         cpu(&again)? / 1e3,
     );
     Ok(())
@@ -244,21 +244,5 @@ async fn looks(lab: &Lab, node: &str) -> Result<(f64, f64)> {
 
 /// Milliseconds of processor time that a process has taken.
 fn cpu(process: &Process) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid()))?;
-    let (_, fields) = stat.rsplit_once(')').context("no name in stat")?;
-    let ticks: Vec<&str> = fields.split_whitespace().collect();
-    let of = |at: usize| -> Result<f64> { Ok(ticks.get(at).context("a field of stat")?.parse()?) };
-    // utime and stime, proc_pid_stat(5), in hundredths of a second.
-    Ok((of(11)? + of(12)?) * 10.0)
-}
-
-/// The most memory a process has had at once, in MiB.
-fn peak(process: &Process) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid()))?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
-        .context("no VmHWM")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib / 1024.0)
+    Ok(process.cpu()?.as_secs_f64() * 1e3)
 }

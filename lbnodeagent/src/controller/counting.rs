@@ -16,7 +16,7 @@ use crate::metrics::Cause;
 use crate::notices::Came;
 use crate::plan::{self, Candidate, Picture, Plan, Standing, Verdict};
 use crate::scope::Scope;
-use crate::standby::{Verdict as Direct, Watched};
+use crate::standby::{Pace, Verdict as Direct, Watched};
 
 /// An address that this node takes over: from whom, by which link, where that node was watched, and why.
 pub(super) struct Takeover {
@@ -44,9 +44,8 @@ impl Agent<'_> {
         metrics.local_subnets.set(distinct(&mut own.iter()));
         let all = candidates.values().flat_map(|candidate| &candidate.addresses);
         metrics.subnets.set(distinct(&mut all.into_iter()));
-        metrics
-            .watched
-            .set(i64::try_from(self.watches.len()).unwrap_or(i64::MAX));
+        let steady = self.watching.values().filter(|watching| watching.pace == Pace::Steady);
+        metrics.watched.set(i64::try_from(steady.count()).unwrap_or(i64::MAX));
     }
 
     /// Takes note of who announces what now, and returns what this node takes over.

@@ -5,8 +5,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Processes remembered: more than there are nodes that watch one, and as little as 40 KiB.
-const SESSIONS: usize = 1024;
+/// Processes remembered: more than there are nodes, each of which asks once, and as little as 160 KiB.
+const SESSIONS: usize = 4096;
 /// Numbers below the highest that may still come.
 const WINDOW: u64 = 64;
 

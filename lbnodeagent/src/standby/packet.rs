@@ -1,8 +1,10 @@
-//! What a standby and an owner say to each other: 52 bytes over UDP, authenticated with the gossip keys.
+//! What those who watch each other say: 52 bytes over UDP, authenticated with the gossip keys.
 //!
 //! Owns the encoding and its keys; knows nothing of sockets and time. Nobody without a key can make a packet, and nobody
 //! can make use of one that was overheard: an answer is only taken for a question of this very process that still waits
-//! for it, and a question is answered once.
+//! for it, and a question is answered, or a call heeded, once.
+
+use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
@@ -11,30 +13,64 @@ use crate::members::Keys;
 
 /// Length of a packet in bytes.
 ///
-/// Version (1), kind (1), flags (1, bit 0: has taken over), zero (1), session (8), sequence (8), the node asked as the
-/// first 16 bytes of its name's SHA-256, and the first 16 bytes of the HMAC-SHA-256 of all that. Integers are big endian.
+/// Version (1), kind (1), flags (1, bit 0: has taken over), silence (1, of a call, in [`SILENCE_UNIT`]; else zero), session (8),
+/// sequence (8), the node that is asked or missed as the first 16 bytes of its name's SHA-256, and the first 16 bytes of the
+/// HMAC-SHA-256 of all that. Integers are big endian.
 pub const PACKET_LEN: usize = 52;
 const BODY_LEN: usize = 36;
 const TAG_LEN: usize = 16;
 const VERSION: u8 = 1;
-const PROBE: u8 = 1;
-const ANSWER: u8 = 2;
+/// What a silence is counted in.
+const SILENCE_UNIT: Duration = Duration::from_millis(10);
 const TAKEN_OVER: u8 = 1;
 /// What the key is derived for, so that it is never the one that encrypts the gossip.
 const PURPOSE: &[u8] = b"purelb.io standby watch 1";
 
-/// A question, or the answer to it.
+/// What a packet is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A question.
+    Probe,
+    /// The answer to one.
+    Answer,
+    /// A node is missing, and has been for this long: up to 2.55 s, to a hundredth of a second.
+    Call(Duration),
+}
+
+impl Kind {
+    fn bytes(self) -> (u8, u8) {
+        match self {
+            Self::Probe => (1, 0),
+            Self::Answer => (2, 0),
+            Self::Call(silence) => {
+                let units = silence.as_millis() / SILENCE_UNIT.as_millis();
+                (3, u8::try_from(units).unwrap_or(u8::MAX))
+            }
+        }
+    }
+
+    fn of(kind: u8, silence: u8) -> Option<Self> {
+        match kind {
+            1 => Some(Self::Probe),
+            2 => Some(Self::Answer),
+            3 => Some(Self::Call(SILENCE_UNIT * u32::from(silence))),
+            _ => None,
+        }
+    }
+}
+
+/// A question, the answer to it, or a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// Whether it is the answer.
-    pub is_answer: bool,
+    /// Which of them it is.
+    pub kind: Kind,
     /// The one who asks has announced the other's VIPs.
     pub has_taken_over: bool,
     /// Drawn by lot by the process that asks, when it starts.
     pub session: u64,
-    /// Which question it is.
+    /// Which question or call it is.
     pub sequence: u64,
-    /// Who is asked, see [`node_id`].
+    /// Who is asked, or missed, see [`node_id`].
     pub node: [u8; 16],
 }
 
@@ -71,10 +107,10 @@ impl PacketKeys {
 impl Packet {
     /// The bytes to send.
     pub fn encode(&self, keys: &PacketKeys) -> [u8; PACKET_LEN] {
-        let kind = if self.is_answer { ANSWER } else { PROBE };
+        let (kind, silence) = self.kind.bytes();
         let flags = if self.has_taken_over { TAKEN_OVER } else { 0 };
         let mut body = Vec::with_capacity(PACKET_LEN);
-        body.extend([VERSION, kind, flags, 0]);
+        body.extend([VERSION, kind, flags, silence]);
         body.extend(self.session.to_be_bytes());
         body.extend(self.sequence.to_be_bytes());
         body.extend(self.node);
@@ -95,9 +131,10 @@ impl Packet {
         let (head, rest) = body.split_first_chunk::<4>()?;
         let (session, rest) = rest.split_first_chunk::<8>()?;
         let (sequence, node) = rest.split_first_chunk::<8>()?;
-        let [version, kind, flags, _] = *head;
-        (version == VERSION && matches!(kind, PROBE | ANSWER)).then(|| Self {
-            is_answer: kind == ANSWER,
+        let [version, kind, flags, silence] = *head;
+        let kind = Kind::of(kind, silence).filter(|_| version == VERSION)?;
+        Some(Self {
+            kind,
             has_taken_over: flags & TAKEN_OVER != 0,
             session: u64::from_be_bytes(*session),
             sequence: u64::from_be_bytes(*sequence),
@@ -125,7 +162,7 @@ mod tests {
     }
 
     const PACKET: Packet = Packet {
-        is_answer: true,
+        kind: Kind::Answer,
         has_taken_over: true,
         session: 0x0102_0304_0506_0708,
         sequence: 9,
@@ -163,6 +200,23 @@ mod tests {
             None,
             "one byte more"
         );
+    }
+
+    #[test]
+    fn each_kind_is_read_as_it_was_sent_and_a_long_silence_is_cut() {
+        let keys = keys(1, &[]);
+        let ms = Duration::from_millis;
+        for (sent, read) in [
+            (Kind::Probe, Kind::Probe),
+            (Kind::Answer, Kind::Answer),
+            (Kind::Call(Duration::ZERO), Kind::Call(Duration::ZERO)),
+            (Kind::Call(ms(79)), Kind::Call(ms(70))),
+            (Kind::Call(Duration::MAX), Kind::Call(ms(2550))),
+        ] {
+            let packet = Packet { kind: sent, ..PACKET };
+            let expected = Packet { kind: read, ..PACKET };
+            assert_eq!(Packet::decode(&packet.encode(&keys), &keys), Some(expected));
+        }
     }
 
     proptest! {

@@ -19,8 +19,8 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::answered::Answered;
-use super::packet::{PACKET_LEN, Packet, PacketKeys, node_id};
-use super::{Inquiry, Question, Standby, Verdict, Watched, Watches};
+use super::packet::{Kind, PACKET_LEN, Packet, PacketKeys, node_id};
+use super::{Assignment, Inquiry, Question, Standby, Verdict, Watched};
 use crate::known::Known;
 use crate::members::Keys;
 use crate::neighbor::Announcer;
@@ -87,9 +87,9 @@ struct OfKind {
 }
 
 impl Counters {
-    /// Questions asked of agents, answers to those of others, questions to kernels, and packets of a wrong key or nobody's, from no
-    /// Node or sent again.
-    const KINDS: [&str; 4] = ["probe", "answer", "kernel", "refused"];
+    /// Questions asked of agents, answers to those of others, questions to kernels, calls that somebody is missing, and packets of
+    /// a wrong key or nobody's, from no Node or sent again.
+    const KINDS: [&str; 5] = ["probe", "answer", "kernel", "call", "refused"];
 
     /// Registers the counters.
     pub fn register(&self, registry: &mut Registry) {
@@ -98,7 +98,7 @@ impl Counters {
         }
         registry.register(
             "packets",
-            "Packets of the standby watch: probe, answer, kernel, refused",
+            "Packets of the standby watch: probe, answer, kernel, call, refused",
             self.packets.clone(),
         );
         registry.register(
@@ -153,7 +153,9 @@ impl Asked {
 
 #[derive(Debug)]
 enum Order {
-    Watch(Watches),
+    Watch(Assignment),
+    /// Who is told when somebody is missing.
+    Members(Vec<IpAddr>),
     Forget(Watched),
 }
 
@@ -206,9 +208,14 @@ impl Watcher {
         })
     }
 
-    /// Sets whom to watch.
-    pub fn watch(&self, wanted: Watches) {
+    /// Sets whom to watch, and how.
+    pub fn watch(&self, wanted: Assignment) {
         let _ = self.wanted.send(Order::Watch(wanted));
+    }
+
+    /// Sets who is told when somebody is missing: the addresses of all other members.
+    pub fn tell(&self, members: Vec<IpAddr>) {
+        let _ = self.wanted.send(Order::Members(members));
     }
 
     /// See [`Standby::forget`].
@@ -281,12 +288,13 @@ impl Wire {
         let mut standby = Standby::default();
         let mut answered = Answered::default();
         let mut kernels = Kernels::default();
+        let mut members = Vec::new();
         let mut changes = 0;
         loop {
             let wake = standby.wake_at().map(|at| self.started + at);
             tokio::select! {
                 order = orders.recv() => match order {
-                    Some(order) => obey(&mut standby, self.started.elapsed(), order),
+                    Some(order) => obey(&mut standby, &mut members, self.started.elapsed(), order),
                     None => return Ok(()),
                 },
                 () = any_readable(&sockets) => {}
@@ -295,7 +303,7 @@ impl Wire {
             }
             // Everything that has come in, before anybody is judged silent.
             while let Ok(order) = orders.try_recv() {
-                obey(&mut standby, self.started.elapsed(), order);
+                obey(&mut standby, &mut members, self.started.elapsed(), order);
             }
             for socket in &sockets {
                 self.read_all(socket, &mut standby, &mut answered);
@@ -305,7 +313,7 @@ impl Wire {
             });
             let now = self.started.elapsed();
             for question in standby.poll(now) {
-                self.ask(&question, &sockets, &mut kernels, now);
+                self.ask(&question, &sockets, &members, &mut kernels, now);
             }
             kernels.close_when_idle(now);
             if changes == standby.changes() {
@@ -344,19 +352,17 @@ impl Wire {
     }
 
     fn take(&self, bytes: &[u8], from: SocketAddr, socket: &UdpSocket, standby: &mut Standby, answered: &mut Answered) {
+        let is_wanted = |answered: &mut Answered, packet: &Packet| {
+            self.known.has_about(from.ip()) && answered.is_new(packet.session, packet.sequence)
+        };
         match Packet::decode(bytes, &self.keys) {
-            Some(packet) if packet.is_answer && packet.session == self.session => {
+            Some(packet) if packet.kind == Kind::Answer && packet.session == self.session => {
                 standby.agent_answered(self.started.elapsed(), packet.sequence);
             }
             // Anybody can send again what was overheard.
-            Some(packet)
-                if !packet.is_answer
-                    && packet.node == self.node
-                    && self.known.has_about(from.ip())
-                    && answered.is_new(packet.session, packet.sequence) =>
-            {
+            Some(packet) if packet.kind == Kind::Probe && packet.node == self.node && is_wanted(answered, &packet) => {
                 let answer = Packet {
-                    is_answer: true,
+                    kind: Kind::Answer,
                     ..packet
                 };
                 send(socket, &answer.encode(&self.keys), from);
@@ -366,6 +372,12 @@ impl Wire {
                     self.taken_over.notify_one();
                 }
             }
+            Some(
+                packet @ Packet {
+                    kind: Kind::Call(silence),
+                    ..
+                },
+            ) if is_wanted(answered, &packet) => standby.called(self.started.elapsed(), &packet.node, silence),
             _ => {
                 if self.counters.count("refused") == 0 {
                     tracing::warn!(%from, "a packet of another key, of no Node or seen before: ignored, like all that follow");
@@ -374,7 +386,21 @@ impl Wire {
         }
     }
 
-    fn ask(&self, question: &Question, sockets: &[UdpSocket], kernels: &mut Kernels, now: Duration) {
+    fn ask(
+        &self,
+        question: &Question,
+        sockets: &[UdpSocket],
+        members: &[IpAddr],
+        kernels: &mut Kernels,
+        now: Duration,
+    ) {
+        let send_to = |address: IpAddr, packet: &Packet| {
+            let is_fitting =
+                |socket: &&UdpSocket| socket.local_addr().is_ok_and(|own| own.is_ipv4() == address.is_ipv4());
+            if let Some(socket) = sockets.iter().find(is_fitting) {
+                send(socket, &packet.encode(&self.keys), (address, PORT).into());
+            }
+        };
         match question {
             Question::Probe {
                 node,
@@ -383,18 +409,37 @@ impl Wire {
                 has_taken_over,
             } => {
                 let packet = Packet {
-                    is_answer: false,
+                    kind: Kind::Probe,
                     has_taken_over: *has_taken_over,
                     session: self.session,
                     sequence: *sequence,
                     node: node_id(node),
                 };
-                let is_fitting =
-                    |socket: &&UdpSocket| socket.local_addr().is_ok_and(|own| own.is_ipv4() == address.is_ipv4());
-                if let Some(socket) = sockets.iter().find(is_fitting) {
-                    send(socket, &packet.encode(&self.keys), (*address, PORT).into());
-                }
+                send_to(*address, &packet);
                 self.counters.count("probe");
+            }
+            Question::Call {
+                node,
+                sequence,
+                silence,
+            } => {
+                tracing::info!(
+                    node,
+                    ?silence,
+                    members = members.len(),
+                    "a node is missed: telling the others"
+                );
+                let packet = Packet {
+                    kind: Kind::Call(*silence),
+                    has_taken_over: false,
+                    session: self.session,
+                    sequence: *sequence,
+                    node: node_id(node),
+                };
+                for member in members {
+                    send_to(*member, &packet);
+                    self.counters.count("call");
+                }
             }
             Question::Kernel { link, inquiry } => {
                 kernels.ask(*link, inquiry, now);
@@ -410,8 +455,9 @@ fn send(socket: &UdpSocket, bytes: &[u8], to: SocketAddr) {
     let _ = SockRef::from(socket).send_to(bytes, &to.into());
 }
 
-fn obey(standby: &mut Standby, now: Duration, order: Order) {
+fn obey(standby: &mut Standby, members: &mut Vec<IpAddr>, now: Duration, order: Order) {
     match order {
+        Order::Members(all) => *members = all,
         Order::Watch(wanted) => standby.watch(now, &wanted),
         Order::Forget(watched) => standby.forget(now, &watched),
     }

@@ -22,6 +22,11 @@ fn inquiry() -> Inquiry {
     }
 }
 
+/// All the time.
+fn steady(watches: impl IntoIterator<Item = (Watched, Option<Inquiry>)>) -> Assignment {
+    crate::rounds::extend(&Assignment::new(), &watches.into_iter().collect())
+}
+
 /// A watcher of one owner over a wire without delay.
 struct Pair {
     standby: Standby,
@@ -34,7 +39,7 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let mut standby = Standby::default();
-        standby.watch(Duration::ZERO, &BTreeMap::from([(owner(), Some(inquiry()))]));
+        standby.watch(Duration::ZERO, &steady([(owner(), Some(inquiry()))]));
         Self {
             standby,
             now: Duration::ZERO,
@@ -63,7 +68,7 @@ impl Pair {
                             self.standby.kernel_answered(self.now, link, ip, mac);
                         }
                     }
-                    Question::Probe { .. } => {}
+                    Question::Probe { .. } | Question::Call { .. } => {}
                 }
                 self.sent.push((self.now, question));
             }
@@ -232,7 +237,7 @@ fn questions_per_second_do_not_grow_beyond_the_budget() {
             };
             (watched, None)
         });
-        standby.watch(Duration::ZERO, &wanted.collect());
+        standby.watch(Duration::ZERO, &steady(wanted));
         let mut now = Duration::ZERO;
         let mut sent = 0_u32;
         while now < Duration::from_mins(1) {
@@ -258,7 +263,7 @@ fn questions_per_second_do_not_grow_beyond_the_budget() {
 #[test]
 fn nobody_watched_costs_nothing() {
     let mut standby = Standby::default();
-    standby.watch(Duration::ZERO, &BTreeMap::new());
+    standby.watch(Duration::ZERO, &Assignment::new());
     assert_eq!((standby.poll(Duration::ZERO), standby.wake_at()), (vec![], None));
 }
 
@@ -275,7 +280,7 @@ fn a_host_that_was_not_asked_keeps_nobody_alive_and_families_are_judged_apart() 
     };
     standby.watch(
         Duration::ZERO,
-        &BTreeMap::from([(owner(), Some(inquiry())), (v6.clone(), Some(of_v6))]),
+        &steady([(owner(), Some(inquiry())), (v6.clone(), Some(of_v6))]),
     );
     let mut now = Duration::ZERO;
     while now < Duration::from_secs(2) {
@@ -316,8 +321,275 @@ fn questions_by_one_family_leave_those_by_the_other_their_pace() {
         })
     };
     let mut standby = Standby::default();
-    standby.watch(Duration::ZERO, &of(true).chain(of(false)).collect());
-    assert_eq!(standby.interval, INTERVAL);
-    standby.watch(Duration::ZERO, &of(true).collect());
-    assert_eq!(standby.interval, INTERVAL);
+    standby.watch(Duration::ZERO, &steady(of(true).chain(of(false))));
+    assert_eq!(standby.beat.interval, INTERVAL);
+    standby.watch(Duration::ZERO, &steady(of(true)));
+    assert_eq!(standby.beat.interval, INTERVAL);
+}
+
+/// A node on call, at two addresses, by a node that watches another one steadily, over a wire without delay.
+struct OnCall {
+    standby: Standby,
+    now: Duration,
+    /// What answers at each address: its agent, its kernel.
+    answers: BTreeMap<IpAddr, (bool, bool)>,
+    sent: Vec<(Duration, Question)>,
+}
+
+const V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+const V6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1));
+const MATE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
+
+fn at(address: IpAddr) -> Watched {
+    let node = if address == MATE { "mate" } else { "owner" };
+    Watched {
+        node: node.into(),
+        address,
+        ..owner()
+    }
+}
+
+impl OnCall {
+    fn new(pace: Pace) -> Self {
+        let mut on_call = Self {
+            standby: Standby::default(),
+            now: Duration::ZERO,
+            answers: [V4, V6, MATE].map(|address| (address, (true, true))).into(),
+            sent: Vec::new(),
+        };
+        on_call.watch(pace);
+        on_call.run(Duration::from_secs(1));
+        on_call.sent.clear();
+        on_call
+    }
+
+    fn watch(&mut self, pace: Pace) {
+        let of = |address: IpAddr| {
+            let watching = Watching {
+                inquiry: Some(Inquiry {
+                    ip: address,
+                    ..inquiry()
+                }),
+                pace: if address == MATE { Pace::Steady } else { pace },
+                is_successor: true,
+            };
+            (at(address), watching)
+        };
+        self.standby.watch(self.now, &[V4, V6, MATE].map(of).into());
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            for question in self.standby.poll(self.now) {
+                match &question {
+                    Question::Probe { address, sequence, .. } if self.answers[address].0 => {
+                        self.standby.agent_answered(self.now, *sequence);
+                    }
+                    Question::Kernel { link, inquiry } if self.answers[&inquiry.ip].1 => {
+                        self.standby.kernel_answered(self.now, *link, inquiry.ip, inquiry.mac);
+                    }
+                    _ => {}
+                }
+                self.sent.push((self.now, question));
+            }
+            self.now = self.standby.wake_at().unwrap().max(self.now + MS / 100).min(end);
+        }
+    }
+
+    fn call(&mut self) {
+        self.standby.called(self.now, &packet::node_id("owner"), 75 * MS);
+    }
+
+    fn set(&mut self, addresses: &[IpAddr], answers: (bool, bool)) {
+        for address in addresses {
+            self.answers.insert(*address, answers);
+        }
+    }
+
+    fn verdict(&self, address: IpAddr) -> Verdict {
+        self.standby.verdicts()[&at(address)]
+    }
+
+    /// How often the owner was asked.
+    fn asked(&self) -> usize {
+        let probes = self
+            .sent
+            .iter()
+            .filter(|(_, question)| matches!(question, Question::Probe { node, .. } if node == "owner"));
+        probes.count()
+    }
+}
+
+#[test]
+fn a_node_on_call_is_asked_once_at_each_address_and_left_alone_then() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.run(Duration::from_mins(1));
+    assert_eq!(on_call.asked(), 0);
+    assert_eq!(
+        on_call.verdict(V4),
+        Verdict::Unknown,
+        "nobody knows what it would answer now"
+    );
+}
+
+#[test]
+fn one_that_was_called_missing_is_judged_by_what_it_answers_itself() {
+    let none: &[IpAddr] = &[];
+    for (name, lost, answers, v4, v6) in [
+        ("a false alarm", none, (true, true), Verdict::Unknown, Verdict::Unknown),
+        (
+            "it is dead",
+            &[V4, V6],
+            (false, false),
+            Verdict::Silent,
+            Verdict::Silent,
+        ),
+        (
+            "it has lost IPv4",
+            &[V4],
+            (false, false),
+            Verdict::Silent,
+            Verdict::Agent,
+        ),
+        (
+            "its agent was killed",
+            &[V4, V6],
+            (false, true),
+            Verdict::Node,
+            Verdict::Node,
+        ),
+    ] {
+        let mut on_call = OnCall::new(Pace::OnCall);
+        on_call.set(lost, answers);
+        on_call.call();
+        on_call.run(PATIENCE + MS);
+        assert_eq!((on_call.verdict(V4), on_call.verdict(V6)), (v4, v6), "{name}");
+        let asked = on_call.asked();
+        assert!((2..=8).contains(&asked), "{name}: {asked}");
+        on_call.run(Duration::from_mins(1));
+        assert_eq!(
+            (on_call.verdict(V4), on_call.verdict(V6)),
+            (v4, v6),
+            "{name}: after a minute"
+        );
+        let silent = on_call.standby.last_signs().map(|(_, at)| at).min();
+        let expected = lost
+            .first()
+            .filter(|_| !answers.1)
+            .map(|_| Duration::from_millis(1000 - 75));
+        assert_eq!(silent, expected, "{name}");
+    }
+}
+
+#[test]
+fn whoever_is_back_on_call_is_told_that_it_was_replaced_and_left_alone_again() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.set(&[V4, V6], (false, false));
+    on_call.call();
+    on_call.run(Duration::from_secs(10));
+    on_call.set(&[V4, V6], (true, true));
+    on_call.sent.clear();
+    on_call.run(Duration::from_secs(1));
+    assert_eq!(on_call.verdict(V4), Verdict::Unknown);
+    let told = |question: &Question| {
+        matches!(
+            question,
+            Question::Probe {
+                has_taken_over: true,
+                ..
+            }
+        )
+    };
+    assert!(on_call.sent.iter().filter(|(_, question)| told(question)).count() >= 3);
+    on_call.run(Duration::from_secs(5));
+    on_call.sent.clear();
+    on_call.run(Duration::from_mins(1));
+    assert_eq!(on_call.asked(), 0);
+}
+
+#[test]
+fn false_calls_cost_some_questions_a_second_however_many_there_are() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    for _ in 0..10_000 {
+        on_call.call();
+        on_call.run(MS / 10);
+    }
+    assert!(on_call.asked() <= 2 * 11, "{} in a second", on_call.asked());
+    on_call
+        .standby
+        .called(on_call.now, &packet::node_id("nobody"), Duration::ZERO);
+}
+
+#[test]
+fn one_that_gossip_has_given_up_is_asked_now_and_then_and_missed_without_a_call() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.watch(Pace::Slow);
+    on_call.run(100 * MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Agent, "it is asked at once");
+    on_call.sent.clear();
+    on_call.run(Duration::from_secs(10));
+    assert!((38..=42).contains(&on_call.asked()), "{}", on_call.asked());
+    on_call.set(&[V4], (false, false));
+    on_call.run(2 * SLOW_INTERVAL);
+    assert_eq!(
+        (on_call.verdict(V4), on_call.verdict(V6)),
+        (Verdict::Silent, Verdict::Agent)
+    );
+    // What is dead already when gossip gives it up.
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.set(&[V4, V6], (false, false));
+    on_call.watch(Pace::Slow);
+    on_call.run(PATIENCE + MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Silent);
+}
+
+#[test]
+fn those_who_watch_a_node_call_it_missing_before_it_is_silent_to_them_and_once_more_when_it_is() {
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(5), None);
+    pair.cut();
+    let cut = pair.now;
+    pair.run(Duration::from_mins(1), None);
+    let calls: Vec<(Duration, Duration)> = pair
+        .sent
+        .iter()
+        .filter_map(|(at, question)| match question {
+            Question::Call { silence, .. } => Some((at.saturating_sub(cut), *silence)),
+            _ => None,
+        })
+        .collect();
+    let [(first, silence), (second, _)] = calls[..] else {
+        panic!("{calls:?}");
+    };
+    assert!(first <= 76 * MS && silence >= 75 * MS, "{calls:?}");
+    assert!(second > first && second <= 101 * MS, "{calls:?}");
+    // One whose agent was killed is there.
+    let mut pair = Pair::new();
+    pair.run(Duration::from_secs(5), None);
+    pair.agent_answers = false;
+    pair.run(Duration::from_mins(1), None);
+    assert!(
+        pair.sent
+            .iter()
+            .all(|(_, question)| !matches!(question, Question::Call { .. }))
+    );
+}
+
+#[test]
+fn a_node_where_answers_come_irregularly_is_as_patient_with_those_on_call() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    // The one that is watched answers now and then late.
+    for _ in 0..200 {
+        on_call.set(&[MATE], (false, true));
+        on_call.run(90 * MS);
+        on_call.set(&[MATE], (true, true));
+        on_call.run(60 * MS);
+    }
+    on_call.set(&[V4, V6], (false, false));
+    on_call.call();
+    on_call.run(PATIENCE + MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Unknown);
+    on_call.run(MOST_PATIENCE);
+    assert_eq!(on_call.verdict(V4), Verdict::Silent);
 }
