@@ -182,8 +182,52 @@ fn at_rest_nothing_is_written_to_the_kernel_and_hardly_anything_runs() -> Result
         println!("in 5 s at rest: {ticks} hundredths of CPU time, {writes} system calls that write to files");
         // Gossip and the watch over the neighbour go on; a tenth of a core would be far too much.
         ensure!(ticks < 50, "{ticks} hundredths of a second of 5 s");
-        monitor.kill().await.map(drop)
+        monitor.kill().await?;
+        rests(lab, "with a configuration").await?;
+        // One that applies to no node.
+        let nowhere = json!({"spec": {"nodeSelector": {"matchLabels": {"no": "node"}}}}).to_string();
+        lab.kubectl([
+            "patch",
+            "lbnodeagent",
+            "default",
+            "-n",
+            "purelb",
+            "--type",
+            "merge",
+            "-p",
+            &nowhere,
+        ])
+        .await?;
+        wait_until("the nodes hold nothing", SOON, async || {
+            let shown = addresses(lab, "w11").await?;
+            ensure!(!shown.contains(V4) && !shown.contains(ROUTED), "{shown}");
+            Ok(())
+        })
+        .await?;
+        rests(lab, "without one").await
     })
+}
+
+/// Checks that nothing wakes the agents, once what has changed is behind them.
+async fn rests(lab: &Lab, when: &str) -> Result<()> {
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let looks = async || -> Result<f64> {
+        let url = format!("http://{}:7472/metrics", lab.node("w11")?.ipv4);
+        let metrics = lab.curl("w11", &url).await?;
+        let looks = metrics
+            .lines()
+            .filter(|line| line.starts_with("purelb_lbnodeagent_looks_total"));
+        looks
+            .map(|line| Ok(line.rsplit(' ').next().unwrap_or_default().parse::<f64>()?))
+            .sum()
+    };
+    let before = looks().await?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let looked = looks().await? - before;
+    println!("{when} an agent at rest looked {looked} times in 5 s");
+    // A Node's heartbeat may bring something; a loop that goes on without a pause looks a thousand times.
+    ensure!(looked <= 5.0, "{when} an agent at rest looked {looked} times in 5 s");
+    Ok(())
 }
 
 /// CPU time in hundredths of a second, and system calls that write.

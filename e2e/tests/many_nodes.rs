@@ -13,8 +13,8 @@ use k8s_openapi::jiff::Timestamp;
 const SOON: Duration = Duration::from_mins(2);
 /// Packets of one kind that a node sends to each of those that it watches, in a second.
 const PACE: f64 = 40.0;
-/// How many watch a node.
-const WATCHERS: f64 = 3.0;
+/// How many watch a node, by IPv4 and by IPv6.
+const WATCHERS: f64 = 2.0 * 3.0;
 
 const GROUP: &str = "
 apiVersion: purelb.io/v2
@@ -174,7 +174,7 @@ fn eight_nodes_are_watched_by_three_each_and_all_others_take_over_as_soon() -> R
         let seconds = at.elapsed().as_secs_f64();
         for (before, after) in before.iter().zip(&after) {
             let pace = (after - before) / seconds;
-            // All others would be seven.
+            // All others would be seven by each.
             ensure!(pace < 1.2 * WATCHERS * PACE, "a node asks {pace} times a second");
         }
         let silent = "purelb_lbnodeagent_takeovers_total{cause=\"silent\"}";
