@@ -1,13 +1,15 @@
 //! The pictures of the book. `make pictures` draws them into `docs/pictures/`, and a test looks whether they are there as they are here.
 
 pub mod drawing;
+mod networks;
 
 use drawing::{Drawing, WIDTH};
 
 /// All pictures.
 pub fn all() -> Vec<Drawing> {
-    vec![
+    let mut all = vec![
         programs(),
+        flow(),
         local(),
         cut(),
         routed(),
@@ -16,7 +18,9 @@ pub fn all() -> Vec<Drawing> {
         troubleshooting(),
         home(),
         bars(),
-    ]
+    ];
+    all.extend(networks::all());
+    all
 }
 
 /// The middles of three nodes side by side.
@@ -58,6 +62,57 @@ fn programs() -> Drawing {
         "small",
         "what each node announces comes back in its LBNode",
     );
+    d
+}
+
+/// What the programs read, decide and write.
+fn flow() -> Drawing {
+    let mut d = Drawing::new(
+        "flow",
+        "The allocator reads ServiceGroups and Services, and writes each Service's status in one PATCH, which is the message to the nodes. The          agent reads Services, EndpointSlices, Nodes and its LBNodeAgent, hears the gossip, the standby watch and netlink, and changes in the          kernel what is not as planned. It answers in an LBNode. A routing daemon tells routers of what is on kube-lb0.",
+        478,
+    );
+    d.labelled((20, 16), (210, 44), &["you write", "ServiceGroup, Service"]);
+    d.arrow((230, 38), (268, 38), "");
+    d.labelled((270, 16), (190, 44), &["allocator", "which address"]);
+    d.arrow((365, 60), (365, 108), "");
+    d.words(20, 90, "small", "one PATCH of services/status, and events");
+    d.labelled((270, 110), (190, 44), &["Service", "the message to the nodes"]);
+    d.arrow((365, 154), (365, 192), "");
+    d.labelled(
+        (20, 162),
+        (210, 112),
+        &[
+            "the agent hears",
+            "Service, EndpointSlice, Node,",
+            "ServiceGroup, LBNodeAgent",
+            "gossip: who is a member",
+            "standby watch: who is there",
+            "netlink: links, addresses",
+        ],
+    );
+    d.arrow((230, 225), (268, 225), "");
+    d.labelled(
+        (270, 194),
+        (190, 62),
+        &["lbnodeagent", "plan(desired) −", "kernel(actual) = changes"],
+    );
+    d.arrow((365, 256), (365, 312), "");
+    d.labelled(
+        (270, 314),
+        (190, 62),
+        &["the node", "addresses, ARP and NA", "routed ones on kube-lb0"],
+    );
+    d.arrow((290, 256), (232, 330), "");
+    d.labelled(
+        (20, 314),
+        (210, 62),
+        &["LBNode", "the answer of each node,", "which the allocator reads"],
+    );
+    d.arrow((365, 376), (365, 412), "");
+    d.labelled((270, 414), (190, 44), &["a routing daemon", "reads kube-lb0"]);
+    d.arrow((268, 436), (232, 436), "");
+    d.labelled((20, 414), (210, 44), &["routers", "hear of it by BGP: ECMP"]);
     d
 }
 
