@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use crds::conflict::{self, Conflict, Mac};
 use crds::event::cut;
-use crds::lbnode::{LBNodeStatus, MOST_TEXT, MOST_VIPS, Silence, Unannounced};
+use crds::lbnode::{LBNodeStatus, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
 use crds::record::{self, Announced, Granted, Voice};
 use crds::servicegroup::Group;
 use crds::{Announce, LBNode, Pool, annotations};
@@ -107,7 +107,7 @@ impl Report {
             usage: Use {
                 configuration: status.configuration.as_deref().map(sentence),
                 interfaces: interfaces(status),
-                problem: status.problem.as_deref().map(sentence),
+                problem: status.problem.as_deref().and_then(of_configuration).map(sentence),
                 has_daemon: status.routing_daemon.is_some(),
             },
             health: Health::of(status),
@@ -171,7 +171,17 @@ fn is_interface(name: &str) -> bool {
 
 /// What a node says for people: of bounded length, on one line.
 pub(crate) fn sentence(text: &str) -> String {
-    cut(&text.replace(|letter: char| letter.is_control(), " "), MOST_TEXT)
+    sentence_of(text, MOST_TEXT)
+}
+
+/// The same, of at most so many bytes.
+pub(crate) fn sentence_of(text: &str, most: usize) -> String {
+    cut(&text.replace(|letter: char| letter.is_control(), " "), most)
+}
+
+/// What an agent finds wrong with the LBNodeAgent it uses. What else is wrong with its node is no matter of that.
+fn of_configuration(problem: &str) -> Option<&str> {
+    split_problems(problem).find(|problem| problem.contains("LBNodeAgent"))
 }
 
 /// What all nodes say.

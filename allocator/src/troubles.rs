@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crds::event::Notice;
-use crds::lbnode::{ESTABLISHED, LBNodeStatus, RENEW_SECONDS, RoutingDaemon, Session};
+use crds::lbnode::{ESTABLISHED, LBNodeStatus, MOST_PROBLEM, RENEW_SECONDS, RoutingDaemon, Session};
 
-use crate::nodes::sentence;
+use crate::nodes::{sentence, sentence_of};
 use crate::refusal;
 
 /// What of an LBNode bears on its node.
@@ -28,7 +28,10 @@ impl Health {
         Self {
             members: status.members,
             is_withdrawn: status.withdrawn,
-            problem: status.problem.as_deref().map(sentence),
+            problem: status
+                .problem
+                .as_deref()
+                .map(|problem| sentence_of(problem, MOST_PROBLEM)),
             daemon: status.routing_daemon.as_ref().map(bounded),
         }
     }

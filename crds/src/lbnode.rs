@@ -17,6 +17,10 @@ pub const MOST_VIPS: usize = 10_000;
 pub const MOST_MOVES: usize = 50;
 /// How many bytes each text in it has at most.
 pub const MOST_TEXT: usize = 512;
+/// How many bytes all that is wrong with a node has at most.
+pub const MOST_PROBLEM: usize = 1000;
+/// What stands between two things that are wrong with a node.
+const ALSO: &str = ". Also: ";
 /// How often an agent writes its `LBNode` though nothing has changed, so that one that is silent is noticed: seconds.
 pub const RENEW_SECONDS: u64 = 60;
 
@@ -63,7 +67,7 @@ pub const RENEW_SECONDS: u64 = 60;
         name = "Problem",
         type_ = "string",
         json_path = ".status.problem",
-        description = "Why it announces less than it could"
+        description = "What is wrong with the node"
     ),
     printcolumn(name = "Version", type_ = "string", json_path = ".status.version"),
     printcolumn(
@@ -89,7 +93,7 @@ pub struct LBNodeStatus {
     /// The LBNodeAgent in use; absent where none applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configuration: Option<String>,
-    /// Why the node announces less than it could, where something is wrong with it.
+    /// What is wrong with the node, what that means for its addresses, and the way out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
     /// The node carries no addresses: it is stopping, or excluded by a label or taint.
@@ -121,6 +125,18 @@ pub struct LBNodeStatus {
     /// The last moves to this node, the latest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub moves: Vec<Move>,
+}
+
+/// One text of all that is wrong with a node.
+pub fn join_problems(problems: impl IntoIterator<Item = String>) -> Option<String> {
+    let all = problems.into_iter().collect::<Vec<_>>().join(ALSO);
+    let end = all.floor_char_boundary(MOST_PROBLEM);
+    all.get(..end).filter(|all| !all.is_empty()).map(ToOwned::to_owned)
+}
+
+/// The single things that are wrong, in such a text.
+pub fn split_problems(problem: &str) -> impl Iterator<Item = &str> {
+    problem.split(ALSO)
 }
 
 /// An interface whose subnets the node can announce.

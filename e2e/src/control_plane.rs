@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::core::v1::{Node as NodeObject, NodeAddress, NodeCondition, NodeSpec, NodeStatus, Taint};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{ObjectMeta, PostParams};
@@ -252,13 +252,11 @@ fn start_scheduler(lab: &Lab, node: &Node) -> Result<()> {
 }
 
 async fn start_proxies(lab: &Lab, mode: ProxyMode) -> Result<()> {
-    let mode = match mode {
-        ProxyMode::Nftables => "nftables",
-        ProxyMode::Iptables => "iptables",
-        ProxyMode::None => return Ok(()),
-    };
+    if mode == ProxyMode::None {
+        return Ok(());
+    }
     for node in lab.nodes() {
-        start_proxy(lab, node, mode)?;
+        start_proxy(lab, node)?;
     }
     for node in lab.nodes() {
         let what = format!("kube-proxy on {} is healthy", node.ns);
@@ -273,7 +271,18 @@ async fn start_proxies(lab: &Lab, mode: ProxyMode) -> Result<()> {
     Ok(())
 }
 
-fn start_proxy(lab: &Lab, node: &Node, mode: &str) -> Result<()> {
+/// The name of a node's kube-proxy among the lab's processes.
+pub(crate) fn proxy_of(node: &Node) -> String {
+    format!("kube-proxy-{}", node.ns)
+}
+
+/// Starts the kube-proxy of a node.
+pub(crate) fn start_proxy(lab: &Lab, node: &Node) -> Result<()> {
+    let mode = match lab.proxy_mode() {
+        ProxyMode::Nftables => "nftables",
+        ProxyMode::Iptables => "iptables",
+        ProxyMode::None => bail!("this lab has no kube-proxy"),
+    };
     let sync = json!({"minSyncPeriod": "100ms", "syncPeriod": "30s"});
     let config = json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
@@ -292,7 +301,7 @@ fn start_proxy(lab: &Lab, node: &Node, mode: &str) -> Result<()> {
     let path = format!("{DIRECTORY}/kube-proxy-{}.json", node.ns);
     std::fs::write(lab.outside(&path), config.to_string())?;
     let program = Program::new([lab.kubernetes("kube-proxy"), format!("--config={path}")]);
-    lab.start_vital(&node.ns, &format!("kube-proxy-{}", node.ns), &program)
+    lab.start_vital(&node.ns, &proxy_of(node), &program)
 }
 
 /// What a kubelet would register. Where there is one it reports the state; the role, its taint and the networks of the Pods are an

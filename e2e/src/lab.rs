@@ -492,6 +492,26 @@ impl Lab {
         Ok(())
     }
 
+    pub(crate) fn proxy_mode(&self) -> ProxyMode {
+        self.0.options.proxy
+    }
+
+    /// Ends the kube-proxy of a node at once. Its rules stay in the kernel.
+    pub async fn kill_proxy(&self, node: &str) -> Result<()> {
+        let name = control_plane::proxy_of(self.node(node)?);
+        let process = {
+            let mut vital = self.0.vital.lock().unwrap_or_else(PoisonError::into_inner);
+            let place = vital.iter().position(|process| process.name() == name);
+            vital.remove(place.with_context(|| format!("{name} does not run"))?)
+        };
+        process.kill().await.map(|_| ())
+    }
+
+    /// Starts the kube-proxy of a node again.
+    pub fn start_proxy(&self, node: &str) -> Result<()> {
+        control_plane::start_proxy(self, self.node(node)?)
+    }
+
     /// Fails when etcd, a Kubernetes program or another the lab cannot do without has ended.
     pub fn check_processes(&self) -> Result<()> {
         self.0

@@ -25,7 +25,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use e2e::{Lab, Options, Scene, scene, stays, wait_until};
+use e2e::{Lab, Options, Protocol, Scene, scene, stays, wait_until};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, ListParams};
 
@@ -368,6 +368,165 @@ fn a_node_that_answers_for_all_is_told() -> Result<()> {
         )
         .await?;
         Ok(())
+    })
+}
+
+const WATCH_CLOSED: &str = "table inet closed {
+    chain incoming {
+        type filter hook input priority -300
+        udp dport 7935 drop
+    }
+}";
+
+/// The standby and the owner's kernel do not hear each other by ARP either, though all else goes between them.
+const KERNEL_CLOSED: &str = "table arp closed {
+    chain incoming {
+        type filter hook input priority 0
+        arp operation request arp saddr ether MAC drop
+    }
+}";
+
+#[test]
+fn a_standby_says_who_does_not_answer_its_watch() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let (owner, standby) = (lab.node("w11")?, lab.node("w12")?);
+        let of = ("LBNode", standby.name.as_str());
+        let closed = Instant::now();
+        lab.exec("w11", ["nft", WATCH_CLOSED]).await?;
+        let who = format!("{} ({})", owner.name, owner.ipv4);
+        let words = [
+            "does not answer this node on UDP port 7935, though gossip hears it: ",
+            &who,
+            "failover is as fast as before",
+            "Open UDP port 7935 between the nodes",
+        ];
+        told(&lab, closed, of, "NodeProblem", &words).await?;
+        let columns = lab.kubectl(["get", "lbnodes", "-n", NAMESPACE]).await?;
+        ensure!(columns.contains("on UDP port 7935"), "{columns}");
+        let at = ["lbnode", of.1, "-n", NAMESPACE];
+        stays("it is said all the time", Duration::from_secs(12), async || {
+            let said = lab
+                .kubectl([
+                    "get",
+                    "lbnode",
+                    of.1,
+                    "-n",
+                    NAMESPACE,
+                    "-o",
+                    "jsonpath={.status.problem}",
+                ])
+                .await?;
+            ensure!(said.contains(&who), "{said:?}");
+            scene.is_held_by("w11").await
+        })
+        .await?;
+        for ns in ["m", "w11"] {
+            let all = events(&lab, "LBNode", &lab.node(ns)?.name, "NodeProblem").await?;
+            ensure!(all.is_empty(), "{ns} watches nobody: {all:#?}");
+        }
+        cut(&lab, &scene, "with kernels that answer").await?;
+
+        // As on a segment where ARP is not let through: gossip alone is left.
+        lab.exec("w11", ["nft", &KERNEL_CLOSED.replace("MAC", &standby.mac())])
+            .await?;
+        let neighbour = format!(
+            "ip neigh replace {} lladdr {} dev eth0 nud permanent",
+            owner.ipv4,
+            owner.mac()
+        );
+        lab.exec("w12", ["sh", "-ec", &neighbour]).await?;
+        shows(&lab, at, "{.status.problem}", "Gossip alone tells whether they live").await?;
+        scene.settled("w11").await?;
+        cut(&lab, &scene, "with gossip alone").await?;
+
+        lab.exec("w11", ["nft", "delete table arp closed"]).await?;
+        lab.exec("w11", ["nft", "delete table inet closed"]).await?;
+        let opened = Instant::now();
+        told(
+            &lab,
+            opened,
+            of,
+            "NodeRight",
+            &["finds nothing wrong with itself any more"],
+        )
+        .await?;
+        shows(&lab, at, "{.status.problem}", "").await?;
+        scene.settled("w11").await
+    })
+}
+
+/// Cuts the owner off, prints how long a client waited, and has it back.
+async fn cut(lab: &Lab, scene: &Scene<'_>, how: &str) -> Result<()> {
+    let probe = scene.probe(Protocol::Udp, Duration::from_millis(5))?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    lab.cut("w11").await?;
+    wait_until("w12 announces", SOON, async || scene.holds("w12", true).await).await?;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    let report = probe.stop().await?;
+    println!("cut {how}: {report}");
+    ensure!(report.longest_silence < Duration::from_secs(10), "{report}");
+    lab.uncut("w11").await?;
+    scene.settled("w11").await
+}
+
+#[test]
+fn a_node_whose_kube_proxy_is_dead_says_so() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        Scene::start(&lab).await?;
+        let name = &lab.node("w11")?.name;
+        // It was asked once.
+        tokio::time::sleep(Duration::from_secs(11)).await;
+        let killed = Instant::now();
+        lab.kill_proxy("w11").await?;
+        let words = [
+            "kube-proxy of this node does not answer on port 10256 any more: addresses that this node announces may be answered by nobody",
+            &format!("--field-selector spec.nodeName={name}"),
+        ];
+        told(&lab, killed, ("LBNode", name), "NodeProblem", &words).await?;
+        let columns = lab.kubectl(["get", "lbnodes", "-n", NAMESPACE]).await?;
+        ensure!(columns.contains("kube-proxy of this node"), "{columns}");
+        // It is no matter of the LBNodeAgent.
+        shows(&lab, ["lbna", "default", "-n", NAMESPACE], "{.status.problem}", "").await?;
+        lab.start_proxy("w11")?;
+        let started = Instant::now();
+        let over = ["finds nothing wrong with itself any more"];
+        told(&lab, started, ("LBNode", name), "NodeRight", &over).await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_node_without_an_lbnodeagent_says_so() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let scene = Scene::start(&lab).await?;
+        let of = ("LBNode", lab.node("w11")?.name.as_str());
+        let delete = || lab.kubectl(["delete", "lbna", "default", "-n", NAMESPACE]);
+        let over = ["finds nothing wrong with itself any more"];
+
+        let deleted = Instant::now();
+        delete().await?;
+        let words = [
+            "there is no LBNodeAgent in namespace purelb, so this node goes on as if there were one without settings",
+            "Apply yours again",
+        ];
+        told(&lab, deleted, of, "NodeProblem", &words).await?;
+        scene.is_held_by("w11").await?;
+        let made = Instant::now();
+        lab.apply(&agent(NAMESPACE, "default", "")).await?;
+        told(&lab, made, of, "NodeRight", &over).await?;
+
+        // Another one is there, for other nodes.
+        let selector = ", nodeSelector: {matchLabels: {rack: r9}}";
+        lab.apply(&agent(NAMESPACE, "nowhere", selector)).await?;
+        let deleted = Instant::now();
+        delete().await?;
+        let words = [
+            "LBNodeAgent purelb/default, which applied to this node, is gone, and no other one applies: the node goes on as that one said",
+            "Create one without a nodeSelector",
+        ];
+        told(&lab, deleted, of, "NodeProblem", &words).await?;
+        scene.is_held_by("w11").await
     })
 }
 

@@ -140,13 +140,15 @@ codes! {
     PLB203 Error "no LBNodeAgent applies to a node";
     PLB204 Warning "an LBNodeAgent applies to no node";
     PLB205 Error "an LBNodeAgent is wrong";
-    PLB206 Error "a node announces less than it could";
+    PLB206 Error "an agent finds something wrong with its node";
     PLB207 Warning "an LBNodeAgent is in another namespace";
     PLB208 Error "no node carries addresses";
     PLB209 Error "a session of a routing daemon is down";
     PLB210 Error "a routing daemon cannot be asked";
     PLB211 Warning "every node answers ARP, since kube-proxy is in IPVS mode";
     PLB212 Warning "an LBNodeAgent is not used on a node";
+    PLB213 Warning "agents do not answer the standby watch";
+    PLB214 Error "kube-proxy of a node does not work";
     PLB301 Error "no node has the subnet of a local group";
     PLB302 Error "a ServiceGroup gives out nothing";
     PLB303 Warning "a pool holds addresses of nodes or of the API server";

@@ -347,7 +347,7 @@ fn objects_that_are_wrong_are_named_with_the_way_out() {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn what_agents_and_the_allocator_do_not_do_is_named() {
     type Change = fn(&mut Cluster);
-    let cases: [(&str, Change, &str, &str); 15] = [
+    let cases: [(&str, Change, &str, &str); 17] = [
         (
             "no definitions",
             |cluster| cluster.has_kinds = false,
@@ -425,6 +425,22 @@ fn what_agents_and_the_allocator_do_not_do_is_named() {
             |cluster| said(cluster, 0).problem = Some("localInterface \"^bond\" matches no interface".to_owned()),
             "PLB206",
             "^bond",
+        ),
+        (
+            "a port that is closed",
+            |cluster| said(cluster, 0).problem = Some(format!("the agent does not {}: b", lbnodeagent::closed::WORDS)),
+            "PLB213",
+            "UDP port 7935",
+        ),
+        (
+            "two problems, of which one is that kube-proxy is dead",
+            |cluster| {
+                let proxy = lbnodeagent::proxy::Ailment::Silent.sentence("a", 10256);
+                let problems = ["localInterface \"^bond\" matches no interface".to_owned(), proxy];
+                said(cluster, 0).problem = crds::lbnode::join_problems(problems);
+            },
+            "PLB214",
+            "kube-proxy of this node does not answer on port 10256",
         ),
         (
             "a session that is down",

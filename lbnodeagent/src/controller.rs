@@ -34,6 +34,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::bypass::{self, Answers, Bypass, Suspects, Wanted};
+use crate::closed::Closed;
 use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
 use crate::greeting::{self, Held};
@@ -50,10 +51,11 @@ use crate::notices;
 use crate::picture::{self, Cluster, Seen};
 use crate::plan::{self, Candidate, Picture, Plan, User};
 use crate::presence::Presence;
+use crate::proxy::{self, Ailment};
 use crate::rounds;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::{Place, Scope};
-use crate::standby::{self, Assignment, Verdict as Direct, Verdicts, Watched, Watcher, Watches};
+use crate::standby::{self, Assignment, Verdicts, Watched, Watcher, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
 use crate::wakes::Wakes;
@@ -79,6 +81,8 @@ pub struct Settings {
     pub bypasses: bool,
     /// How long a node has to be dead until connections that are open to its Pods are reset; `None`: they never are.
     pub reset_after: Option<Duration>,
+    /// The health port of this node's kube-proxy; `None`: it is not asked.
+    pub proxy_port: Option<u16>,
 }
 
 /// How long an address stays after another node has won its election: the winner adds it and tells the
@@ -88,9 +92,6 @@ const LINGER: Duration = Duration::from_millis(500);
 const HANDOVER: Duration = Duration::from_millis(500);
 /// How long a starting agent waits to hear from others before it believes to be alone.
 const SETTLING: Duration = Duration::from_secs(3);
-/// How long a member may be silent to the standby watch alone. When gossip, over the same network, has not given it up by
-/// then, it is the watch that cannot hear it, as behind a firewall that drops its port.
-const OVERRULED: Duration = Duration::from_secs(5);
 /// How often it is looked whether other nodes still ask this one.
 const LOOK_ROUND: Duration = Duration::from_secs(5);
 /// Wait before something that failed is tried again.
@@ -170,6 +171,7 @@ pub async fn run(
     let mut sessions_seen = agent.sessions.subscribe();
     let mut not_advertised = agent.start_asking_the_daemon();
     let mut answered = agent.start_bypassing();
+    let mut proxy_seen = agent.start_asking_the_proxy();
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
     let mut joining = std::pin::pin!(members.keep_joined(peers_seen));
@@ -189,6 +191,7 @@ pub async fn run(
             Ok(()) = api_reachable.changed() => {}
             Ok(()) = not_advertised.changed() => {}
             Ok(()) = sessions_seen.changed() => {}
+            Ok(()) = proxy_seen.changed() => {}
             Ok(()) = answered.changed() => agent.answers = answered.borrow_and_update().clone(),
             () = kernel.changed() => {}
             () = watcher.taken_over() => {
@@ -219,6 +222,7 @@ pub async fn run(
             agent.heard = heard.borrow_and_update().clone();
             agent.is_api_reachable = *api_reachable.borrow_and_update();
             agent.unadvertised = not_advertised.borrow_and_update().clone();
+            agent.proxy = *proxy_seen.borrow_and_update();
         }
         agent.reconcile(&members_now, scope).await?;
         // After the addresses: where one has no owner, all of its connections fail.
@@ -338,8 +342,8 @@ struct Agent<'a> {
     presence: Presence,
     /// What the standby watch hears.
     heard: Verdicts,
-    /// Since when somebody is silent to it.
-    silent_since: BTreeMap<Watched, Instant>,
+    /// Whom gossip hears and it does not.
+    closed: Closed,
     /// Whom VIPs make this node look to, whom it watches whatever VIPs there are, and both.
     watches: Watches,
     rounds: Assignment,
@@ -400,6 +404,8 @@ struct Agent<'a> {
     coming: BTreeMap<IpAddr, (Cause, Option<Watched>)>,
     /// What the LBNode says of sessions.
     sessions: watch::Sender<Option<RoutingDaemon>>,
+    /// What is wrong with kube-proxy of this node.
+    proxy: Option<Ailment>,
     /// The LBNodeAgent in use, and what is wrong with it.
     configuration: Option<String>,
     problem: Option<String>,
@@ -452,7 +458,7 @@ impl<'a> Agent<'a> {
             members_before: BTreeSet::new(),
             presence: Presence::default(),
             heard: Verdicts::new(),
-            silent_since: BTreeMap::new(),
+            closed: Closed::default(),
             watches: Watches::new(),
             rounds: Assignment::new(),
             watching: Assignment::new(),
@@ -487,6 +493,7 @@ impl<'a> Agent<'a> {
             owners: BTreeMap::new(),
             coming: BTreeMap::new(),
             sessions: watch::Sender::new(None),
+            proxy: None,
             configuration: None,
             problem: None,
             saying: watch::Sender::new(None),
@@ -821,6 +828,11 @@ impl<'a> Agent<'a> {
                 for (watched, inquiry) in self.handover.watches() {
                     watches.entry(watched).or_insert(inquiry);
                 }
+                for watched in self.closed.told() {
+                    if let Some(inquiry) = self.watches.get(watched) {
+                        watches.entry(watched.clone()).or_insert(*inquiry);
+                    }
+                }
             }
             // Whether somebody need not be watched any more the next look at everything shows.
             Scope::Vips(_) => {
@@ -885,32 +897,26 @@ impl<'a> Agent<'a> {
         self.ear.listen(self.links.metrics.gossip.received()) || is_news
     }
 
-    /// Lets gossip have its way where the standby watch alone says that a member is silent: see [`OVERRULED`].
+    /// Lets gossip have its way where the standby watch alone says that a member is silent.
     fn overrule(&mut self, living: &Living) {
-        let now = Instant::now();
-        let silent: Vec<Watched> = self
-            .heard
-            .iter()
-            .filter(|(_, verdict)| **verdict == Direct::Silent)
-            .map(|(watched, _)| watched.clone())
-            .collect();
-        self.silent_since.retain(|watched, _| silent.contains(watched));
-        for watched in silent {
-            let since = *self.silent_since.entry(watched.clone()).or_insert(now);
-            let gossips_there = living.get(&watched.node).map(|member| member.addr.ip());
-            if gossips_there != Some(watched.address) {
-                continue;
-            }
-            let age = now.duration_since(since);
-            if age < OVERRULED {
-                self.wake_in(OVERRULED.saturating_sub(age));
-                continue;
-            }
+        let looked = self.closed.look(self.started.elapsed(), living, &mut self.heard);
+        if let Some(wait) = looked.look_again {
+            self.wake_in(wait);
+        }
+        for watched in looked.overruled {
             let Watched { node, link, address } = &watched;
             tracing::warn!(node, link, %address, "gossip hears it: is UDP port 7935 closed?");
-            self.heard.insert(watched.clone(), Direct::Unknown);
             self.links.watcher.forget(watched);
         }
+    }
+
+    /// Has kube-proxy of this node asked, and returns what is wrong with it.
+    fn start_asking_the_proxy(&self) -> watch::Receiver<Option<Ailment>> {
+        let (ailment, seen) = watch::channel(None);
+        if let Some(port) = self.settings.proxy_port {
+            tokio::spawn(proxy::keep_asking(port, ailment));
+        }
+        seen
     }
 
     /// The families in which this node is cut off and has to let go of its local VIPs.
@@ -1037,14 +1043,10 @@ impl<'a> Agent<'a> {
             .find(|(agent, _)| Some(config::title(agent)) == chosen.map(config::title));
         self.problem = match wrong {
             Some((agent, notice)) => Some(format!("LBNodeAgent {}: {}", config::title(agent), notice.message)),
-            None if config.is_none() => Some(
-                "no LBNodeAgent applies to this node, so it announces nothing. Create one without a nodeSelector, or with one \
-                 that matches the node's labels"
-                    .to_owned(),
-            ),
+            None if chosen.is_none() => Some(self.unconfigured(config.is_some())),
             None => None,
         };
-        self.links.metrics.configured(self.problem.is_some());
+        self.links.metrics.configured(wrong.is_some() || config.is_none());
         // What is right again, or gone, is told anew if it comes back.
         let is_wrong = |title: &str, reason: &str| {
             let mut told = told.iter();
@@ -1062,6 +1064,25 @@ impl<'a> Agent<'a> {
             self.tell_once(&config::title(&agent), &agent, &notice);
         }
         config
+    }
+
+    /// What a node does to which no LBNodeAgent applies.
+    fn unconfigured(&self, goes_on: bool) -> String {
+        let namespace = &self.settings.namespace;
+        if !self.cluster.agents().any(|agent| agent.spec.local.is_some()) {
+            return format!(
+                "there is no LBNodeAgent in namespace {namespace}, so this node goes on as if there were one without settings \
+                 (localInterface default, dummyInterface kube-lb0). Apply yours again, or one with spec.local: {{}}"
+            );
+        }
+        let create = "Create one without a nodeSelector, or with one that matches the node's labels";
+        match &self.last_right {
+            Some((title, _)) if goes_on => format!(
+                "LBNodeAgent {title}, which applied to this node, is gone, and no other one applies: the node goes on as that one said \
+                 until its agent starts again, and announces nothing from then on. {create}"
+            ),
+            _ => format!("no LBNodeAgent applies to this node, so it announces nothing. {create}"),
+        }
     }
 
     fn tell_once<K: kube::Resource<DynamicType = ()>>(&mut self, about: &str, object: &K, notice: &Notice) {

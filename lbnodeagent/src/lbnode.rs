@@ -22,6 +22,7 @@ use crate::kernel::Snapshot;
 use crate::neighbor::frame;
 use crate::notices;
 use crate::plan::{self, Plan, Reason, Services, Verdict};
+use crate::proxy::Ailment;
 use crate::routing::{Cause, Daemon};
 
 pub use write::{Owner, Writing, keep_writing};
@@ -68,6 +69,10 @@ pub struct State<'a> {
     pub problem: Option<String>,
     /// The node carries no addresses.
     pub is_withdrawn: bool,
+    /// What is wrong with its kube-proxy, which is asked on this port.
+    pub proxy: Option<(Ailment, u16)>,
+    /// Who does not answer the standby watch, though gossip hears them.
+    pub closed: Option<String>,
     /// The kernel answers ARP on each interface for the addresses of all others (`arp_ignore` is 0).
     pub answers_for_all: bool,
     /// How it announces; `None` where no LBNodeAgent applies.
@@ -142,14 +147,18 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
     let interfaces = state
         .config
         .map_or_else(BTreeMap::new, |config| plan::offered(state.kernel, config));
-    let problem = state.problem.clone().or_else(|| missing_interface(state));
-    let problem = problem.or_else(|| ipvs_answers(state));
+    let problems = [
+        state.problem.clone().or_else(|| missing_interface(state)),
+        ipvs_answers(state),
+        proxy_fails(state),
+        state.closed.clone(),
+    ];
     LBNodeStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         renewed: None,
         members: u32::try_from(state.members.len()).unwrap_or(u32::MAX),
         configuration: state.configuration.map(ToOwned::to_owned),
-        problem: problem.as_deref().map(cut),
+        problem: crds::lbnode::join_problems(problems.into_iter().flatten()),
         withdrawn: state.is_withdrawn,
         interfaces: interfaces
             .into_iter()
@@ -257,6 +266,12 @@ fn ipvs_answers(state: &State<'_>) -> Option<String> {
             state.node
         )
     })
+}
+
+/// Why addresses that this node announces may be answered by nobody. What a node does that carries none is of no consequence.
+fn proxy_fails(state: &State<'_>) -> Option<String> {
+    let (ailment, port) = state.proxy.filter(|_| !state.is_withdrawn)?;
+    Some(ailment.sentence(state.node, port))
 }
 
 /// The first few of a list, or that there are none.
@@ -386,6 +401,8 @@ mod tests {
             configuration: Some("purelb/default"),
             problem: None,
             is_withdrawn: false,
+            proxy: None,
+            closed: None,
             answers_for_all,
             config,
             kernel,

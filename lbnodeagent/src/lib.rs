@@ -3,6 +3,7 @@
 //! The binary only wires; everything it uses is here, so that tests can.
 
 pub mod bypass;
+pub mod closed;
 pub mod config;
 pub mod conflict;
 pub mod controller;
@@ -22,6 +23,7 @@ pub mod picture;
 pub mod plan;
 pub mod presence;
 pub mod probe;
+pub mod proxy;
 pub mod rounds;
 pub mod routing;
 pub mod scope;

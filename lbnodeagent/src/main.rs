@@ -8,6 +8,7 @@ use clap::Parser;
 use lbnodeagent::controller::{self, Settings};
 use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
 use lbnodeagent::metrics::Metrics;
+use lbnodeagent::proxy;
 use lbnodeagent::routing::Daemon;
 
 /// Announces addresses of Services from this node.
@@ -40,6 +41,9 @@ struct Flags {
     /// Seconds a node has to be dead until connections that are open to its Pods by VIPs are reset; 0: they never are.
     #[arg(long, env = "PURELB_RESET_AFTER_SECONDS", default_value = "30")]
     reset_after_seconds: u16,
+    /// The port of loopback on which kube-proxy of this node, or what stands in for it, says that it works; 0: it is not asked.
+    #[arg(long, env = "PURELB_KUBE_PROXY_HEALTH_PORT", default_value_t = proxy::PORT)]
+    kube_proxy_health_port: u16,
 }
 
 /// How long tasks have that are still under way when everything is done: they have nothing to do any more.
@@ -80,6 +84,7 @@ async fn run() -> anyhow::Result<()> {
         routing_daemon: flags.routing_daemon,
         bypasses: flags.bypass_dead_nodes,
         reset_after: (flags.reset_after_seconds > 0).then(|| Duration::from_secs(flags.reset_after_seconds.into())),
+        proxy_port: Some(flags.kube_proxy_health_port).filter(|port| *port > 0),
     };
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -2,11 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crds::lbnode::split_problems;
 use kube::ResourceExt;
 use lbnodeagent::config::{ConfigError, title};
-use lbnodeagent::notices;
+use lbnodeagent::{closed, notices, proxy};
 
-use super::{Finding, PLB201, PLB202, PLB203, PLB204, PLB205, PLB206, PLB207, PLB208, PLB209, PLB210, PLB211, PLB212};
+use super::{
+    Finding, PLB201, PLB202, PLB203, PLB204, PLB205, PLB206, PLB207, PLB208, PLB209, PLB210, PLB211, PLB212, PLB213,
+    PLB214,
+};
 use crate::render::some;
 use crate::view::{Agent, Presence, View};
 
@@ -98,7 +102,7 @@ fn of_configuration(view: &View<'_>) -> Vec<Finding> {
         match agent.config {
             Some(config) => _ = used.insert(title(config)),
             // Where the one is gone that applied, its agent goes on with it for as long as it runs.
-            None if agent.said.is_some_and(|said| said.problem.is_none()) => {
+            None if agent.said.is_some_and(|said| !said.interfaces.is_empty()) => {
                 bare.push((name, "and it goes on with the one before until its agent starts again"));
             }
             None if agent.is_expected || agent.said.is_some() => bare.push((name, "so it announces nothing")),
@@ -156,12 +160,18 @@ fn of_problems(view: &View<'_>) -> Vec<Finding> {
     {
         let known = agent.faults.iter().map(|(_, error)| error.to_string());
         let is_known = |problem: &str| known.clone().any(|known| problem.contains(&known));
-        if let Some(problem) = agent.said.and_then(|said| said.problem.as_deref())
-            && !agent.is_excluded
-            && agent.config.is_some()
-            && !is_known(problem)
-        {
-            found.push(Finding::new(&PLB206, format!("Node {name}"), problem));
+        let said = agent.said.and_then(|said| said.problem.as_deref());
+        for problem in said.into_iter().flat_map(split_problems) {
+            let code = if problem.contains(closed::WORDS) {
+                &PLB213
+            } else if problem.contains(proxy::WORDS) {
+                &PLB214
+            } else if !agent.is_excluded && agent.config.is_some() && !is_known(problem) {
+                &PLB206
+            } else {
+                continue;
+            };
+            found.push(Finding::new(code, format!("Node {name}"), problem));
         }
     }
     let speaking = view

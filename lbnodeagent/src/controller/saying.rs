@@ -55,6 +55,8 @@ impl Agent<'_> {
             configuration: self.configuration.as_deref(),
             problem: self.problem.clone(),
             is_withdrawn: self.cluster.is_excluded(&self.settings.node),
+            proxy: self.proxy.zip(self.settings.proxy_port),
+            closed: self.closed.problem(),
             answers_for_all: kernel.link_named(lbnode::IPVS_INTERFACE).is_some() && answers_for_all(),
             config,
             kernel,
