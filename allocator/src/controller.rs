@@ -713,7 +713,7 @@ impl Controller {
             return;
         }
         if notice.kind == Kind::Warning {
-            tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "refused");
+            tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
         }
         told.retain(|old| old.reason != notice.reason);
         self.reporter.tell(service, &notice);

@@ -326,10 +326,10 @@ impl Provider {
         };
         let checked = query.check(&texts);
         if let Err(problem) = &checked {
-            tracing::warn!(pool = query.pool, service = %query.service, provider = self.name, %problem, "a wrong answer");
+            tracing::warn!(pool = query.pool, service = %query.service, provider = self.name, %problem, "the provider answered what was not asked for");
             for back in back(&texts, kept) {
                 if let Err(problem) = self.send_back(&query.pool, &query.service, &back).await {
-                    tracing::warn!(pool = query.pool, service = %query.service, %problem, "not given back");
+                    tracing::warn!(pool = query.pool, service = %query.service, %problem, "an address could not be given back");
                 }
             }
         }

@@ -131,6 +131,8 @@ struct State {
     message: String,
     since: Duration,
     is_told: bool,
+    /// This was told, or what was said of it before.
+    was_told: bool,
     /// Since when there is none any more.
     over: Option<Duration>,
 }
@@ -170,6 +172,7 @@ impl Troubles {
                     message,
                     since: now,
                     is_told: true,
+                    was_told: true,
                     over: None,
                 };
                 self.states.entry(node).or_default().insert(kind, state);
@@ -189,6 +192,7 @@ impl Troubles {
                         message: message.clone(),
                         since: now,
                         is_told: false,
+                        was_told: false,
                         over: None,
                     });
                     state.over = None;
@@ -196,18 +200,18 @@ impl Troubles {
                         (state.message, state.since, state.is_told) = (message, now, false);
                     }
                     if !state.is_told && now.saturating_sub(state.since) >= kind.begins_after() {
-                        state.is_told = true;
+                        (state.is_told, state.was_told) = (true, true);
                         told.push((node, Notice::warning(tells, state.message.clone())));
                     }
                 }
                 Finding::Well => {
                     let Some(state) = states.get_mut(&kind) else { continue };
                     let over = *state.over.get_or_insert(now);
-                    let (is_told, lasts) = (state.is_told, now.saturating_sub(over) >= kind.ends_after());
-                    if !is_told || lasts {
+                    let (was_told, lasts) = (state.was_told, now.saturating_sub(over) >= kind.ends_after());
+                    if !was_told || lasts {
                         states.remove(&kind);
                     }
-                    if is_told
+                    if was_told
                         && lasts
                         && let Some(known) = self.nodes.get(&node)
                     {
@@ -215,7 +219,7 @@ impl Troubles {
                         told.push((node, Notice::normal(ends, message)));
                     }
                 }
-                Finding::Unknown => states.retain(|known, state| *known != kind || state.is_told),
+                Finding::Unknown => states.retain(|known, state| *known != kind || state.was_told),
             }
         }
         self.states.retain(|_, states| !states.is_empty());
@@ -542,6 +546,23 @@ mod tests {
             (18, "a", up),
         ];
         assert_eq!(told(&restarts, 80), []);
+    }
+
+    #[test]
+    fn the_end_of_a_trouble_is_told_though_it_had_become_another_a_moment_before() {
+        let says = |problem: Option<&str>| Health {
+            problem: problem.map(Into::into),
+            ..hears(2)
+        };
+        let heard = [
+            (0, "a", says(None)),
+            (10, "a", says(Some("no interface"))),
+            (30, "a", says(Some("kube-proxy"))),
+            (35, "a", says(None)),
+        ];
+        let expected = [(20, "NodeProblem"), (45, "NodeRight")];
+        let expected = expected.map(|(at, reason)| (at, "a".to_owned(), reason));
+        assert_eq!(told(&heard, 80), expected);
     }
 
     #[test]

@@ -530,6 +530,74 @@ fn a_node_without_an_lbnodeagent_says_so() -> Result<()> {
     })
 }
 
+const FAR: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: far, namespace: purelb}
+spec: {local: {v4pool: {pool: 10.77.0.1-10.77.0.9, subnet: 10.77.0.0/16}}}
+";
+
+#[test]
+fn whoever_asks_in_vain_is_told_within_seconds() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        Scene::start(&lab).await?;
+        lab.apply(FAR).await?;
+        for (name, annotation, reason, word) in [
+            (
+                "wrong",
+                "purelb.io/service-groups: segment",
+                "AnnotationIgnored",
+                "purelb.io/service-group",
+            ),
+            (
+                "nowhere",
+                "purelb.io/service-group: nosuch",
+                "AllocationFailed",
+                "nosuch",
+            ),
+            (
+                "unseen",
+                "purelb.io/service-group: far",
+                "NotAnnounced",
+                "no node has an interface",
+            ),
+        ] {
+            let made = Instant::now();
+            lab.apply(&service(name, &format!(", {annotation}"))).await?;
+            told(&lab, made, ("Service", name), reason, &[word]).await?;
+        }
+        let written = Instant::now();
+        let ingress = serde_json::json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.77"}]}});
+        lab.patch_status("service", "default", "unseen", ingress).await?;
+        told(
+            &lab,
+            written,
+            ("Service", "unseen"),
+            "StatusOverwritten",
+            &["192.0.2.77"],
+        )
+        .await?;
+
+        let excluded = "node.kubernetes.io/exclude-from-external-load-balancers";
+        let labelled = Instant::now();
+        lab.kubectl(["label", "nodes", "--all", &format!("{excluded}=")])
+            .await?;
+        let words = ["no node carries addresses"];
+        told(&lab, labelled, ("Service", "web"), "NotAnnounced", &words).await?;
+        lab.kubectl(["label", "nodes", "--all", &format!("{excluded}-")])
+            .await?;
+
+        let patched = Instant::now();
+        let wrong = r#"{"spec":{"local":{"localInterface":"^wlan"}}}"#;
+        lab.kubectl(["patch", "lbna", "default", "-n", NAMESPACE, "--type=merge", "-p", wrong])
+            .await?;
+        let words = ["matches no interface of this node"];
+        told(&lab, patched, ("LBNodeAgent", "default"), "ConfigError", &words).await?;
+        let column = ["lbna", "default", "-n", NAMESPACE];
+        shows(&lab, column, "{.status.problem}", "matches no interface").await
+    })
+}
+
 #[test]
 fn all_agents_stop() -> Result<()> {
     Lab::run(Options::default(), async |lab| {

@@ -905,7 +905,7 @@ impl<'a> Agent<'a> {
         }
         for watched in looked.overruled {
             let Watched { node, link, address } = &watched;
-            tracing::warn!(node, link, %address, "gossip hears it: is UDP port 7935 closed?");
+            tracing::warn!(node, link, %address, "a member is silent to the standby watch and heard by gossip: is UDP port 7935 closed?");
             self.links.watcher.forget(watched);
         }
     }
@@ -974,7 +974,11 @@ impl<'a> Agent<'a> {
         .await;
         let changes = difference(&BTreeSet::new(), snapshot);
         if !changes.is_empty() {
-            tracing::info!(addresses = changes.len(), cause = "no LBNodeAgent applies", "withdrawn");
+            tracing::info!(
+                addresses = changes.len(),
+                cause = "no LBNodeAgent applies",
+                "all addresses were withdrawn"
+            );
             self.links.kernel.apply(&changes).await;
         }
         for (ip, here) in std::mem::take(&mut self.announcing) {
@@ -1087,7 +1091,7 @@ impl<'a> Agent<'a> {
 
     fn tell_once<K: kube::Resource<DynamicType = ()>>(&mut self, about: &str, object: &K, notice: &Notice) {
         if self.told.is_news(about, object.meta().uid.as_deref(), notice) {
-            tracing::warn!(about, reason = notice.reason, message = %notice.message, "told");
+            tracing::warn!(about, reason = notice.reason, message = %notice.message, "an event warns of a configuration or an address");
             self.reporter.tell(object, notice);
         }
     }
@@ -1191,7 +1195,12 @@ impl<'a> Agent<'a> {
         let applied = self.links.kernel.apply(changes).await;
         let failed = applied.iter().filter(|step| step.result.is_err()).count();
         if !applied.is_empty() {
-            tracing::info!(addresses = applied.len(), failed, cause = "stopping", "withdrawn");
+            tracing::info!(
+                addresses = applied.len(),
+                failed,
+                cause = "stopping",
+                "addresses were withdrawn"
+            );
         }
     }
 }

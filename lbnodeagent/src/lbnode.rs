@@ -380,6 +380,18 @@ mod tests {
         verdicts: &[(&str, Verdict)],
         failed: &[(&str, &str)],
     ) -> LBNodeStatus {
+        said_when(kernel, answers_for_all, config, verdicts, failed, |_| ())
+    }
+
+    /// The same of what more is so.
+    fn said_when(
+        kernel: &Snapshot,
+        answers_for_all: bool,
+        config: Option<&NodeConfig>,
+        verdicts: &[(&str, Verdict)],
+        failed: &[(&str, &str)],
+        change: impl FnOnce(&mut State<'_>),
+    ) -> LBNodeStatus {
         let verdicts = verdicts.iter().map(|(vip, verdict)| (ip(vip), verdict.clone()));
         let plan = Plan {
             verdicts: verdicts.collect(),
@@ -395,7 +407,11 @@ mod tests {
         });
         let mut memory = Memory::default();
         memory.announcing(Timestamp::UNIX_EPOCH, &BTreeSet::from([ip("10.0.0.1")]));
-        status(&State {
+        let services = services.collect();
+        let failed = failed.iter().map(|(vip, why)| (ip(vip), (*why).to_owned())).collect();
+        let unadvertised = BTreeMap::from([(ip("10.9.0.1"), Cause::NoSession(BTreeMap::new()))]);
+        let daemon = "bird=/run/bird.ctl".parse().unwrap();
+        let mut state = State {
             node: "a",
             members: BTreeSet::from(["a", "b"]),
             configuration: Some("purelb/default"),
@@ -407,13 +423,15 @@ mod tests {
             config,
             kernel,
             plan: &plan,
-            services: &services.collect(),
-            failed: &failed.iter().map(|(vip, why)| (ip(vip), (*why).to_owned())).collect(),
-            unadvertised: &BTreeMap::from([(ip("10.9.0.1"), Cause::NoSession(BTreeMap::new()))]),
-            daemon: Some(&"bird=/run/bird.ctl".parse().unwrap()),
+            services: &services,
+            failed: &failed,
+            unadvertised: &unadvertised,
+            daemon: Some(&daemon),
             routing: None,
             memory: &memory,
-        })
+        };
+        change(&mut state);
+        status(&state)
     }
 
     #[test]
@@ -579,6 +597,27 @@ mod tests {
                 "{name}: {problem}"
             );
         }
+    }
+
+    #[test]
+    fn all_that_is_wrong_with_a_node_is_said() {
+        let config = config("^bond");
+        let of = |is_withdrawn: bool, length: usize| {
+            let said = said_when(&kernel(), false, Some(&config), &[], &[], |state| {
+                state.is_withdrawn = is_withdrawn;
+                state.proxy = Some((Ailment::Silent, 10256));
+                state.closed = Some("x".repeat(length));
+            });
+            said.problem.unwrap_or_default()
+        };
+        let problem = of(false, 3);
+        let single: Vec<&str> = crds::lbnode::split_problems(&problem).collect();
+        assert_eq!(single.len(), 3, "{problem}");
+        assert!(single[0].starts_with("localInterface \"^bond\" matches no usable interface"));
+        assert!(single[1].starts_with("kube-proxy of this node does not answer on port 10256"));
+        assert_eq!(single[2], "xxx");
+        assert!(!of(true, 3).contains("kube-proxy"), "the node carries no addresses");
+        assert_eq!(of(false, 2000).len(), crds::lbnode::MOST_PROBLEM);
     }
 
     #[test]

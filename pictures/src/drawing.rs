@@ -11,7 +11,7 @@ pub const WIDTH: u32 = 480;
 /// What does not depend on light.
 const SHAPES: &str = "svg{font-family:system-ui,'DejaVu Sans',sans-serif;font-size:14px}.small{font-size:12px}.strong{font-weight:600}\
 .code{font-family:ui-monospace,'DejaVu Sans Mono',monospace;font-size:12px}rect,line{stroke-width:1.5}.go,.stop{stroke-width:2}\
-.paper,.bar,.bar-good,marker path{stroke:none}.dash{stroke-dasharray:5 4}";
+.paper,.bar,.bar-good,marker path{stroke:none}.dash{stroke-dasharray:5 4}.halo{paint-order:stroke;stroke-width:5px}";
 
 /// Colours: of ink, paper, boxes, edges, what is good, what is bad, and notes.
 struct Colours {
@@ -56,7 +56,7 @@ impl Colours {
             note,
         } = self;
         format!(
-            "text{{fill:{ink}}}text.good{{fill:{good}}}text.bad{{fill:{bad}}}text.note{{fill:{note}}}rect,line{{stroke:{edge}}}\
+            "text{{fill:{ink}}}text.good{{fill:{good}}}text.bad{{fill:{bad}}}text.note{{fill:{note}}}text.halo{{stroke:{paper}}}rect,line{{stroke:{edge}}}\
              rect{{fill:none}}rect.paper{{fill:{paper}}}rect.box{{fill:{soft}}}rect.bar{{fill:{edge}}}rect.bar-good{{fill:{good}}}\
              line.go{{stroke:{good}}}line.stop{{stroke:{bad}}}.m-head path{{fill:{edge}}}.m-go path{{fill:{good}}}"
         )

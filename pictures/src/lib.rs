@@ -174,13 +174,13 @@ fn cut() -> Drawing {
     for ms in [12, 37, 50, 60, 70, 80, 90] {
         d.line((at(ms), 102), (at(ms), 118), "");
     }
-    d.words(at(4), 94, "small", "no answer, twice");
-    d.words(at(52), 94, "small", "every 10 ms");
+    d.words(at(4), 94, "small halo", "no answer, twice");
+    d.words(at(53), 94, "small halo", "every 10 ms");
     d.arrow((at(100), 110), (462, 110), "go");
     d.words(12, 164, "strong", "client");
     d.line((at(0) - 20, 160), (at(0), 160), "go");
     d.line((at(0), 160), (at(101), 160), "stop dash");
-    d.words(at(16), 152, "small bad", "about a tenth of a second");
+    d.words(at(16), 152, "small bad halo", "about a tenth of a second");
     d.arrow((at(101), 160), (462, 160), "go");
     d.words(
         12,

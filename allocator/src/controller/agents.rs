@@ -98,7 +98,7 @@ impl Controller {
         }
         let now = self.began.elapsed();
         for (node, notice) in self.agents.troubles.look(now) {
-            tracing::info!(node, reason = notice.reason, message = %notice.message, "told");
+            tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
             let mut object = LBNode::new(&node, LBNodeSpec {});
             object.metadata.namespace = Some(self.settings.namespace.clone());
             object.metadata.uid = self.agents.uids.get(&node).cloned();
@@ -147,7 +147,7 @@ impl Controller {
             if let Some(notice) = told
                 && known.and_then(|known| known.problem.as_ref()) != current.problem.as_ref()
             {
-                tracing::info!(lbnodeagent = %key.1, namespace = %key.0, message = %notice.message, "told");
+                tracing::info!(lbnodeagent = %key.1, namespace = %key.0, message = %notice.message, "an event tells of an LBNodeAgent");
                 self.reporter.tell(object.as_ref(), &notice);
             }
             self.agents.statuses.insert(key.clone(), current.clone());

@@ -277,7 +277,7 @@ impl Controller {
             Err(problem) => Some(self.refusal(group, problem)),
         };
         if let Some(refusal) = trouble {
-            tracing::debug!(service = %key, group, %refusal, "no address");
+            tracing::debug!(service = %key, group, %refusal, "the provider gave no address");
             let problem = match &refusal {
                 Refusal::Provider { problem, .. } => Some(problem.clone()),
                 _ => None,
@@ -387,7 +387,7 @@ impl Controller {
         self.external.busy.remove(&(key.clone(), group.to_owned()));
         match result {
             Ok(()) => {
-                tracing::info!(service = %key, group, ?what, "given back");
+                tracing::info!(service = %key, group, ?what, "addresses given back to their provider");
                 let account = self.ledger.offers_mut().account_mut(key, group);
                 match what {
                     Return::All => {

@@ -74,7 +74,7 @@ impl Controller {
             };
             if is_news {
                 let notice = verdict.notice(key);
-                tracing::info!(group = %key.1, namespace = %key.0, verdict = %notice.message, "group");
+                tracing::info!(group = %key.1, namespace = %key.0, verdict = %notice.message, "a ServiceGroup was read");
                 self.reporter.tell(object.as_ref(), &notice);
             }
         }

@@ -53,7 +53,7 @@ impl Controller {
             }
             match self.ledger.heed_stranger(key, (ip, mac, node), now) {
                 Ok(()) => {
-                    tracing::warn!(service = %key, %ip, %mac, node, "held by another host");
+                    tracing::warn!(service = %key, %ip, %mac, node, "another host has an address of a Service");
                     let until = self.ledger.strangers().all().get(&ip).map(|stranger| stranger.until);
                     let sender = self.sender.clone();
                     self.spawn(async move {

@@ -159,7 +159,7 @@ impl Controller {
             return;
         }
         let pool = annotation(service, annotations::ALLOCATED_FROM).unwrap_or_default();
-        tracing::info!(service = %key, ?addresses, pool, "assigned");
+        tracing::info!(service = %key, ?addresses, pool, "the Service has addresses assigned");
         for notice in &granted.notices {
             self.reporter.tell(service, notice);
         }

@@ -1,6 +1,7 @@
 //! A node whose routing daemon tells no router of its addresses says so: on the Services, and to Prometheus.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, Speaker, wait_until};
@@ -42,6 +43,7 @@ fn a_node_says_which_addresses_its_daemon_advertises_to_nobody() -> Result<()> {
 
         // The router is gone. On m there is no daemon at all.
         upstream.stop().await?;
+        let stopped = Instant::now();
         for (node, daemon) in [("w11", "BIRD"), ("w12", "FRR")] {
             counted(&lab, node, [0, ALL, 0]).await?;
             for (service, vip, family) in [
@@ -53,6 +55,7 @@ fn a_node_says_which_addresses_its_daemon_advertises_to_nobody() -> Result<()> {
                 said(&lab, service, "NotAdvertised", node, &[vip, &why, ": Active"]).await?;
             }
         }
+        println!("NotAdvertised after {:.1} s", stopped.elapsed().as_secs_f64());
 
         // It is back. Meanwhile the daemons take no notice of one address any more: what is advertised again is said, and so
         // is the other cause.
@@ -190,7 +193,9 @@ fn one_session_of_two_that_is_down_is_told_of_the_node() -> Result<()> {
         bird.reconfigure(&config).await?;
         told("BGPSessionsUp", &["All BGP sessions of BIRD on node", name]).await?;
         bird.stop().await?;
+        let stopped = Instant::now();
         told("RoutingDaemonSilent", &["BIRD on node", name, "does not answer"]).await?;
+        println!("RoutingDaemonSilent after {:.1} s", stopped.elapsed().as_secs_f64());
         // Why nobody hears of an address is the condition's reason, as it is now.
         let path = "jsonpath={.status.conditions[?(@.type==\"purelb.io/Announced\")].reason}";
         wait_until("the condition has the cause for its reason", SOON, async || {

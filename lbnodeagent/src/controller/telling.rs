@@ -119,7 +119,7 @@ impl Agent<'_> {
             let (link, ip) = step.change.key();
             match (&step.change, &step.result) {
                 (change, Err(error)) => {
-                    tracing::error!(vip = %ip, %error, "kernel refused a change");
+                    tracing::error!(vip = %ip, %error, "the kernel refused a change");
                     let before = refused_before.get(&ip).filter(|before| before.change == *change);
                     let wait = before.map_or(RETRY, |before| (before.wait * 2).min(LONGEST_RETRY));
                     let refused = Refused {
@@ -133,7 +133,7 @@ impl Agent<'_> {
                 (Change::Add(_), Ok(Some(Added::New | Added::Replaced))) => _ = added.insert((link, ip)),
                 (Change::Remove { .. }, Ok(_)) => {
                     self.lingering.remove(&(link, ip));
-                    tracing::info!(vip = %ip, "withdrawn");
+                    tracing::info!(vip = %ip, "an address was withdrawn");
                 }
                 _ => {}
             }
