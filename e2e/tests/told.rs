@@ -2,23 +2,24 @@
 //!
 //! | What is so | Told where | After | Shown by |
 //! |---|---|---|---|
-//! | a Service asks in a word that nothing reads, or with a class that resembles ours | its event `AnnotationIgnored` | 2 s | `questions` |
-//! | another controller writes its status | its event and condition `StatusOverwritten` | 2 s | `strangers record` |
-//! | pool full, no such group, foreign host, an address that cannot be had | its event and condition | 4 s | `allocation`, `conflicts` |
+//! | a Service asks in a word that nothing reads, or with a class that resembles ours | its event `AnnotationIgnored` | 1 s | `whoever_asks_in_vain_is_told_within_seconds`, `questions` |
+//! | another controller writes its status | its event and condition `StatusOverwritten` | 1 s | the same, `strangers record` |
+//! | no such group, pool full, an address that cannot be had | its event and condition | 1 s | the same, `allocation` |
+//! | a foreign host has its address | its event and condition `AddressConflict` | 4 s | `conflicts` |
 //! | no allocator decides | alert `PureLBNoLeader`, the Lease's `renewTime` | 2 min | `charts/monitoring`, `crash` |
-//! | no node carries addresses: agents stopped, all nodes excluded | its event `NotAnnounced`, its condition | 5 s | `all_agents_stop`, `lbnodes` |
-//! | a local group whose subnet no node has | its event `NotAnnounced`, its condition | 5 s | `lbnodes` |
-//! | an interface pattern that matches nothing | event `ConfigError`, column `PROBLEM` of LBNode and LBNodeAgent | 3 s | `interfaces` |
-//! | an LBNodeAgent elsewhere, or that selects no node | its event, its column `PROBLEM` | 2 s | `an_lbnodeagent_that_applies_nowhere_says_so` |
+//! | no node carries addresses: agents stopped, all nodes excluded | its event `NotAnnounced`, its condition | 7 s | `all_agents_stop`, `whoever_asks_in_vain_is_told_within_seconds` |
+//! | a local group whose subnet no node has | its event `NotAnnounced`, its condition | 6 s | the same, `lbnodes` |
+//! | an interface pattern that matches nothing | event `ConfigError`, column `PROBLEM` of LBNode and LBNodeAgent | 1 s | the same, `interfaces` |
+//! | an LBNodeAgent elsewhere, or that selects no node | its event, its column `PROBLEM` | 1 s | `an_lbnodeagent_that_applies_nowhere_says_so` |
 //! | the last LBNodeAgent is deleted, or that which applied to a node | event `NodeProblem` of the LBNode, column `PROBLEM` | 11 s | `a_node_without_an_lbnodeagent_says_so` |
 //! | a mistyped range of a v1 group, a routed one without a daemon | the group's event and condition `NoRoutingDaemon` | 11 s | `a_group_says_how_its_addresses_are_announced` |
-//! | a remote group in the nodes' subnet | the group's event and condition `RemoteInSubnet` | 2 s | the same |
+//! | a remote group in the nodes' subnet | the group's event and condition `RemoteInSubnet` | 1 s | the same |
 //! | an edit that leaves Services outside of a group's ranges | the group's event and condition `AddressesOutside` | 2 s | `an_edited_group_says_who_stays_outside` |
 //! | a routing daemon without a session, with a filter, dead | event `NotAdvertised`, condition, metric | 15 s | `routing advertised` |
 //! | one BGP session of several down | the LBNode's event `BGPSessionDown`, column `BGP`, metric | 15 s | `routing advertised` |
-//! | an agent that hears no other one, or has another key | the LBNode's event `HearsNobody`, column `MEMBERS` | 10 s | `an_agent_behind_a_closed_port_is_told` |
+//! | an agent that hears no other one, or has another key | the LBNode's event `HearsNobody`, column `MEMBERS` | 12 s | `an_agent_behind_a_closed_port_is_told` |
 //! | an agent that is not there, though its node is | the LBNode's event `AgentSilent`, its column `RENEWED`, the Pod | 150 s | `allocator`'s `troubles` |
-//! | kube-proxy in IPVS mode without `strictARP` | the LBNode's event `NodeProblem`, column `PROBLEM` | 15 s | `a_node_that_answers_for_all_is_told` |
+//! | kube-proxy in IPVS mode without `strictARP` | the LBNode's event `NodeProblem`, column `PROBLEM` | 11 s | `a_node_that_answers_for_all_is_told` |
 //! | only UDP port 7935 closed | event `NodeProblem` of the LBNode of the node that asks, column `PROBLEM` | 21 s | `a_standby_says_who_does_not_answer_its_watch` |
 //! | kube-proxy dead, or not working, where it answered at its health port | event `NodeProblem` of the LBNode, column `PROBLEM` | 46 s | `a_node_whose_kube_proxy_is_dead_says_so` |
 //!

@@ -55,7 +55,7 @@ use crate::proxy::{self, Ailment};
 use crate::rounds;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::{Place, Scope};
-use crate::standby::{self, Assignment, Verdicts, Watched, Watcher, Watches};
+use crate::standby::{self, Assignment, Verdicts, Watched, Watcher, WatcherError, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
 use crate::wakes::Wakes;
@@ -133,11 +133,7 @@ pub async fn run(
         .counting(metrics.sent.clone());
     let known = Known::default();
     let (members, mut living) = start_gossip(&settings, &known, &metrics).await?;
-    let watcher = Watcher::start(&standby::Config {
-        counters: metrics.standby.clone(),
-        known: known.clone(),
-        ..standby::Config::new(&settings.node, settings.keys.clone())
-    })?;
+    let watcher = start_watching(&settings, &known, &metrics)?;
     let gossip = metrics.gossip.clone();
     let mut heard = watcher.verdicts();
     let (peers, peers_seen) = watch::channel(Peers::new());
@@ -255,6 +251,14 @@ async fn start_gossip(
         refused: metrics.gossip.streams_refused.clone(),
     })
     .await
+}
+
+fn start_watching(settings: &Settings, known: &Known, metrics: &Metrics) -> Result<Watcher, WatcherError> {
+    Watcher::start(&standby::Config {
+        counters: metrics.standby.clone(),
+        known: known.clone(),
+        ..standby::Config::new(&settings.node, settings.keys.clone())
+    })
 }
 
 fn watch_all(client: &Client, namespace: &str, inputs: &mpsc::UnboundedSender<Input>) {
