@@ -42,7 +42,7 @@ fn a_node_says_which_addresses_its_daemon_advertises_to_nobody() -> Result<()> {
         stage.routes_are("all nodes are next hops", &stage.usual()).await?;
 
         // The router is gone. On m there is no daemon at all.
-        let stopped = upstream.stop().await.map(|_| Instant::now())?;
+        let stopped = upstream.stop().await.map(|()| Instant::now())?;
         for (node, daemon) in [("w11", "BIRD"), ("w12", "FRR")] {
             counted(&lab, node, [0, ALL, 0]).await?;
             for (service, vip, family) in [
