@@ -5,7 +5,7 @@
 //! | a Service asks in a word that nothing reads, or with a class that resembles ours | its event `AnnotationIgnored` | 1 s | `whoever_asks_in_vain_is_told_within_seconds`, `questions` |
 //! | another controller writes its status | its event and condition `StatusOverwritten` | 1 s | the same, `strangers record` |
 //! | no such group, pool full, an address that cannot be had | its event and condition | 1 s | the same, `allocation` |
-//! | a foreign host has its address | its event and condition `AddressConflict` | 4 s | `conflicts` |
+//! | a foreign host has its address | its event and condition `AddressConflict` | 2 s | the same, `conflicts` |
 //! | no allocator decides | alert `PureLBNoLeader`, the Lease's `renewTime` | 2 min | `charts/monitoring`, `crash` |
 //! | no node carries addresses: agents stopped, all nodes excluded | its event `NotAnnounced`, its condition | 7 s | `all_agents_stop`, `whoever_asks_in_vain_is_told_within_seconds` |
 //! | a local group whose subnet no node has | its event `NotAnnounced`, its condition | 6 s | the same, `lbnodes` |
@@ -567,6 +567,13 @@ fn whoever_asks_in_vain_is_told_within_seconds() -> Result<()> {
             lab.apply(&service(name, &format!(", {annotation}"))).await?;
             told(&lab, made, ("Service", name), reason, &[word]).await?;
         }
+        let foreign = ["ip", "address", "add", "10.31.188.70/16", "dev", "eth0"];
+        lab.exec("client", foreign).await?;
+        let made = Instant::now();
+        let taken = ", purelb.io/service-group: segment, purelb.io/addresses: 10.31.188.70";
+        lab.apply(&service("taken", taken)).await?;
+        told(&lab, made, ("Service", "taken"), "AddressConflict", &["10.31.188.70"]).await?;
+
         let written = Instant::now();
         let ingress = serde_json::json!({"loadBalancer": {"ingress": [{"ip": "192.0.2.77"}]}});
         lab.patch_status("service", "default", "unseen", ingress).await?;

@@ -148,7 +148,7 @@ codes! {
     PLB211 Warning "every node answers ARP, since kube-proxy is in IPVS mode";
     PLB212 Warning "an LBNodeAgent is not used on a node";
     PLB213 Warning "agents do not answer the standby watch";
-    PLB214 Error "kube-proxy of a node does not work";
+    PLB214 Error "a node's kube-proxy does not work";
     PLB301 Error "no node has the subnet of a local group";
     PLB302 Error "a ServiceGroup gives out nothing";
     PLB303 Warning "a pool holds addresses of nodes or of the API server";

@@ -173,6 +173,18 @@ fn a_drain_is_simulated_by_the_election_itself() {
 }
 
 #[test]
+fn explain_says_that_kube_proxy_of_the_owner_is_dead() {
+    for (node, is_owner) in [(0, true), (1, false)] {
+        let mut cluster = healthy();
+        said(&mut cluster, node).problem = Some(lbnodeagent::proxy::Ailment::Silent.sentence("a", 10256));
+        let all = explain::All::from(explain::explain(&View::of(&cluster), "web", "default").unwrap());
+        let text = text(&all);
+        assert_eq!(text.contains("PLB214"), is_owner, "{text}");
+        assert_eq!(all.is_well(), !is_owner);
+    }
+}
+
+#[test]
 fn explain_says_what_was_asked_given_and_announced() {
     let cluster = healthy();
     let view = View::of(&cluster);

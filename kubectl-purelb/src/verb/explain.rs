@@ -131,6 +131,12 @@ fn service(view: &View<'_>, key: &ServiceKey) -> Explained {
 fn of_interest(view: &View<'_>, key: &ServiceKey, holding: &Holding<'_>) -> Vec<Finding> {
     let mut found = finding::of_service(view, key, holding);
     let groups: BTreeSet<String> = groups(view, key, holding).into_iter().collect();
+    let announces = |object: &str| {
+        let mut voices = holding.vips.iter().map(|vip| &vip.voice);
+        voices.any(|voice| matches!(voice, Voice::Local { node, .. } if object.strip_prefix("Node ") == Some(node)))
+    };
+    let is_of_owner = |finding: &Finding| finding.code == "PLB214" && announces(&finding.object);
+    found.extend(finding::findings(view).into_iter().filter(is_of_owner));
     let of_groups = finding::findings(view).into_iter().filter(|finding| {
         let name = finding
             .object
