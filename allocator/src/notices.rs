@@ -233,7 +233,7 @@ pub const NOT_WRITTEN: &str = "NotWritten";
 /// The API server refuses what is written about a Service.
 pub fn not_written(error: &WriteError) -> Notice {
     let message = format!(
-        "What was decided about this Service is not written, so that its addresses do not change: {error}. It is tried again at least \
+        "The allocator cannot write its decision about this Service, so its addresses do not change: {error}. It is tried again at least \
          once a minute. Look for the admission policy, webhook or role that refuses it"
     );
     Notice::warning(NOT_WRITTEN, message)
