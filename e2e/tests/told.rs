@@ -28,7 +28,7 @@
 //!
 //! What cannot be seen: that kube-proxy is dead on a node where nobody has answered at that port since the agent's start, as it
 //! may be turned off there, or another program may stand in for it that has no such port. That port 7935 is closed between nodes of
-//! which none stands by for an address of the other, as nobody asks there; nothing depends on it.
+//! which none watches the other: whoever watches a node says so, and they are three.
 
 use std::time::{Duration, Instant};
 
@@ -406,7 +406,7 @@ fn a_standby_says_who_does_not_answer_its_watch() -> Result<()> {
         let words = [
             "does not answer this node on UDP port 7935, though gossip hears it: ",
             &who,
-            "failover is as fast as before",
+            "failover from it is as fast as before",
             "Open UDP port 7935 between the nodes",
         ];
         told(&lab, closed, of, "NodeProblem", &words).await?;
@@ -429,10 +429,6 @@ fn a_standby_says_who_does_not_answer_its_watch() -> Result<()> {
             scene.is_held_by("w11").await
         })
         .await?;
-        for ns in ["m", "w11"] {
-            let all = events(&lab, "LBNode", &lab.node(ns)?.name, "NodeProblem").await?;
-            ensure!(all.is_empty(), "{ns} watches nobody: {all:#?}");
-        }
         cut(&lab, &scene, "with kernels that answer").await?;
 
         // As on a segment where ARP is not let through: gossip alone is left.
@@ -444,7 +440,7 @@ fn a_standby_says_who_does_not_answer_its_watch() -> Result<()> {
             owner.mac()
         );
         lab.exec("w12", ["sh", "-ec", &neighbour]).await?;
-        shows(&lab, at, "{.status.problem}", "Gossip alone tells whether they live").await?;
+        shows(&lab, at, "{.status.problem}", "Gossip alone tells whether").await?;
         scene.settled("w11").await?;
         cut(&lab, &scene, "with gossip alone").await?;
 

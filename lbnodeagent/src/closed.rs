@@ -50,10 +50,17 @@ pub struct Looked {
 }
 
 impl Closed {
-    /// Looks at what the watch hears, and lets gossip have its way where it knows better.
-    pub fn look(&mut self, now: Duration, living: &Living, heard: &mut Verdicts) -> Looked {
+    /// Looks at what the watch hears, and lets gossip have its way where it knows better. Those are told of whom this node watches
+    /// steadily: a few do so with each, and not all have to say the same.
+    pub fn look(
+        &mut self,
+        now: Duration,
+        living: &Living,
+        heard: &mut Verdicts,
+        is_steady: impl Fn(&Watched) -> bool,
+    ) -> Looked {
         let mut looked = Looked::default();
-        self.note(now, living, heard, &mut looked);
+        self.note(now, living, heard, is_steady, &mut looked);
         self.overrule(now, living, heard, &mut looked);
         looked
     }
@@ -82,14 +89,22 @@ impl Closed {
     }
 
     /// Takes note of who does not answer, and who does again.
-    fn note(&mut self, now: Duration, living: &Living, heard: &Verdicts, looked: &mut Looked) {
+    fn note(
+        &mut self,
+        now: Duration,
+        living: &Living,
+        heard: &Verdicts,
+        is_steady: impl Fn(&Watched) -> bool,
+        looked: &mut Looked,
+    ) {
         let is_there = |node: &str| {
             let member = living.get(node);
             member.is_some_and(|member| member.meta.generation > 0 && !member.meta.is_leaving)
         };
         self.unanswered
-            .retain(|watched, known| is_there(&watched.node) && (known.is_told || heard.contains_key(watched)));
-        for (watched, verdict) in heard.iter().filter(|(watched, _)| is_there(&watched.node)) {
+            .retain(|watched, _| is_there(&watched.node) && heard.contains_key(watched) && is_steady(watched));
+        let asked = |watched: &Watched| is_there(&watched.node) && is_steady(watched);
+        for (watched, verdict) in heard.iter().filter(|(watched, _)| asked(watched)) {
             match verdict {
                 Verdict::Unknown => {}
                 Verdict::Agent => self.answers(now, watched, looked),
@@ -130,12 +145,6 @@ impl Closed {
         }
     }
 
-    /// Those of whom it is told: they are to be watched for as long as that is so, or nobody would notice that it is over.
-    pub fn told(&self) -> impl Iterator<Item = &Watched> {
-        let told = self.unanswered.iter().filter(|(_, known)| known.is_told);
-        told.map(|(watched, _)| watched)
-    }
-
     /// Who does not answer, what that costs, and the way out.
     pub fn problem(&self) -> Option<String> {
         let told = || self.unanswered.iter().filter(|(_, known)| known.is_told);
@@ -144,20 +153,19 @@ impl Closed {
         if names.is_empty() {
             return None;
         }
-        let (does, them, their) = match names.len() {
-            1 => ("agent does", "it", "the node's"),
-            _ => ("agents do", "them", "the nodes'"),
+        let (does, them, they, their, live) = match names.len() {
+            1 => ("agent does", "it", "it", "its", "lives"),
+            _ => ("agents do", "them", "they", "their", "live"),
         };
         let who = listed(&names.into_iter().collect::<Vec<_>>());
+        let moves = "after up to a second instead of a tenth";
         let cost = if told().all(|(_, known)| known.has_kernel) {
             format!(
-                "Kernels answer ARP or neighbour discovery in their place, so failover is as fast as before, but where these are lost \
-                 too {their} addresses move after up to a second instead of a tenth"
+                "Kernels answer ARP or neighbour discovery in their place, so failover from {them} is as fast as before. Where other \
+                 nodes die {they} may take over {moves}"
             )
         } else {
-            format!(
-                "Gossip alone tells whether they live, so {their} addresses move after up to a second instead of a tenth"
-            )
+            format!("Gossip alone tells whether {they} {live}, so {their} addresses move {moves}")
         };
         Some(format!(
             "the {does} not {WORDS}, though gossip hears {them}: {who}. {cost}. Open UDP port {PORT} between the nodes: a firewall or a \
@@ -228,11 +236,10 @@ mod tests {
             }
             let mut heard: Verdicts = verdict.map(|verdict| (watched("a"), verdict)).into_iter().collect();
             due = closed
-                .look(s(now), living, &mut heard)
+                .look(s(now), living, &mut heard, |_| true)
                 .look_again
                 .map(|wait| s(now) + wait);
             let is_told = closed.problem().is_some();
-            assert_eq!(closed.told().count(), usize::from(is_told));
             if is_told != before {
                 told.push((now, is_told));
             }
@@ -278,9 +285,9 @@ mod tests {
                 vec![(20, true)],
             ),
             (
-                "it is not watched for a while",
+                "others watch it from then on",
                 vec![(10, Some(Node)), (30, None), (40, Some(Unknown)), (41, Some(Agent))],
-                vec![(20, true), (51, false)],
+                vec![(20, true), (30, false)],
             ),
             (
                 "it is watched no more before it is told",
@@ -313,7 +320,7 @@ mod tests {
         let mut closed = Closed::default();
         let mut look = |now, verdict| {
             let mut heard = Verdicts::from([(watched("a"), verdict)]);
-            let looked = closed.look(s(now), &living(), &mut heard);
+            let looked = closed.look(s(now), &living(), &mut heard, |_| true);
             (looked.overruled.len(), heard[&watched("a")])
         };
         let silent = Verdict::Silent;
@@ -329,7 +336,7 @@ mod tests {
         assert_eq!(look(13, silent), (1, Verdict::Unknown));
         let living = Living::new();
         let mut heard = Verdicts::from([(watched("a"), silent)]);
-        let looked = Closed::default().look(s(99), &living, &mut heard);
+        let looked = Closed::default().look(s(99), &living, &mut heard, |_| true);
         assert_eq!(
             (looked, heard[&watched("a")]),
             (Looked::default(), silent),
@@ -341,23 +348,28 @@ mod tests {
     fn it_says_who_does_not_answer_what_that_costs_and_the_way_out() {
         let mut closed = Closed::default();
         for now in [0, 10] {
-            closed.look(s(now), &living(), &mut Verdicts::from([(watched("a"), Verdict::Node)]));
+            closed.look(
+                s(now),
+                &living(),
+                &mut Verdicts::from([(watched("a"), Verdict::Node)]),
+                |_| true,
+            );
         }
         assert_eq!(
             closed.problem().unwrap(),
             "the agent does not answer this node on UDP port 7935, though gossip hears it: a (10.0.0.1). Kernels answer ARP or neighbour \
-             discovery in their place, so failover is as fast as before, but where these are lost too the node's addresses move after up \
-             to a second instead of a tenth. Open UDP port 7935 between the nodes: a firewall or a network policy for hosts drops it"
+             discovery in their place, so failover from it is as fast as before. Where other nodes die it may take over after up to a \
+             second instead of a tenth. Open UDP port 7935 between the nodes: a firewall or a network policy for hosts drops it"
         );
         let both = [(watched("a"), Verdict::Node), (watched("b"), Verdict::Unheard)];
         for now in [20, 30] {
-            closed.look(s(now), &living(), &mut Verdicts::from(both.clone()));
+            closed.look(s(now), &living(), &mut Verdicts::from(both.clone()), |_| true);
         }
         let problem = closed.problem().unwrap();
         assert!(
             problem.starts_with(
                 "the agents do not answer this node on UDP port 7935, though gossip hears them: a (10.0.0.1), b (10.0.0.2). Gossip \
-                 alone tells whether they live"
+                 alone tells whether they live, so their addresses move after up to a second"
             ) && problem.contains(&format!("on UDP port {PORT}")),
             "{problem}"
         );

@@ -55,7 +55,7 @@ use crate::proxy::{self, Ailment};
 use crate::rounds;
 use crate::routing::{self as daemons, Cause as Unadvertised};
 use crate::scope::{Place, Scope};
-use crate::standby::{self, Assignment, Verdicts, Watched, Watcher, WatcherError, Watches};
+use crate::standby::{self, Assignment, Pace, Verdicts, Watched, Watcher, WatcherError, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
 use crate::wakes::Wakes;
@@ -832,11 +832,6 @@ impl<'a> Agent<'a> {
                 for (watched, inquiry) in self.handover.watches() {
                     watches.entry(watched).or_insert(inquiry);
                 }
-                for watched in self.closed.told() {
-                    if let Some(inquiry) = self.watches.get(watched) {
-                        watches.entry(watched.clone()).or_insert(*inquiry);
-                    }
-                }
             }
             // Whether somebody need not be watched any more the next look at everything shows.
             Scope::Vips(_) => {
@@ -903,7 +898,12 @@ impl<'a> Agent<'a> {
 
     /// Lets gossip have its way where the standby watch alone says that a member is silent.
     fn overrule(&mut self, living: &Living) {
-        let looked = self.closed.look(self.started.elapsed(), living, &mut self.heard);
+        let is_steady = |watched: &Watched| {
+            let watching = self.watching.get(watched);
+            watching.is_some_and(|watching| watching.pace == Pace::Steady)
+        };
+        let now = self.started.elapsed();
+        let looked = self.closed.look(now, living, &mut self.heard, is_steady);
         if let Some(wait) = looked.look_again {
             self.wake_in(wait);
         }
