@@ -402,7 +402,7 @@ fn a_standby_says_who_does_not_answer_its_watch() -> Result<()> {
         let of = ("LBNode", standby.name.as_str());
         let closed = Instant::now();
         lab.exec("w11", ["nft", WATCH_CLOSED]).await?;
-        let who = format!("{} ({})", owner.name, owner.ipv4);
+        let who = format!("{} ({}, {})", owner.name, owner.ipv4, owner.ipv6);
         let words = [
             "does not answer this node on UDP port 7935, though gossip hears it: ",
             &who,

@@ -148,8 +148,16 @@ impl Closed {
     /// Who does not answer, what that costs, and the way out.
     pub fn problem(&self) -> Option<String> {
         let told = || self.unanswered.iter().filter(|(_, known)| known.is_told);
-        let of = |(watched, _): (&Watched, &Unanswered)| format!("{} ({})", watched.node, watched.address);
-        let names: BTreeSet<String> = told().map(of).collect();
+        let mut nodes: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for (watched, _) in told() {
+            let addresses = nodes.entry(&watched.node).or_default();
+            addresses.insert(watched.address.to_string());
+        }
+        let name = |(node, addresses): (&str, BTreeSet<String>)| {
+            let addresses: Vec<String> = addresses.into_iter().collect();
+            format!("{node} ({})", addresses.join(", "))
+        };
+        let names: Vec<String> = nodes.into_iter().map(name).collect();
         if names.is_empty() {
             return None;
         }
@@ -157,7 +165,7 @@ impl Closed {
             1 => ("agent does", "it", "it", "its", "lives"),
             _ => ("agents do", "them", "they", "their", "live"),
         };
-        let who = listed(&names.into_iter().collect::<Vec<_>>());
+        let who = listed(&names);
         let moves = "after up to a second instead of a tenth";
         let cost = if told().all(|(_, known)| known.has_kernel) {
             format!(
