@@ -161,7 +161,7 @@ impl Closed {
         if names.is_empty() {
             return None;
         }
-        let (does, them, they, their, live) = match names.len() {
+        let (does, them, subject, their, live) = match names.len() {
             1 => ("agent does", "it", "it", "its", "lives"),
             _ => ("agents do", "them", "they", "their", "live"),
         };
@@ -170,10 +170,10 @@ impl Closed {
         let cost = if told().all(|(_, known)| known.has_kernel) {
             format!(
                 "Kernels answer ARP or neighbour discovery in their place, so failover from {them} is as fast as before. Where other \
-                 nodes die {they} may take over {moves}"
+                 nodes die {subject} may take over {moves}"
             )
         } else {
-            format!("Gossip alone tells whether {they} {live}, so {their} addresses move {moves}")
+            format!("Gossip alone tells whether {subject} {live}, so {their} addresses move {moves}")
         };
         Some(format!(
             "the {does} not {WORDS}, though gossip hears {them}: {who}. {cost}. Open UDP port {PORT} between the nodes: a firewall or a \
