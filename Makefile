@@ -120,7 +120,7 @@ versions: kubernetes ## The API's tests and the walkthrough on the oldest and th
 	  cargo test --quiet --locked --workspace --test resources --test book --test walkthrough -- --test-threads $(THREADS); done
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
-	cargo build --quiet --locked --release --workspace --bin allocator --bin bench-allocator --bin e2e-backend
+	cargo build --quiet --locked --release --workspace --bin allocator --bin bench-allocator --bin e2e-backend --bin kubectl-purelb
 	PURELB_BIN_DIR=target/release target/release/bench-allocator --services $(or $(SERVICES),2000)
 	cargo bench --quiet --locked --package allocator --bench decisions
 

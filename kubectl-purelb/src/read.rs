@@ -1,5 +1,6 @@
 //! Reads a cluster from its API server. Nothing is decided here, and nothing is written but the label of a node that is drained.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::path::Path;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, fmt::rfc2822};
+use ipnet::IpNet;
 use kube::api::{
     Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, ObjectList, PartialObjectMeta, Patch, PatchParams,
 };
@@ -76,16 +78,32 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     let slices = ListParams::default().labels(SLICES.labels.unwrap_or_default());
     let ours = ListParams::default().labels("app=purelb");
     let kubernetes = ListParams::default().fields("metadata.name=kubernetes");
-    let (services, groups, agents, lbnodes, nodes, slices, kubernetes, version) = tokio::join!(
-        list::<Slim>(Api::all(client.clone()), &all),
-        list::<ServiceGroup>(Api::all(client.clone()), &all),
-        list::<LBNodeAgent>(Api::all(client.clone()), &all),
-        list::<LBNode>(Api::all(client.clone()), &all),
-        list::<Node>(Api::all(client.clone()), &all),
-        list::<slice::Slim>(Api::all(client.clone()), &slices),
+    // All at once: what takes longest is how long it takes.
+    let (objects, workloads, events, others, networks, kubernetes, version) = tokio::join!(
+        async {
+            tokio::join!(
+                list::<Slim>(Api::all(client.clone()), &all),
+                list::<ServiceGroup>(Api::all(client.clone()), &all),
+                list::<LBNodeAgent>(Api::all(client.clone()), &all),
+                list::<LBNode>(Api::all(client.clone()), &all),
+                list::<Node>(Api::all(client.clone()), &all),
+                list::<slice::Slim>(Api::all(client.clone()), &slices),
+            )
+        },
+        async {
+            tokio::join!(
+                list::<Deployment>(Api::all(client.clone()), &ours),
+                list::<DaemonSet>(Api::all(client.clone()), &ours),
+                list::<Pod>(Api::all(client.clone()), &ours),
+            )
+        },
+        maybe(wanted.events, || events(client)),
+        maybe(wanted.others, || others(client)),
+        networks(client),
         list::<EndpointSlice>(Api::namespaced(client.clone(), "default"), &kubernetes),
         client.apiserver_version(),
     );
+    let (services, groups, agents, lbnodes, nodes, slices) = objects;
     cluster.version = version.ok().map(|version| version.git_version);
     let services = services.context("Services cannot be read")?;
     cluster.services = services.into_iter().map(|Slim(service)| service).collect();
@@ -104,13 +122,9 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
     cluster.slices = asked(&mut cluster.unasked, "endpointslices", slices);
     let kubernetes = kubernetes.unwrap_or_default();
     cluster.api_server = kubernetes.iter().flat_map(of_slice).collect();
-    networks(client, &mut cluster).await;
+    cluster.service_networks = networks;
 
-    let (deployments, sets, pods) = tokio::join!(
-        list::<Deployment>(Api::all(client.clone()), &ours),
-        list::<DaemonSet>(Api::all(client.clone()), &ours),
-        list::<Pod>(Api::all(client.clone()), &ours),
-    );
+    let (deployments, sets, pods) = workloads;
     let deployments = asked(&mut cluster.unasked, "deployments", deployments);
     let sets = asked(&mut cluster.unasked, "daemonsets", sets);
     let is_allocator = |deployment: &&Deployment| label_of(*deployment, "component") == Some("allocator");
@@ -138,13 +152,20 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
         Ok(lease) => cluster.lease = lease,
         Err(error) => cluster.unasked.push(unasked("leases", &error)),
     }
-    if wanted.events {
-        events(client, &mut cluster).await;
+    match events {
+        Some(Ok(events)) => cluster.events = events,
+        Some(Err(error)) => cluster.unasked.push(unasked("events", &error)),
+        None => {}
     }
-    if wanted.others {
-        others(client, &mut cluster).await;
+    if let Some(others) = others {
+        others.into_cluster(&mut cluster);
     }
     Ok(cluster)
+}
+
+/// Does it where it is wanted.
+async fn maybe<F: Future>(is_wanted: bool, what: impl FnOnce() -> F) -> Option<F::Output> {
+    if is_wanted { Some(what().await) } else { None }
 }
 
 fn label_of<'a>(object: &'a impl ResourceExt, key: &str) -> Option<&'a str> {
@@ -219,89 +240,99 @@ fn unasked(what: &str, error: &kube::Error) -> Unasked {
     }
 }
 
-/// The networks of cluster IPs, in the newest version that there is.
-async fn networks(client: &Client, cluster: &mut Cluster) {
+/// The networks of cluster IPs by the names of their objects, in the newest version that there is.
+async fn networks(client: &Client) -> BTreeMap<String, Vec<IpNet>> {
     for version in ["v1", "v1beta1"] {
         let kind = GroupVersionKind::gvk("networking.k8s.io", version, "ServiceCIDR");
         let resource = ApiResource::from_gvk_with_plural(&kind, "servicecidrs");
         let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
         if let Ok(found) = list(api, &ListParams::default()).await {
-            cluster.service_networks = found
+            return found
                 .iter()
                 .map(|object| (object.name_any(), of_network(object)))
                 .collect();
-            return;
         }
     }
+    BTreeMap::new()
 }
 
-async fn events(client: &Client, cluster: &mut Cluster) {
+async fn events(client: &Client) -> kube::Result<Vec<Event>> {
     let by = |controller: &str| ListParams::default().fields(&format!("reportingController={controller}"));
     let (allocator, agents) = (by(crds::event::ALLOCATOR), by(crds::event::LBNODEAGENT));
-    let (allocator, agents) = tokio::join!(
+    let (mut events, more) = tokio::try_join!(
         list::<Event>(Api::all(client.clone()), &allocator),
         list::<Event>(Api::all(client.clone()), &agents),
-    );
-    match (allocator, agents) {
-        (Ok(mut events), Ok(more)) => {
-            events.extend(more);
-            cluster.events = events;
-        }
-        (Err(error), _) | (_, Err(error)) => cluster.unasked.push(unasked("events", &error)),
-    }
+    )?;
+    events.extend(more);
+    Ok(events)
 }
 
-/// Other load balancers, and how kube-proxy works.
-async fn others(client: &Client, cluster: &mut Cluster) {
+/// What was read of other load balancers, and of kube-proxy.
+struct Others {
+    workloads: [kube::Result<Vec<Other>>; 3],
+    cilium: Option<Other>,
+    config: kube::Result<Option<ConfigMap>>,
+}
+
+async fn others(client: &Client) -> Others {
     let all = ListParams::default();
     let deployments: Api<Deployment> = Api::all(client.clone());
     let sets: Api<DaemonSet> = Api::all(client.clone());
     let pods: Api<Pod> = Api::namespaced(client.clone(), "kube-system");
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-system");
-    let (deployments, sets, pods, config, pools) = tokio::join!(
+    let (deployments, sets, pods, config, cilium) = tokio::join!(
         deployments.list_metadata(&all),
         sets.list_metadata(&all),
         pods.list_metadata(&all),
         configs.get_opt("kube-proxy"),
         cilium(client),
     );
-    let mut found: Vec<Other> = Vec::new();
-    let workloads = [
-        named("Deployment", deployments),
-        named("DaemonSet", sets),
-        named("Pod", pods),
-    ];
-    for workloads in workloads {
-        match workloads {
-            Ok(others) => found.extend(others),
-            Err(error) if cluster.asked("workloads") => cluster.unasked.push(unasked("workloads", &error)),
-            Err(_) => {}
-        }
+    Others {
+        workloads: [
+            named("Deployment", deployments),
+            named("DaemonSet", sets),
+            named("Pod", pods),
+        ],
+        cilium,
+        config,
     }
-    let images = cluster
-        .pods
-        .iter()
-        .flat_map(|pod| pod.spec.iter().flat_map(|spec| &spec.containers));
-    let images: Vec<&str> = images.filter_map(|container| container.image.as_deref()).collect();
-    found.extend(recognise("images in Namespace", &cluster.namespace, images));
-    found.extend(pools);
-    // Pods of a workload that was recognised say nothing new.
-    let has_workload = |name: &str| {
-        found
+}
+
+impl Others {
+    fn into_cluster(self, cluster: &mut Cluster) {
+        let mut found: Vec<Other> = Vec::new();
+        for workloads in self.workloads {
+            match workloads {
+                Ok(others) => found.extend(others),
+                Err(error) if cluster.asked("workloads") => cluster.unasked.push(unasked("workloads", &error)),
+                Err(_) => {}
+            }
+        }
+        let images = cluster
+            .pods
             .iter()
-            .any(|other| other.name == name && !other.by.starts_with("Pod "))
-    };
-    let mut others: Vec<Other> = found
-        .iter()
-        .filter(|other| !other.by.starts_with("Pod ") || !has_workload(other.name))
-        .cloned()
-        .collect();
-    others.sort();
-    others.dedup();
-    cluster.others = others;
-    match config {
-        Ok(config) => cluster.proxy = config.as_ref().and_then(proxy),
-        Err(error) => cluster.unasked.push(unasked("kube-proxy's ConfigMap", &error)),
+            .flat_map(|pod| pod.spec.iter().flat_map(|spec| &spec.containers));
+        let images: Vec<&str> = images.filter_map(|container| container.image.as_deref()).collect();
+        found.extend(recognise("images in Namespace", &cluster.namespace, images));
+        found.extend(self.cilium);
+        // Pods of a workload that was recognised say nothing new.
+        let has_workload = |name: &str| {
+            found
+                .iter()
+                .any(|other| other.name == name && !other.by.starts_with("Pod "))
+        };
+        let mut others: Vec<Other> = found
+            .iter()
+            .filter(|other| !other.by.starts_with("Pod ") || !has_workload(other.name))
+            .cloned()
+            .collect();
+        others.sort();
+        others.dedup();
+        cluster.others = others;
+        match self.config {
+            Ok(config) => cluster.proxy = config.as_ref().and_then(proxy),
+            Err(error) => cluster.unasked.push(unasked("kube-proxy's ConfigMap", &error)),
+        }
     }
 }
 

@@ -432,37 +432,48 @@ impl<'a> View<'a> {
             Some(only) => only.iter().copied().filter(|ip| services.has(*ip)).collect(),
             None => services.vips().collect(),
         };
-        let Some(this) = candidates.keys().next() else {
+        let Some(first) = candidates.keys().next() else {
             let nobody = vips.into_iter().map(|vip| (vip, Elected::Nobody(Reason::Withdrawn)));
             return nobody.collect();
         };
         let Ok(config) = NodeConfig::read(&LocalConfig::default()) else {
             return BTreeMap::new();
         };
-        let agent = self.agents.get(this);
-        let (kernel, extra) = kernel(agent, &config.dummy);
+        let (kernel, extra) = kernel(self.agents.get(first), &config.dummy);
         let config = NodeConfig {
             extra,
             detects_conflicts: false,
             ..config
         };
-        let picture = Picture {
-            node: this,
-            services,
-            groups: self.picture.groups(),
-            candidates: &candidates,
-            heard: &Verdicts::default(),
-            let_go: &BTreeSet::new(),
-            kernel: &kernel,
-            config: &config,
-            findings: &Findings::default(),
-            reserved: self.picture.reserved(),
+        let decide = |node: &str, vips: Vec<IpAddr>| {
+            let picture = Picture {
+                node,
+                services,
+                groups: self.picture.groups(),
+                candidates: &candidates,
+                heard: &Verdicts::default(),
+                let_go: &BTreeSet::new(),
+                kernel: &kernel,
+                config: &config,
+                findings: &Findings::default(),
+                reserved: self.picture.reserved(),
+            };
+            plan::decide(&picture, vips).verdicts
         };
-        let verdicts = plan::decide(&picture, vips).verdicts.into_iter();
-        let elected = verdicts.map(|(ip, verdict)| {
+        // Whoever is no candidate has nobody to watch, which is half of the work: it hears which node announces an address. Of what
+        // it would have to route itself, or nobody announces, one of the nodes is asked.
+        let mut verdicts = decide("", vips);
+        let unheard = verdicts
+            .iter()
+            .filter(|(_, verdict)| !matches!(verdict, plan::Verdict::Other(_)));
+        let unheard: Vec<IpAddr> = unheard.map(|(ip, _)| *ip).collect();
+        if !unheard.is_empty() {
+            verdicts.extend(decide(first, unheard));
+        }
+        let elected = verdicts.into_iter().map(|(ip, verdict)| {
             let elected = match verdict {
                 plan::Verdict::Local(_) | plan::Verdict::Unclear(_) | plan::Verdict::Taken(..) => {
-                    Elected::Node(this.clone())
+                    Elected::Node(first.clone())
                 }
                 plan::Verdict::Other(node) => Elected::Node(node),
                 plan::Verdict::Routed(_) | plan::Verdict::Nobody(Reason::EndpointElsewhere) => Elected::Routed,

@@ -722,10 +722,15 @@ fn two_thousand_addresses_on_fifty_nodes_take_no_time() {
     let cluster = world::large(2_000, 50);
     let began = Instant::now();
     let view = View::of(&cluster);
+    let judged = began.elapsed();
     let report = status::status(&view);
+    let summed = began.elapsed();
     let vips = vips::vips(&view, &vips::Filter::default());
+    let listed = began.elapsed();
+    let checked = check::check(&view);
     let took = began.elapsed();
     assert!(report.is_well() && vips.names().len() == 2_000, "{}", text(&report));
-    println!("{took:?}");
+    assert!(checked.is_well(false), "{}", text(&checked));
+    println!("view {judged:?}, status by {summed:?}, vips by {listed:?}, check by {took:?}");
     assert!(took < Duration::from_mins(1), "{took:?}");
 }

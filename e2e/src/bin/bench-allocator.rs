@@ -9,13 +9,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use crds::annotations;
 use crds::event::{ALLOCATOR, Notice};
+use crds::lbnode::{Interface, LBNodeSpec, LBNodeStatus};
 use crds::service::ingress;
+use crds::{LBNode, annotations};
 use e2e::{Lab, Options, audit, wait_until};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Resource, ResourceExt};
@@ -36,6 +39,8 @@ apiVersion: v1
 kind: Namespace
 metadata: {name: bench}
 ";
+/// Nodes that speak while the plugin is timed.
+const NODES: u32 = 50;
 /// Requests of the plain client under way at once, as many as the allocator has.
 const CONCURRENCY: usize = 64;
 
@@ -173,6 +178,7 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
         restarted.elapsed().as_secs_f64() * 1e3
     );
     println!("  peak resident memory           {:8.1} MiB", again.peak()?);
+    plugin(lab).await?;
     let all = Api::<Service>::namespaced(lab.client(), "bench")
         .list(&ListParams::default())
         .await?;
@@ -183,6 +189,41 @@ async fn bench(lab: &Lab, flags: &Flags) -> Result<()> {
         used.len(),
         all.items.len()
     );
+    Ok(())
+}
+
+/// How long `kubectl purelb` takes for all of them, with as many nodes' words as a large cluster has.
+async fn plugin(lab: &Lab) -> Result<()> {
+    let nodes: Api<LBNode> = Api::namespaced(lab.client(), "purelb");
+    for number in 0..NODES {
+        let name = format!("n{number}");
+        let mut node = LBNode::new(&name, LBNodeSpec {});
+        nodes.create(&PostParams::default(), &node).await?;
+        let interface = Interface {
+            name: "eth0".to_owned(),
+            subnets: vec![format!("10.250.0.{number}/24")],
+        };
+        node.status = Some(LBNodeStatus {
+            version: "0.1.0".to_owned(),
+            renewed: Some(Time(Timestamp::now())),
+            members: NODES,
+            interfaces: vec![interface],
+            routed: 1,
+            ..LBNodeStatus::default()
+        });
+        let status = json!({"status": node.status});
+        nodes
+            .patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+            .await?;
+    }
+    println!("kubectl purelb, with {NODES} nodes:");
+    for verb in ["status", "vips", "check"] {
+        let begun = Instant::now();
+        let output = lab.purelb([verb]).await?;
+        let took = begun.elapsed();
+        ensure!(output.status.code().is_some_and(|code| code < 2), "{output:?}");
+        println!("  {verb:6}                         {:8.0} ms", took.as_secs_f64() * 1e3);
+    }
     Ok(())
 }
 
