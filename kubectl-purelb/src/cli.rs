@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 
+use crate::import::Peer;
 use crate::render::Format;
 
 /// Who has which address, what is wrong, and what to do about it.
@@ -143,6 +145,25 @@ pub enum Verb {
         #[arg(short = 'A', long)]
         all_namespaces: bool,
     },
+    /// What MetalLB, kube-vip, Cilium or K3s' servicelb were told, as ServiceGroups, LBNodeAgents and annotations, in YAML; and
+    /// what has to be done by hand. Nothing is changed
+    Import {
+        /// Of these alone.
+        #[arg(value_enum)]
+        from: Vec<Peer>,
+        /// From files instead of the cluster; - reads the standard input.
+        #[arg(short, long = "filename", value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// A subnet of the nodes, which the others do not know; of several the narrowest that has a range counts.
+        #[arg(long = "subnet", value_name = "CIDR")]
+        subnets: Vec<IpNet>,
+        /// Do not ask for the addresses that Services have: they keep them only as long as their status says so.
+        #[arg(long)]
+        no_pin: bool,
+        /// Show what is otherwise in the cluster.
+        #[arg(long, value_enum, require_equals = true)]
+        dry_run: Option<DryRun>,
+    },
     /// The routing daemons' sessions, and routes that are not advertised
     Bgp {
         /// What is shown.
@@ -156,6 +177,13 @@ pub enum Verb {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// How something is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DryRun {
+    /// By what would change
+    Diff,
 }
 
 /// What is shown of routing.
@@ -195,6 +223,17 @@ mod tests {
         }
         assert!(Cli::try_parse_from(["kubectl-purelb", "inspect", "web", "-n", "shop"]).is_ok());
         assert!(Cli::try_parse_from(["kubectl-purelb", "explain"]).is_err());
+        for import in [
+            &["import"][..],
+            &["import", "metallb", "kube-vip"],
+            &["import", "-f", "-", "--dry-run=diff"],
+        ] {
+            assert!(
+                Cli::try_parse_from([&["kubectl-purelb"], import].concat()).is_ok(),
+                "{import:?}"
+            );
+        }
+        assert!(Cli::try_parse_from(["kubectl-purelb", "import", "openelb"]).is_err());
     }
 
     #[test]

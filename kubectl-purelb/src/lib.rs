@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod cluster;
 pub mod finding;
+pub mod import;
 pub mod read;
 pub mod render;
 pub mod run;

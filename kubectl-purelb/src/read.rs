@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use allocator::controller::{of_network, of_slice};
 use anyhow::{Context, Result, bail};
 use crds::{LBNode, LBNodeAgent, ServiceGroup, Slim};
+use ipnet::IpNet;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
@@ -15,7 +16,6 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, fmt::rfc2822};
-use ipnet::IpNet;
 use kube::api::{
     Api, ApiResource, DynamicObject, GroupVersionKind, ListParams, ObjectList, PartialObjectMeta, Patch, PatchParams,
 };
@@ -24,6 +24,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, Resource, ResourceExt};
 use lbnodeagent::picture::{SLICES, slice};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::cluster::{Cluster, NAMESPACE, Other, Proxy, Unasked, recognise};
 
@@ -336,6 +337,156 @@ impl Others {
     }
 }
 
+/// What is read for `import`.
+#[derive(Clone, Debug, Default)]
+pub struct Objects {
+    /// Objects of other load balancers, Services, Nodes and objects of ours.
+    pub objects: Vec<Value>,
+    /// The namespace that the programs run in, or would.
+    pub namespace: String,
+    /// What could not be asked.
+    pub unasked: Vec<Unasked>,
+}
+
+type Kind = (
+    &'static str,
+    &'static [&'static str],
+    &'static str,
+    &'static str,
+    &'static str,
+);
+
+/// The kinds that are read for `import`: API group, versions from the newest on, kind and its plural, and a field that selects some.
+/// Where the API server does not have one, there are none.
+const KINDS: [Kind; 23] = [
+    ("", &["v1"], "Service", "services", ""),
+    ("", &["v1"], "Node", "nodes", ""),
+    ("", &["v1"], "ConfigMap", "configmaps", "metadata.name=config"),
+    ("", &["v1"], "ConfigMap", "configmaps", "metadata.name=kubevip"),
+    ("apps", &["v1"], "DaemonSet", "daemonsets", ""),
+    ("purelb.io", &["v2"], "ServiceGroup", "servicegroups", ""),
+    ("purelb.io", &["v2"], "LBNodeAgent", "lbnodeagents", ""),
+    ("purelb.io", &["v2"], "LBNode", "lbnodes", ""),
+    ("metallb.io", &["v1beta1"], "IPAddressPool", "ipaddresspools", ""),
+    ("metallb.io", &["v1beta1"], "AddressPool", "addresspools", ""),
+    ("metallb.io", &["v1beta1"], "L2Advertisement", "l2advertisements", ""),
+    ("metallb.io", &["v1beta1"], "BGPAdvertisement", "bgpadvertisements", ""),
+    ("metallb.io", &["v1beta2", "v1beta1"], "BGPPeer", "bgppeers", ""),
+    ("metallb.io", &["v1beta1"], "BFDProfile", "bfdprofiles", ""),
+    ("metallb.io", &["v1beta1"], "Community", "communities", ""),
+    (
+        "cilium.io",
+        &["v2", "v2alpha1"],
+        "CiliumLoadBalancerIPPool",
+        "ciliumloadbalancerippools",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2alpha1"],
+        "CiliumL2AnnouncementPolicy",
+        "ciliuml2announcementpolicies",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2alpha1"],
+        "CiliumBGPPeeringPolicy",
+        "ciliumbgppeeringpolicies",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2", "v2alpha1"],
+        "CiliumBGPClusterConfig",
+        "ciliumbgpclusterconfigs",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2", "v2alpha1"],
+        "CiliumBGPAdvertisement",
+        "ciliumbgpadvertisements",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2", "v2alpha1"],
+        "CiliumBGPPeerConfig",
+        "ciliumbgppeerconfigs",
+        "",
+    ),
+    (
+        "cilium.io",
+        &["v2", "v2alpha1"],
+        "CiliumBGPNodeConfigOverride",
+        "ciliumbgpnodeconfigoverrides",
+        "",
+    ),
+    ("", &["v1"], "Pod", "pods", "metadata.namespace=kube-system"),
+];
+
+/// Reads what `import` translates, all kinds at once.
+///
+/// # Errors
+/// When the API server does not answer, or Services may not be read.
+pub async fn others_objects(client: &Client) -> Result<Objects> {
+    now(client).await.context("the API server does not answer")?;
+    let mut reading = tokio::task::JoinSet::new();
+    for (number, kind) in KINDS.into_iter().enumerate() {
+        let client = client.clone();
+        reading.spawn(async move { (number, kind.3, of_kind(&client, kind).await) });
+    }
+    let mut results = reading.join_all().await;
+    results.sort_by_key(|(number, ..)| *number);
+    let mut read = Objects::default();
+    for (_, plural, result) in results {
+        match result {
+            Ok(objects) => read.objects.extend(objects),
+            Err(error) if plural == "services" => return Err(error).context("Services cannot be read"),
+            Err(error) => read.unasked.push(unasked(plural, &error)),
+        }
+    }
+    let ours = |object: &&Value| object.get("kind").and_then(Value::as_str) == Some("LBNode");
+    let of_agents = read.objects.iter().find(ours);
+    let namespace = of_agents
+        .and_then(|object| object.pointer("/metadata/namespace"))
+        .and_then(Value::as_str);
+    read.namespace = namespace.unwrap_or(NAMESPACE).to_owned();
+    Ok(read)
+}
+
+/// The objects of a kind, in the newest version that is served; none where none is.
+async fn of_kind(client: &Client, (group, versions, kind, plural, selector): Kind) -> kube::Result<Vec<Value>> {
+    let mut params = ListParams::default();
+    if !selector.is_empty() {
+        params = params.fields(selector);
+    }
+    for version in versions {
+        let of = GroupVersionKind::gvk(group, version, kind);
+        let api: Api<DynamicObject> = Api::all_with(client.clone(), &ApiResource::from_gvk_with_plural(&of, plural));
+        match list(api, &params).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            found => {
+                let api_version = of.api_version();
+                let whole = |object| whole(object, &api_version, kind);
+                return found.map(|found| found.into_iter().map(whole).collect());
+            }
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// An object of a list, which does not say what it is.
+fn whole(object: DynamicObject, api_version: &str, kind: &str) -> Value {
+    let mut value = serde_json::to_value(object).unwrap_or_default();
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert("apiVersion".to_owned(), api_version.into());
+        fields.insert("kind".to_owned(), kind.into());
+    }
+    value
+}
+
 /// The load balancers among workloads of a kind.
 fn named<K: Clone>(kind: &str, listed: kube::Result<ObjectList<PartialObjectMeta<K>>>) -> kube::Result<Vec<Other>> {
     let found = listed?.items.into_iter().filter_map(|object| {
@@ -374,7 +525,7 @@ async fn cilium(client: &Client) -> Option<Other> {
 /// How kube-proxy works, as its configuration says.
 fn proxy(config: &ConfigMap) -> Option<Proxy> {
     let text = config.data.as_ref()?.get("config.conf")?;
-    let value: serde_json::Value = serde_saphyr::from_str(text).ok()?;
+    let value: Value = serde_saphyr::from_str(text).ok()?;
     Some(Proxy {
         mode: value
             .pointer("/mode")
@@ -383,9 +534,38 @@ fn proxy(config: &ConfigMap) -> Option<Proxy> {
             .to_owned(),
         strict_arp: value
             .pointer("/ipvs/strictARP")
-            .and_then(serde_json::Value::as_bool)
+            .and_then(Value::as_bool)
             .unwrap_or(false),
     })
+}
+
+/// The objects of files, whatever they are; `-` is the standard input.
+///
+/// # Errors
+/// When one cannot be read, or is no YAML.
+pub fn documents(paths: &[PathBuf]) -> Result<Vec<Value>> {
+    let mut objects = Vec::new();
+    for path in paths {
+        let documents: Vec<Value> =
+            serde_saphyr::from_multiple(&contents(path)?).with_context(|| path.display().to_string())?;
+        for document in documents {
+            match document.get("items").and_then(Value::as_array) {
+                Some(items) => objects.extend(items.iter().cloned()),
+                None if document.is_null() => {}
+                None => objects.push(document),
+            }
+        }
+    }
+    Ok(objects)
+}
+
+fn contents(path: &Path) -> Result<String> {
+    let text = if path.as_os_str() == "-" {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(path)
+    };
+    text.with_context(|| format!("reading {}", path.display()))
 }
 
 /// What objects of files are: those that are read, and where they are.
@@ -408,13 +588,9 @@ pub struct Files {
 pub fn files(paths: &[PathBuf]) -> Result<Files> {
     let mut files = Files::default();
     for path in paths {
-        let text = if path.as_os_str() == "-" {
-            std::io::read_to_string(std::io::stdin())
-        } else {
-            std::fs::read_to_string(path)
-        };
-        let text = text.with_context(|| format!("reading {}", path.display()))?;
-        files.parse(&text).with_context(|| path.display().to_string())?;
+        files
+            .parse(&contents(path)?)
+            .with_context(|| path.display().to_string())?;
     }
     Ok(files)
 }
@@ -425,14 +601,14 @@ impl Files {
     /// # Errors
     /// When it is no YAML of Kubernetes.
     pub fn parse(&mut self, text: &str) -> Result<()> {
-        let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(text)?;
+        let documents: Vec<Value> = serde_saphyr::from_multiple(text)?;
         for document in documents {
             self.take(document)?;
         }
         Ok(())
     }
 
-    fn take(&mut self, document: serde_json::Value) -> Result<()> {
+    fn take(&mut self, document: Value) -> Result<()> {
         if document.is_null() {
             return Ok(());
         }

@@ -6,13 +6,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::CommandFactory;
 use kube::Client;
+use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use crate::cli::{Bgp, Cli, Common, Verb};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, NAMESPACE};
+use crate::import;
 use crate::read::{self, Wanted};
 use crate::render::{Format, Ink, Report, render};
-use crate::verb::{bgp, check, drain, events, explain, nodes, pin, pools, status, version, vips};
+use crate::verb::{self, bgp, check, drain, events, explain, nodes, pin, pools, status, version, vips};
 use crate::view::View;
 
 /// How often `--watch` and `--wait` look.
@@ -65,6 +67,16 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
         _ => {}
     }
     let common = &cli.common;
+    if let Verb::Import {
+        files, dry_run: None, ..
+    } = &cli.verb
+        && !files.is_empty()
+    {
+        // Whoever has no cluster yet can have files translated.
+        let objects = read::documents(files)?;
+        let namespace = common.install_namespace.as_deref().unwrap_or(NAMESPACE);
+        return import(&cli, &objects, &[], namespace);
+    }
     let (client, namespace) = read::connect(common.kubeconfig.as_deref(), common.context.as_deref()).await?;
     let namespace = common.namespace.clone().unwrap_or(namespace);
     if let Verb::Status { wait: Some(patience) } = cli.verb {
@@ -73,6 +85,19 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
     match &cli.verb {
         Verb::Drain { node, force, timeout } => return Box::pin(drain(&client, common, node, *force, *timeout)).await,
         Verb::Undrain { node } => return Box::pin(undrain(&client, common, node)).await,
+        Verb::Import { files, .. } => {
+            let there = Box::pin(read::others_objects(&client)).await?;
+            let objects = if files.is_empty() {
+                there.objects.clone()
+            } else {
+                read::documents(files)?
+            };
+            for what in &there.unasked {
+                eprintln!("? not asked: {}: {}", what.what, what.why);
+            }
+            let namespace = common.install_namespace.clone().unwrap_or(there.namespace);
+            return import(&cli, &objects, &there.objects, &namespace);
+        }
         _ => {}
     }
     loop {
@@ -186,8 +211,44 @@ fn look(cli: &Cli, cluster: &Cluster, namespace: &str) -> Result<(String, Outcom
         } => well(show.it(&bgp::routes(&view))?),
         Verb::Bgp { .. } => well(show.it(&bgp::sessions(&view))?),
         Verb::Version => well(show.it(&version::version(&view))?),
-        Verb::Completion { .. } | Verb::Drain { .. } | Verb::Undrain { .. } => bail!("this is no verb that looks"),
+        Verb::Completion { .. } | Verb::Drain { .. } | Verb::Import { .. } | Verb::Undrain { .. } => {
+            bail!("this is no verb that looks")
+        }
     }
+}
+
+/// Translates objects, and shows what comes of it; what is left to do goes to the standard error as well.
+fn import(cli: &Cli, objects: &[Value], there: &[Value], namespace: &str) -> Result<Outcome> {
+    let Verb::Import {
+        from,
+        subnets,
+        no_pin,
+        dry_run,
+        ..
+    } = &cli.verb
+    else {
+        bail!("this is not import");
+    };
+    let options = import::Options {
+        peers: from.clone(),
+        namespace: namespace.to_owned(),
+        subnets: subnets.clone(),
+        is_loose: *no_pin,
+    };
+    let imported = verb::import::imported(&import::import(objects, &options));
+    if imported.is_empty() {
+        bail!("there is nothing of MetalLB, kube-vip, Cilium's LB-IPAM or K3s' servicelb");
+    }
+    let show = Show(cli.common.output, ink(&cli.common));
+    if dry_run.is_some() {
+        print(&show.it(&verb::import::difference(&imported, there))?)?;
+    } else {
+        print(&show.it(&imported)?)?;
+    }
+    for remark in imported.remarks() {
+        eprintln!("{remark}");
+    }
+    Ok(Outcome::Well)
 }
 
 /// Drains a node, and looks until it has no address any more.
