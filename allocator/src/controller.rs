@@ -8,6 +8,7 @@
 mod agents;
 mod external;
 mod groups;
+mod history;
 mod nodes;
 mod reserved;
 mod slim;
@@ -44,6 +45,7 @@ use crate::controller::strangers::Unheeded;
 use crate::controller::writes::{Granted, Part, Written};
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
+use crate::history::History;
 use crate::ipam::Access;
 use crate::lasting::Lasting;
 use crate::ledger::{Claim, Conflict, Ledger};
@@ -93,6 +95,7 @@ enum Input {
     /// The API server has no such kind.
     NoServiceNetworks,
     External(external::Message),
+    History(history::Answer),
 }
 
 /// Runs until the watches end, which they do not. Dropping the future ends its writes with it. `ready` is told
@@ -110,6 +113,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
         agents::watch(&client, &sender);
     }
     let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
+    controller.read_history();
     loop {
         let flush = controller.status_due;
         tokio::select! {
@@ -182,6 +186,9 @@ struct Controller {
     unheeded: BTreeMap<ServiceKey, Unheeded>,
     /// Services on addresses outside of the ranges of their group.
     outside: Outside,
+    /// Who had which address when, and how far it is kept.
+    history: History,
+    recording: history::Progress,
 
     /// Whether the first decisions are being made, and whether they are behind us.
     is_starting: bool,
@@ -244,6 +251,8 @@ impl Controller {
             silent: HashMap::new(),
             unheeded: BTreeMap::new(),
             outside: Outside::default(),
+            history: History::default(),
+            recording: history::Progress::default(),
         }
     }
 
@@ -277,6 +286,7 @@ impl Controller {
             Input::ServiceNetwork(event) => self.service_network_event(event),
             Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),
+            Input::History(answer) => self.history_answer(answer),
         }
         let waiting = i64::try_from(self.without.len()).unwrap_or(i64::MAX);
         self.metrics.waiting.set(waiting);
@@ -337,6 +347,7 @@ impl Controller {
         self.silent.remove(key);
         self.forget_unheeded(key);
         self.outside.set(key, None, &self.ledger);
+        self.note_held(key, None);
         if self.ledger.reserve_for(key, OfService::default()) {
             self.reserved_changed();
         }
@@ -371,6 +382,7 @@ impl Controller {
             self.reconcile(key);
         }
         self.know_nodes();
+        self.know_history();
         self.is_starting = !self.queue.is_empty();
         self.ready.set(Ok(()));
         self.metrics.client.config_loaded.set(1);
@@ -385,6 +397,7 @@ impl Controller {
         let Some(service) = self.service(key) else {
             return Vec::new();
         };
+        self.note_held(key, Some(&service));
         let has = reserved::of_service(&service);
         if self.ledger.reserve_for(key, has) && self.is_started {
             self.reserved_changed();

@@ -12,6 +12,7 @@ pub mod controller;
 pub mod decide;
 pub mod errand;
 pub mod groups;
+pub mod history;
 pub mod ipam;
 pub mod lasting;
 pub mod lease;

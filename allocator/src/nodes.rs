@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use crds::conflict::{self, Conflict, Mac};
 use crds::event::cut;
-use crds::lbnode::{LBNodeStatus, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
+use crds::lbnode::{LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
 use crds::record::{self, Announced, Granted, Voice};
 use crds::servicegroup::Group;
 use crds::{Announce, LBNode, Pool, annotations};
@@ -23,6 +23,7 @@ use k8s_openapi::jiff::Timestamp;
 use smol_str::SmolStr;
 
 use crate::agents::Use;
+use crate::history::Moved;
 use crate::refusal;
 use crate::troubles::Health;
 
@@ -88,6 +89,7 @@ pub struct Report {
     uid: Option<String>,
     usage: Use,
     health: Health,
+    moves: Vec<Moved>,
 }
 
 impl Report {
@@ -111,7 +113,13 @@ impl Report {
                 has_daemon: status.routing_daemon.is_some(),
             },
             health: Health::of(status),
+            moves: moves(status),
         }
+    }
+
+    /// The last moves to it.
+    pub fn moves(&self) -> &[Moved] {
+        &self.moves
     }
 
     /// The uid of the LBNode.
@@ -128,6 +136,20 @@ impl Report {
     pub const fn health(&self) -> &Health {
         &self.health
     }
+}
+
+/// The last moves to it, as far as they read.
+fn moves(status: &LBNodeStatus) -> Vec<Moved> {
+    let moves = status.moves.iter().take(MOST_MOVES).filter_map(|moved| {
+        Some(Moved {
+            time: moved.time.as_ref()?.0,
+            ip: moved.ip.parse().ok()?,
+            from: moved.from.clone(),
+            cause: sentence(&moved.cause),
+            milliseconds: moved.milliseconds,
+        })
+    });
+    moves.collect()
 }
 
 /// The names of the interfaces that it has.

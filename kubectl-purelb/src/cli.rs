@@ -131,11 +131,18 @@ pub enum Verb {
         explain: Option<String>,
     },
     /// What happened, and which address moved when and why
-    #[command(visible_alias = "history")]
     Events {
         /// To this SERVICE, NAMESPACE/SERVICE or address.
         what: Option<String>,
         /// In this time, such as 10m.
+        #[arg(long, value_parser = duration)]
+        since: Option<Duration>,
+    },
+    /// Who had which address when, for longer than events are kept: given, taken, and moved between nodes
+    History {
+        /// Of this address, SERVICE or NAMESPACE/SERVICE.
+        what: Option<String>,
+        /// In this time, such as 30d.
         #[arg(long, value_parser = duration)]
         since: Option<Duration>,
     },

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use allocator::history::Entry;
 use crds::{LBNode, LBNodeAgent, ServiceGroup};
 use ipnet::IpNet;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
@@ -53,6 +54,8 @@ pub struct Cluster {
     pub lease: Option<Lease>,
     /// The programs' events.
     pub events: Vec<Event>,
+    /// What is remembered of who had which address when.
+    pub history: Vec<Entry>,
     /// Other load balancers that were found.
     pub others: Vec<Other>,
     /// How kube-proxy works, as its configuration says.
@@ -81,6 +84,7 @@ impl Default for Cluster {
             lbnodeagent: None,
             lease: None,
             events: Vec::new(),
+            history: Vec::new(),
             others: Vec::new(),
             proxy: None,
             unasked: Vec::new(),

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use allocator::controller::{of_network, of_slice};
+use allocator::history::{self, Entry};
 use anyhow::{Context, Result, bail};
 use crds::{LBNode, LBNodeAgent, ServiceGroup, Slim};
 use ipnet::IpNet;
@@ -36,6 +37,8 @@ const PAGE: u32 = 500;
 pub struct Wanted {
     /// The programs' events.
     pub events: bool,
+    /// Who had which address when.
+    pub history: bool,
     /// Other load balancers, and kube-proxy.
     pub others: bool,
 }
@@ -153,6 +156,12 @@ pub async fn read(client: &Client, install: Option<&str>, wanted: Wanted) -> Res
         Ok(lease) => cluster.lease = lease,
         Err(error) => cluster.unasked.push(unasked("leases", &error)),
     }
+    if wanted.history {
+        match history(client, &cluster.namespace).await {
+            Ok(entries) => cluster.history = entries,
+            Err(error) => cluster.unasked.push(unasked("history", &error)),
+        }
+    }
     match events {
         Some(Ok(events)) => cluster.events = events,
         Some(Err(error)) => cluster.unasked.push(unasked("events", &error)),
@@ -266,6 +275,25 @@ async fn events(client: &Client) -> kube::Result<Vec<Event>> {
     )?;
     events.extend(more);
     Ok(events)
+}
+
+/// What the allocator keeps of who had which address when.
+async fn history(client: &Client, namespace: &str) -> kube::Result<Vec<Entry>> {
+    let mut reading = tokio::task::JoinSet::new();
+    for name in history::names() {
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+        reading.spawn(async move { api.get_opt(&name).await });
+    }
+    let mut entries = Vec::new();
+    for object in reading.join_all().await {
+        let data = object?.and_then(|object| object.data).unwrap_or_default();
+        entries.extend(
+            data.get(history::ENTRIES)
+                .into_iter()
+                .flat_map(|text| history::entries(text)),
+        );
+    }
+    Ok(entries)
 }
 
 /// What was read of other load balancers, and of kube-proxy.

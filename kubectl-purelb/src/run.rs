@@ -14,7 +14,7 @@ use crate::cluster::{Cluster, NAMESPACE};
 use crate::import;
 use crate::read::{self, Wanted};
 use crate::render::{Format, Ink, Report, render};
-use crate::verb::{self, bgp, check, drain, events, explain, nodes, pin, pools, status, version, vips};
+use crate::verb::{self, bgp, check, drain, events, explain, history, nodes, pin, pools, status, version, vips};
 use crate::view::View;
 
 /// How often `--watch` and `--wait` look.
@@ -122,6 +122,7 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
 const fn wanted(verb: &Verb) -> Wanted {
     Wanted {
         events: matches!(verb, Verb::Events { .. } | Verb::Explain { .. }),
+        history: matches!(verb, Verb::History { .. }),
         others: matches!(verb, Verb::Check { .. } | Verb::Status { .. }),
     }
 }
@@ -201,6 +202,10 @@ fn look(cli: &Cli, cluster: &Cluster, namespace: &str) -> Result<(String, Outcom
         Verb::Events { what, since } => {
             let seconds = since.map(|since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
             well(show.it(&events::events(&view, what.as_deref(), namespace, seconds)?)?)
+        }
+        Verb::History { what, since } => {
+            let seconds = since.map(|since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+            well(show.it(&history::history(&view, what.as_deref(), namespace, seconds))?)
         }
         Verb::Pin { all_namespaces } => {
             let namespace = (!all_namespaces).then_some(namespace);

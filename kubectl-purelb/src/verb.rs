@@ -5,6 +5,7 @@ pub mod check;
 pub mod drain;
 pub mod events;
 pub mod explain;
+pub mod history;
 pub mod import;
 pub mod nodes;
 pub mod pin;

@@ -15,7 +15,7 @@ use kubectl_purelb::cluster::{Cluster, Other, Proxy, Unasked};
 use kubectl_purelb::finding::{CODES, findings};
 use kubectl_purelb::read::Files;
 use kubectl_purelb::render::{Format, Ink, Report, render};
-use kubectl_purelb::verb::{bgp, check, events, explain, nodes, pin, pools, status, version, vips};
+use kubectl_purelb::verb::{bgp, check, events, explain, history, nodes, pin, pools, status, version, vips};
 use kubectl_purelb::view::View;
 use world::{NOW, healthy, with};
 
@@ -628,6 +628,50 @@ fn events_and_moves_stand_in_the_order_of_time() {
     assert_eq!(count(Some("10.0.0.1"), None), 1);
     assert_eq!(count(Some("10.0.0.10"), None), 0);
     assert_eq!(count(Some("other"), None), 0);
+}
+
+#[test]
+fn the_history_says_who_had_which_address_when() {
+    let mut cluster = healthy();
+    let text_ = [
+        r#"{"time":"2026-01-01T08:00:00Z","ip":"10.0.0.1","what":"given","service":"shop/old","group":"default","noticed":true}"#,
+        r#"{"time":"2026-01-01T10:00:00Z","ip":"10.0.0.1","what":"taken","service":"shop/old"}"#,
+        r#"{"time":"2026-01-01T11:00:00Z","ip":"10.0.0.1","what":"given","service":"default/web","group":"default"}"#,
+        r#"{"time":"2026-01-01T09:00:00Z","ip":"10.0.0.1","what":"moved","from":"a","to":"c","cause":"departed"}"#,
+        r#"{"time":"2026-01-01T09:30:00Z","ip":"10.0.0.2","what":"taken","service":"shop/other","noticed":true}"#,
+    ];
+    cluster.history = allocator::history::entries(&text_.join("\n")).collect();
+    let view = View::of(&cluster);
+    let shown = |word: Option<&str>, seconds| text(&history::history(&view, word, "default", seconds));
+    assert_eq!(
+        shown(Some("10.0.0.1"), None),
+        "ADDRESS   SERVICE      FROM                               UNTIL
+10.0.0.1  shop/old     2026-01-01 08:00:00 at the latest  2026-01-01 10:00:00
+10.0.0.1  default/web  2026-01-01 11:00:00                now
+
+TIME                 ADDRESS   WHAT   SERVICE      HOW
+2026-01-01 08:00:00  10.0.0.1  given  shop/old     from default, noticed at a start of the allocator
+2026-01-01 09:00:00  10.0.0.1  moved  shop/old     a → c, departed
+2026-01-01 10:00:00  10.0.0.1  taken  shop/old
+2026-01-01 11:00:00  10.0.0.1  given  default/web  from default
+2026-01-01 11:58:50  10.0.0.1  moved  default/web  c → a, silent, 101 ms away
+
+remembered since 2026-01-01 08:00:00, UTC
+"
+    );
+    let of_web = shown(Some("web"), None);
+    assert!(
+        !of_web.contains("shop/old") && of_web.contains("c → a, silent"),
+        "{of_web}"
+    );
+    assert!(shown(Some("shop/other"), None).contains("before  2026-01-01 09:30:00"));
+    assert!(!shown(None, Some(1_800)).contains("given"));
+    assert!(shown(Some("shop/nobody"), None).starts_with("nothing is remembered of it"));
+    // Where nothing is kept, what the cluster says now is shown.
+    let cluster = healthy();
+    let view = View::of(&cluster);
+    let shown = text(&history::history(&view, Some("10.0.0.1"), "default", None));
+    assert!(shown.contains("10.0.0.1  default/web  before  now"), "{shown}");
 }
 
 #[test]

@@ -33,6 +33,9 @@ impl Controller {
         let changes = self.lbnodes.apply(event);
         for (name, report) in changes {
             self.note_node(&name, report.as_ref());
+            if let Some(report) = &report {
+                self.note_moves(&name, report);
+            }
             let ledger = &self.ledger;
             let touched = match report {
                 Some(report) => self.nodes.hear(&name, report, |ip| ledger.holders_of(ip) > 0),

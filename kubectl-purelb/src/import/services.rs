@@ -37,7 +37,10 @@ pub(super) fn annotate(
         match serde_json::from_value(object.clone()) {
             Ok(service) if is_load_balancer(&service) => services.push(service),
             Ok(_) => {}
-            Err(error) => draft.remark(super::called(object), format!("it is left out, since it does not read: {error}")),
+            Err(error) => draft.remark(
+                super::called(object),
+                format!("it is left out, since it does not read: {error}"),
+            ),
         }
     }
     let users = users(&services);
