@@ -316,6 +316,29 @@ async fn healthy(lab: &Lab) -> Result<()> {
         Ok(())
     })
     .await?;
+    // The move is remembered by the allocator as well, when the node has forgotten it.
+    wait_until("the move is kept", SOON, async || {
+        let kept = lab
+            .kubectl([
+                "get",
+                "configmap",
+                "-n",
+                "purelb",
+                "purelb-history-moved-0",
+                "-o",
+                "yaml",
+            ])
+            .await?;
+        ensure!(kept.contains(&format!("\"to\":\"{standby}\"")), "{kept}");
+        Ok(())
+    })
+    .await?;
+    says(
+        lab,
+        &["history", &vip],
+        &["given", "default/web", "from default", &format!("{owner} → {standby}")],
+    )
+    .await?;
     // The others go, too, but not the last one, unless that is insisted on.
     says(lab, &["drain", standby], &[]).await?;
     let last = lab
@@ -353,7 +376,9 @@ async fn readers(lab: &Lab) -> Result<()> {
         "--serviceaccount=default:reader",
     ];
     lab.kubectl(bind).await?;
-    for verb in ["status", "check", "vips", "events", "nodes", "pools", "version"] {
+    for verb in [
+        "status", "check", "vips", "events", "history", "nodes", "pools", "version",
+    ] {
         wait_until(&format!("a reader may {verb}"), SOON, async || {
             let output = lab.purelb([verb, "--kubeconfig", &kubeconfig]).await?.success()?;
             ensure!(!output.contains("not asked"), "{output}");

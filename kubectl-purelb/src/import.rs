@@ -298,17 +298,24 @@ fn name(draft: &mut Draft, known: &Known) {
             ),
         );
     }
-    let has_default = draft.pools.iter().any(|pool| pool.group == DEFAULT)
-        || known
-            .groups
-            .iter()
-            .any(|group| group.metadata.name.as_deref() == Some(DEFAULT));
+    let has_default = draft.pools.iter().any(|pool| pool.group == DEFAULT);
     let first = draft
         .pools
         .iter_mut()
         .filter(|pool| !is_closed(pool))
         .min_by_key(|pool| (pool.priority, pool.group.clone()));
-    if let Some(first) = first.filter(|_| !has_default) {
+    // Where there is a group of that name, it is another one, unless it has addresses of this pool: then this was imported before.
+    let has_other = |first: &Pool| {
+        let named = known
+            .groups
+            .iter()
+            .find(|group| group.metadata.name.as_deref() == Some(DEFAULT));
+        named.and_then(|group| group.spec.parse().ok()).is_some_and(|group| {
+            let overlaps = |written: &Written| group.pools().iter().any(|pool| pool.range.overlaps(&written.range));
+            !first.ranges.iter().any(overlaps)
+        })
+    };
+    if let Some(first) = first.filter(|first| !has_default && !has_other(first)) {
         let was = std::mem::replace(&mut first.group, DEFAULT.to_owned());
         let origin = first.origin.clone();
         draft.remark(

@@ -646,6 +646,12 @@ fn two_load_balancers_have_names_beside_each_other_and_one_alone_may_be_asked_fo
             "default-2 local: 10.0.2.1-10.0.2.9 in 10.0.0.0/16"
         ]
     );
+    // A group of ours that is called default already stays what it is.
+    let ours = "---\napiVersion: purelb.io/v2\nkind: ServiceGroup\nmetadata: {name: default, namespace: purelb}\nspec: {local: {v4pool: {pool: 10.0.9.1, subnet: 10.0.0.0/16}}}\n";
+    assert_eq!(
+        groups(&of(&(pool("a", "{addresses: [10.0.1.1-10.0.1.9]}") + ours))),
+        ["a local: 10.0.1.1-10.0.1.9 in 10.0.0.0/16"]
+    );
     let one = Options {
         peers: vec![kubectl_purelb::import::Peer::KubeVip],
         ..options()
@@ -699,6 +705,8 @@ fn what_is_printed_is_read_again_and_what_is_there_already_is_no_difference() {
     );
     let mut after = objects(&yaml);
     after.extend(there);
+    // Imported again it is the same.
+    let result = imported(&import(&after, &options()));
     let shown = render(&difference(&result, &after[..3]), Format::Table, Ink::default()).unwrap();
     assert_eq!(shown, "nothing would change\n");
 }
