@@ -1,6 +1,6 @@
 //! Who had which address when: what outlives events, which the API server keeps for an hour, and the allocator itself.
 //!
-//! It lies in ConfigMaps of the install namespace that the allocator alone writes, two rings of [`SEGMENTS`] objects each: one of
+//! It lies in `ConfigMap`s of the install namespace that the allocator alone writes, two rings of [`SEGMENTS`] objects each: one of
 //! addresses given and taken, one of their moves between nodes, so that what nodes say pushes out nothing but what nodes said. An
 //! object holds up to [`MOST_ENTRIES`] entries and [`MOST_BYTES`] bytes, one entry of JSON on a line; when it is full the oldest of
 //! its ring is written over. So three quarters of a ring are remembered at least. A write rewrites one object, and carries all that
@@ -214,11 +214,14 @@ impl Ring {
     }
 }
 
+/// A ring, and the place of an object in it.
+pub type Place = (usize, usize);
+
 /// An object to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Write {
     /// Its ring and its place there.
-    pub place: (usize, usize),
+    pub place: Place,
     /// What is to be in it; the version is that which it is written over, none where it is not there.
     pub saved: Saved,
 }
@@ -407,7 +410,7 @@ impl History {
     }
 
     /// Takes note of what became of a write: the version it made, or none where it failed and is to be tried again.
-    pub fn written(&mut self, (ring, place): (usize, usize), version: Option<String>) {
+    pub fn written(&mut self, (ring, place): Place, version: Option<String>) {
         let ring = if ring == 0 { &mut self.given } else { &mut self.moved };
         if let Some(segment) = ring.segments.get_mut(place) {
             match version {

@@ -33,7 +33,7 @@ const DEFAULT: &str = "default";
 /// A load balancer whose objects are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Peer {
-    /// MetalLB: its custom resources, and the ConfigMap of releases up to 0.12
+    /// MetalLB: its custom resources, and the configuration of releases up to 0.12
     Metallb,
     /// kube-vip and its cloud provider
     KubeVip,
@@ -280,15 +280,11 @@ fn name(draft: &mut Draft, known: &Known) {
         .iter_mut()
         .find(|pool| pool.group == DEFAULT && is_closed(pool))
     {
-        pool.group = (1..)
-            .map(|number| {
-                format!(
-                    "{DEFAULT}-pool{}",
-                    if number == 1 { String::new() } else { number.to_string() }
-                )
-            })
-            .find(|name| !taken.contains(name))
-            .unwrap_or_default();
+        let mut group = format!("{DEFAULT}-pool");
+        while !taken.insert(group.clone()) {
+            group.push('x');
+        }
+        pool.group = group;
         let (origin, group) = (pool.origin.clone(), pool.group.clone());
         draft.remark(
             origin,
@@ -631,7 +627,7 @@ fn without_buggy(origin: &str, ranges: Vec<Written>, draft: &mut Draft) -> Vec<W
         } else {
             let before = kept.len();
             for block in (first >> 8)..=(last >> 8) {
-                let (from, to) = (first.max((block << 8) | 1), last.min((block << 8) | 254));
+                let (from, to) = (first.max((block << 8) | 1), last.min((block << 8) | 0xfe));
                 if let (Some(from), Some(to)) = (address(Family::V4, from), address(Family::V4, to))
                     && from <= to
                     && let Ok(range) = format!("{from}-{to}").parse()

@@ -52,7 +52,8 @@ fn groups(import: &Import) -> Vec<String> {
             ranges.join(", ")
         );
         if let Some(namespaces) = &spec.namespaces {
-            line += &format!(" for {}", namespaces.join(", "));
+            line.push_str(" for ");
+            line.push_str(&namespaces.join(", "));
         }
         if spec.enforce_namespaces == Some(true) {
             line += " alone";

@@ -15,7 +15,7 @@ use kube::{Client, Resource};
 use serde_json::json;
 
 use super::{Controller, Input};
-use crate::history::{ENTRIES, NUMBER, Saved, Write, name, names};
+use crate::history::{ENTRIES, NUMBER, Place, Saved, Write, name, names};
 use crate::nodes::Report;
 
 /// How long news are gathered before they are written.
@@ -30,7 +30,7 @@ pub(super) enum Answer {
     /// They were not: with why.
     NotRead(WriteError),
     /// These were written, each with its version or why not.
-    Written(Vec<((usize, usize), Result<Option<String>, WriteError>)>),
+    Written(Vec<(Place, Result<Option<String>, WriteError>)>),
     /// It is time to write.
     Due,
     /// It is time to read.
@@ -100,7 +100,7 @@ impl Controller {
                     }
                     // Another allocator wrote it, or somebody deleted it: what is there counts, and what it lacks is noticed.
                     Some(error) if matches!(error.code(), Some(404 | 409)) => {
-                        self.history_later(GATHERED, Answer::ReadAgain)
+                        self.history_later(GATHERED, Answer::ReadAgain);
                     }
                     Some(error) => {
                         self.say_history(&error);

