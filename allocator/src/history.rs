@@ -208,6 +208,7 @@ impl Ring {
             .segments
             .iter()
             .enumerate()
+            .rev()
             .max_by_key(|(_, segment)| (segment.number, segment.entries.len()));
         ring.current = current.map_or(0, |(place, _)| place);
         ring
@@ -651,7 +652,7 @@ mod tests {
         };
         assert!(history.know(vec![broken], at(0)), "nobody has it any more");
         let writes = history.unsaved();
-        assert_eq!(writes.len(), 1);
+        assert_eq!((writes.len(), writes[0].place), (1, (0, 0)));
         assert_eq!(history.unsaved(), []);
         history.written(writes[0].place, None);
         assert_eq!(history.unsaved(), writes);

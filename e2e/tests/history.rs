@@ -148,13 +148,13 @@ fn who_had_an_address_is_kept_over_restarts_and_costs_few_writes() -> Result<()>
             format!("{refused:#}").contains("only the allocator writes"),
             "{refused:#}"
         );
-        let create = ["create", "configmap", "-n", "purelb"];
+        let configmap = ["create", "configmap", "-n", "purelb"];
         let kubeconfig = lab.service_account_kubeconfig("purelb", "allocator").await?;
         let as_allocator = ["--kubeconfig", &kubeconfig, "by-the-allocator"];
-        let refused = lab.kubectl(create.into_iter().chain(as_allocator)).await;
+        let refused = lab.kubectl(configmap.into_iter().chain(as_allocator)).await;
         let refused = refused.err().context("the allocator may write any ConfigMap")?;
         ensure!(format!("{refused:#}").contains("of its history only"), "{refused:#}");
-        lab.kubectl(create.into_iter().chain(["others"])).await?;
+        lab.kubectl(configmap.into_iter().chain(["others"])).await?;
         // Deleted, it begins anew with what there is.
         lab.kubectl(["delete", "configmap", "-n", "purelb", "-l", "app=purelb"])
             .await?;

@@ -316,29 +316,7 @@ async fn healthy(lab: &Lab) -> Result<()> {
         Ok(())
     })
     .await?;
-    // The move is remembered by the allocator as well, when the node has forgotten it.
-    wait_until("the move is kept", SOON, async || {
-        let kept = lab
-            .kubectl([
-                "get",
-                "configmap",
-                "-n",
-                "purelb",
-                "purelb-history-moved-0",
-                "-o",
-                "yaml",
-            ])
-            .await?;
-        ensure!(kept.contains(&format!("\"to\":\"{standby}\"")), "{kept}");
-        Ok(())
-    })
-    .await?;
-    says(
-        lab,
-        &["history", &vip],
-        &["given", "default/web", "from default", &format!("{owner} → {standby}")],
-    )
-    .await?;
+    remembered(lab, &vip, owner, standby).await?;
     // The others go, too, but not the last one, unless that is insisted on.
     says(lab, &["drain", standby], &[]).await?;
     let last = lab
@@ -355,6 +333,28 @@ async fn healthy(lab: &Lab) -> Result<()> {
         says(lab, &["undrain", node], &["is in use again"]).await?;
     }
     is_well(lab).await
+}
+
+/// The allocator remembers a move as well, for longer than its node does.
+async fn remembered(lab: &Lab, vip: &str, from: &str, to: &str) -> Result<()> {
+    let get = [
+        "get",
+        "configmap",
+        "-n",
+        "purelb",
+        "purelb-history-moved-0",
+        "-o",
+        "yaml",
+    ];
+    wait_until("the move is kept", SOON, async || {
+        let kept = lab.kubectl(get).await?;
+        ensure!(kept.contains(&format!("\"to\":\"{to}\"")), "{kept}");
+        Ok(())
+    })
+    .await?;
+    let parts = ["given", "default/web", "from default", &format!("{from} → {to}")];
+    says(lab, &["history", vip], &parts).await?;
+    Ok(())
 }
 
 /// Whoever has the rights of the sample role may ask all there is to ask, and whoever has none is told so.
