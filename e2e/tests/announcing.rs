@@ -81,6 +81,24 @@ fn with_services(test: impl AsyncFnOnce(&Lab, Product) -> Result<()> + Send) -> 
         for vip in [V4, V6] {
             answers(&lab, "client", vip).await?;
         }
+        // The API server may be cut off with the owner: what it has to say by then has to be everywhere.
+        wait_until("the kube-proxy of each node knows three endpoints", SOON, async || {
+            for node in lab.nodes() {
+                for family in ["ip", "ip6"] {
+                    let rules = lab
+                        .exec(&node.ns, ["nft", "list", "table", family, "kube-proxy"])
+                        .await?;
+                    let chains = rules
+                        .lines()
+                        .filter(|line| line.trim_start().starts_with("chain endpoint-"));
+                    let count = chains.filter(|line| line.contains("web/local/tcp/http")).count();
+                    ensure!(count == 3, "{}, {family}: {count}", node.ns);
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         test(&lab, product).await
     })
 }

@@ -190,7 +190,11 @@ pub async fn label(client: &Client, node: &str, key: &str, is_set: bool) -> Resu
     let nodes: Api<Node> = Api::all(client.clone());
     let value = is_set.then_some("");
     let patch = Patch::Merge(serde_json::json!({"metadata": {"labels": {key: value}}}));
-    let patched = nodes.patch_metadata(node, &PatchParams::default(), &patch).await;
+    let signed = PatchParams {
+        field_manager: Some("kubectl-purelb".to_owned()),
+        ..PatchParams::default()
+    };
+    let patched = nodes.patch_metadata(node, &signed, &patch).await;
     patched.with_context(|| format!("the label {key} of Node {node}"))?;
     Ok(())
 }

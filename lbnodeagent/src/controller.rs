@@ -39,7 +39,7 @@ use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
 use crate::greeting::{self, Held};
 use crate::handover::Handover;
-use crate::isolation::{self, Evidence, Isolation};
+use crate::isolation::{self, Evidence, Isolation, Stand};
 use crate::kernel::{Change, DummyKind, Kernel, KernelError, Snapshot, VipAddress, difference, refresh_in};
 use crate::known::{Addresses, Known};
 use crate::lbnode::{self, Memory};
@@ -931,9 +931,9 @@ impl<'a> Agent<'a> {
             let evidence = self.evidence(family, living);
             is_alone |= evidence.is_alone();
             match self.isolation.judge(now, family, evidence) {
-                Ok(()) => _ = let_go.insert(family),
-                Err(Some(look_again)) => self.wake_in(look_again),
-                Err(None) => {}
+                Stand::LetGo => _ = let_go.insert(family),
+                Stand::HoldFor(left) => self.wake_in(left),
+                Stand::Hold => {}
             }
         }
         self.is_alone
@@ -960,7 +960,8 @@ impl<'a> Agent<'a> {
                 && (is_of_gossip || peers.values().any(has_address) || self.watching.keys().any(is_watched)),
             is_of_gossip,
             is_heard: (is_of_gossip && living.len() > 1 && !self.ear.is_deaf())
-                || heard.any(|(_, verdict)| verdict.is_heard())
+                // An answer to ARP anybody can give: that a kernel gives it says that the wire is whole, and not whose.
+                || heard.any(|(_, verdict)| *verdict == standby::Verdict::Agent)
                 || self.asked_in.contains(&family),
             is_api_reachable: self.is_api_reachable && api.is_none_or(|api| Family::of(api) == family),
         }

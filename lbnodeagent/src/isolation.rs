@@ -49,9 +49,20 @@ pub struct Isolation {
     heard: BTreeSet<Family>,
 }
 
+/// What becomes of a node's local VIPs of a family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stand {
+    /// They stay.
+    Hold,
+    /// They stay, unless the node is still cut off after this time.
+    HoldFor(Duration),
+    /// The node lets go of them.
+    LetGo,
+}
+
 impl Isolation {
     /// Whether the local VIPs of a family are to be let go of, and if not when to look again.
-    pub fn judge(&mut self, now: Duration, family: Family, evidence: Evidence) -> Result<(), Option<Duration>> {
+    pub fn judge(&mut self, now: Duration, family: Family, evidence: Evidence) -> Stand {
         if evidence.is_heard {
             self.heard.insert(family);
         }
@@ -59,12 +70,12 @@ impl Isolation {
         let is_expected = evidence.is_of_gossip || self.heard.contains(&family);
         if !evidence.is_alone() || evidence.is_api_reachable || !is_expected {
             self.since.remove(&family);
-            return Err(None);
+            return Stand::Hold;
         }
         let since = *self.since.entry(family).or_insert(now);
         match (since + PATIENCE).checked_sub(now) {
-            Some(left) if !left.is_zero() => Err(Some(left)),
-            _ => Ok(()),
+            Some(left) if !left.is_zero() => Stand::HoldFor(left),
+            _ => Stand::LetGo,
         }
     }
 }
@@ -126,9 +137,9 @@ mod tests {
     fn a_node_lets_go_when_both_members_and_api_server_are_gone_for_long_enough() {
         let second = Duration::from_secs(1);
         for (name, is_heard, api, expected) in [
-            ("members", true, false, Err(None)),
-            ("the API server", false, true, Err(None)),
-            ("neither", false, false, Ok(())),
+            ("members", true, false, Stand::Hold),
+            ("the API server", false, true, Stand::Hold),
+            ("neither", false, false, Stand::LetGo),
         ] {
             let mut isolation = Isolation::default();
             let _ = isolation.judge(second, Family::V4, evidence(is_heard, api));
@@ -159,7 +170,7 @@ mod tests {
                 isolation.judge(now, Family::V4, evidence(v4, false)),
                 isolation.judge(now, Family::V6, of_v6(v6)),
             ];
-            judged.map(|judged| judged.is_ok())
+            judged.map(|judged| judged == Stand::LetGo)
         };
         assert_eq!(judge(second, false, false), [false, false]);
         assert_eq!(
@@ -178,9 +189,12 @@ mod tests {
         let second = Duration::from_secs(1);
         let mut isolation = Isolation::default();
         let mut judge = |now, api| isolation.judge(now, Family::V4, evidence(false, api));
-        assert_eq!(judge(second, false), Err(Some(PATIENCE)));
-        assert_eq!(judge(2 * second, false), Err(Some(PATIENCE.saturating_sub(second))));
-        assert_eq!(judge(3 * second, true), Err(None));
-        assert_eq!(judge(second + PATIENCE, false), Err(Some(PATIENCE)));
+        assert_eq!(judge(second, false), Stand::HoldFor(PATIENCE));
+        assert_eq!(
+            judge(2 * second, false),
+            Stand::HoldFor(PATIENCE.saturating_sub(second))
+        );
+        assert_eq!(judge(3 * second, true), Stand::Hold);
+        assert_eq!(judge(second + PATIENCE, false), Stand::HoldFor(PATIENCE));
     }
 }

@@ -571,6 +571,10 @@ impl Watch {
             self.node_at = self.node_at.map(|_| now);
             self.called = None;
             self.next = now;
+            // Nor is it believed to be there before it answers: a node that is cut off would believe that of one after the other.
+            if before == Pace::OnCall && !self.is_half_silent {
+                self.verdict = Verdict::Unknown;
+            }
         }
         if before == Pace::OnCall && self.pace == Pace::Slow && is_heard {
             self.call(now, Duration::ZERO);

@@ -212,7 +212,12 @@ async fn restart(lab: &Lab, product: &mut Product, have: usize) -> Result<()> {
     agent.kill().await?;
     let begun = Instant::now();
     let again = lab.start_agent(&node).await?;
-    while !again.log().contains("ready") {
+    let is_ready = async || {
+        lab.get(&node, "http://127.0.0.1:7936/readyz")
+            .await
+            .is_ok_and(|answer| answer.status == 200)
+    };
+    while !is_ready().await {
         again.check()?;
         ensure!(begun.elapsed() < Duration::from_mins(2), "not ready again");
         tokio::time::sleep(Duration::from_millis(20)).await;

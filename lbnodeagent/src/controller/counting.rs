@@ -62,7 +62,14 @@ impl Agent<'_> {
             let (owner, link) = match verdict {
                 Verdict::Local(placed) => (&self.settings.node, Some(placed.address.link)),
                 Verdict::Other(owner) => (owner, None),
-                Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Unclear(_) | Verdict::Taken(..) => continue,
+                // While it is asked about, it is where it was: from there this node takes it over in the end.
+                Verdict::Unclear(_) => {
+                    if let Some(before) = owners_before.get(ip) {
+                        self.owners.insert(*ip, before.clone());
+                    }
+                    continue;
+                }
+                Verdict::Routed(_) | Verdict::Nobody(_) | Verdict::Taken(..) => continue,
             };
             self.owners.insert(*ip, owner.clone());
             // Of the time before this process the Service tells.

@@ -545,6 +545,24 @@ fn one_that_gossip_has_given_up_is_asked_now_and_then_and_missed_without_a_call(
 }
 
 #[test]
+fn one_that_is_watched_steadily_from_now_on_is_believed_when_it_answers_and_missed_as_soon_as_any() {
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.watch(Pace::Steady);
+    assert_eq!(on_call.verdict(V4), Verdict::Unknown);
+    on_call.run(5 * MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Agent);
+    let mut on_call = OnCall::new(Pace::OnCall);
+    on_call.set(&[V4, V6], (false, false));
+    on_call.watch(Pace::Steady);
+    on_call.run(99 * MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Unknown);
+    on_call.run(2 * MS);
+    assert_eq!(on_call.verdict(V4), Verdict::Silent);
+    let is_call = |(_, question): &&(Duration, Question)| matches!(question, Question::Call { .. });
+    assert_eq!(on_call.sent.iter().filter(is_call).count(), 1, "the others hear of it");
+}
+
+#[test]
 fn those_who_watch_a_node_call_it_missing_before_it_is_silent_to_them_and_once_more_when_it_is() {
     let mut pair = Pair::new();
     pair.run(Duration::from_secs(5), None);
