@@ -117,7 +117,7 @@ pub(crate) fn meta(bytes: &[u8]) {
     }
 }
 
-/// What a standby and an owner say to each other, over UDP.
+/// What nodes that watch each other say, over UDP.
 pub(crate) fn standby(bytes: &[u8]) {
     let keys = PacketKeys::new(&Keys::new(&[9; 16], [&KEY[..]]).unwrap());
     let own = PacketKeys::new(&Keys::new(&KEY, []).unwrap());
@@ -138,7 +138,7 @@ pub(crate) fn standby(bytes: &[u8]) {
         assert_eq!(bytes.len(), PACKET_LEN);
     }
     let read = Packet::decode(&signed, &keys);
-    assert_eq!(read.is_some(), body[0] == 1 && matches!(body[1], 1 | 2));
+    assert_eq!(read.is_some(), body[0] == 1 && matches!(body[1], 1..=3));
     // As long as it has to be: who may shorten a signature can guess it.
     let whole = [&body[..], &tag].concat();
     let others = (0..=whole.len()).filter(|length| *length != PACKET_LEN);
