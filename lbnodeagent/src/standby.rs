@@ -220,6 +220,8 @@ struct Watch {
     is_successor: bool,
     /// It is silent at another of its addresses.
     is_half_silent: bool,
+    /// It was heard before it was watched steadily.
+    was_heard: bool,
     /// When it was called missing, until it has answered or was judged.
     called: Option<Duration>,
     /// How long it had been silent then to the one who called.
@@ -540,6 +542,7 @@ impl Watch {
             pace: Pace::Steady,
             is_successor: false,
             is_half_silent: false,
+            was_heard: false,
             called: None,
             called_after: Duration::ZERO,
             disproved: None,
@@ -573,7 +576,8 @@ impl Watch {
             self.next = now;
             // Nor is it believed to be there before it answers: a node that is cut off would believe that of one after the other.
             if before == Pace::OnCall && !self.is_half_silent {
-                self.verdict = Verdict::Unknown;
+                self.forget(now);
+                self.was_heard = true;
             }
         }
         if before == Pace::OnCall && self.pace == Pace::Slow && is_heard {
@@ -584,6 +588,7 @@ impl Watch {
     /// What is known of it is over.
     fn forget(&mut self, now: Duration) {
         self.verdict = Verdict::Unknown;
+        self.was_heard = false;
         self.began = now;
         self.next = now;
         self.agent_at = None;
@@ -701,7 +706,7 @@ impl Watch {
             _ if agent && self.agent_at.is_some() => Verdict::Agent,
             _ if agent => Verdict::Unknown,
             _ if node && self.node_at.is_some() => Verdict::Node,
-            _ if self.node_at.is_some() => {
+            _ if self.node_at.is_some() || self.was_heard => {
                 self.silent_since = self.node_at.max(self.agent_at).unwrap_or(self.began);
                 Verdict::Silent
             }
