@@ -56,6 +56,23 @@ spec:
   - {name: udp, protocol: UDP, port: 80, targetPort: 80}
 ";
 
+/// Pods of a web server, wherever there is room, with the label `app: web`.
+pub fn web(namespace: &str, replicas: u8) -> String {
+    format!(
+        "
+apiVersion: apps/v1
+kind: Deployment
+metadata: {{name: web, namespace: {namespace}}}
+spec:
+  replicas: {replicas}
+  selector: {{matchLabels: {{app: web}}}}
+  template:
+    metadata: {{labels: {{app: web}}}}
+    spec: {{containers: [{{name: web, image: web}}]}}
+"
+    )
+}
+
 /// The product with its one Service, announced by w11.
 #[derive(Clone)]
 #[expect(missing_debug_implementations, reason = "a lab has none")]

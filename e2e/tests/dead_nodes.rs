@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, Probe, Process, Protocol, ProxyMode, Report, scene::VIP, stays, wait_until};
+use e2e::{Lab, Options, Probe, Process, Protocol, ProxyMode, Report, scene, scene::VIP, stays, wait_until};
 use futures::future::join_all;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
@@ -28,16 +28,6 @@ metadata: {name: segment, namespace: purelb}
 spec:
   local:
     v4pool: {subnet: 10.31.0.0/16, pool: 10.31.188.64-10.31.188.126}
----
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web, namespace: default}
-spec:
-  replicas: 3
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec: {containers: [{name: web, image: web}]}
 ---
 apiVersion: v1
 kind: Service
@@ -100,7 +90,7 @@ fn bypassed(proxy: ProxyMode) -> Result<()> {
         lab.install().await?;
         let _allocator = lab.start_allocator().await?;
         let agents = start_agents(&lab, "false").await?;
-        lab.apply(OBJECTS).await?;
+        lab.apply(&format!("{}---{OBJECTS}", scene::web("default", 3))).await?;
         lab.ready_pods("default", "app=web", 3).await?;
         settled(&lab).await?;
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, wait_until};
+use e2e::{Lab, Options, scene, wait_until};
 use serde_json::{Value, json};
 
 /// Far more than anything here takes: the machine may be busy.
@@ -46,16 +46,6 @@ spec: {myASN: 64512, peerASN: 64513, peerAddress: 10.31.254.251}
 ";
 
 const SERVICES: &str = "
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web, namespace: web}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec: {containers: [{name: web, image: web}]}
----
 apiVersion: v1
 kind: Service
 metadata: {name: any, namespace: web, annotations: {metallb.io/ip-allocated-from-pool: first}}
@@ -129,7 +119,7 @@ fn a_cluster_of_metallb_is_imported_and_every_service_keeps_its_address() -> Res
         );
         lab.apply(&KINDS.map(definition).concat()).await?;
         wait_until("MetalLB's kinds are served", SOON, async || lab.apply(OBJECTS).await).await?;
-        lab.apply(SERVICES).await?;
+        lab.apply(&format!("{}---{SERVICES}", scene::web("web", 2))).await?;
         for (service, ip, _) in KEPT.into_iter().chain([("fixed", "10.31.188.72", 80)]) {
             let status = json!({"loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]}});
             lab.patch_status("service", "web", service, status).await?;

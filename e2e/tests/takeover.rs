@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, ROOT, wait_until};
+use e2e::{Lab, Options, ROOT, scene, wait_until};
 use serde_json::{Value, json};
 
 /// Far more than anything here takes: the machine may be busy.
@@ -15,18 +15,6 @@ const SOON: Duration = Duration::from_mins(1);
 const LOCAL: &str = "10.31.188.65";
 const ROUTED: &str = "10.189.0.7";
 const OTHERS: &str = "10.31.188.64";
-
-const BACKENDS: &str = "
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: web, namespace: web}
-spec:
-  replicas: 2
-  selector: {matchLabels: {app: web}}
-  template:
-    metadata: {labels: {app: web}}
-    spec: {containers: [{name: web, image: web}]}
-";
 
 #[test]
 fn a_cluster_of_v0_6_is_taken_over_and_keeps_its_addresses() -> Result<()> {
@@ -45,7 +33,7 @@ fn taken_over(release: &str, options: &[&str]) -> Result<()> {
         let others = leave_behind(&lab, release, options)
             .await
             .context("as PureLB leaves it")?;
-        lab.apply(BACKENDS).await?;
+        lab.apply(&scene::web("web", 2)).await?;
         lab.ready_pods("web", "app=web", 2).await?;
 
         lab.install().await.context("one apply")?;
@@ -170,7 +158,7 @@ fn a_cluster_of_metallb_is_taken_over_as_the_docs_say() -> Result<()> {
             let status = json!({"loadBalancer": {"ingress": [{"ip": ip, "ipMode": "VIP"}]}});
             lab.patch_status("service", "web", service, status).await?;
         }
-        lab.apply(BACKENDS).await?;
+        lab.apply(&scene::web("web", 2)).await?;
         lab.ready_pods("web", "app=web", 2).await?;
 
         // The command of the page, with what it prints given to a shell.

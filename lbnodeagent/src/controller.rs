@@ -300,6 +300,8 @@ struct Basis {
     candidates: BTreeMap<String, Candidate>,
     let_go: BTreeSet<Family>,
     reserved: BTreeMap<IpAddr, User>,
+    /// Whom this node watches whatever VIPs there are.
+    rounds: Assignment,
 }
 
 /// An address that this node announces.
@@ -348,9 +350,8 @@ struct Agent<'a> {
     heard: Verdicts,
     /// Whom gossip hears and it does not.
     closed: Closed,
-    /// Whom VIPs make this node look to, whom it watches whatever VIPs there are, and both.
+    /// Whom VIPs make this node look to, and with its rounds all that it watches.
     watches: Watches,
-    rounds: Assignment,
     watching: Assignment,
     /// Whom it tells when somebody is missing.
     told_when_missing: Vec<IpAddr>,
@@ -464,7 +465,6 @@ impl<'a> Agent<'a> {
             heard: Verdicts::new(),
             closed: Closed::default(),
             watches: Watches::new(),
-            rounds: Assignment::new(),
             watching: Assignment::new(),
             told_when_missing: Vec::new(),
             asked_in: BTreeSet::new(),
@@ -724,8 +724,10 @@ impl<'a> Agent<'a> {
             candidates,
             let_go,
             reserved,
+            rounds: Assignment::new(),
         };
-        self.make_rounds(&basis, living);
+        basis.rounds = self.rounds(&basis, living);
+        self.tell_when_missing(living);
         self.carry_out(began, living, &basis, &Scope::All).await;
         self.say(living, &basis.kernel, Some(&basis.config));
         // Last: where this node is new, it holds its addresses before the others let go of them.
@@ -778,7 +780,7 @@ impl<'a> Agent<'a> {
             Scope::Vips(vips) => plan::decide(&picture, vips.iter().copied()),
         };
         self.ask(&plan, basis, scope);
-        self.watch(&plan, scope);
+        self.watch(&plan, &basis.rounds, scope);
         let takeovers = self.takeovers(&plan, candidates, scope);
         let mut desired = plan.addresses();
         self.linger(&plan, snapshot, &mut desired, scope);
@@ -825,7 +827,7 @@ impl<'a> Agent<'a> {
     }
 
     /// Has those watched that this node would take over from.
-    fn watch(&mut self, plan: &Plan, scope: &Scope) {
+    fn watch(&mut self, plan: &Plan, rounds: &Assignment, scope: &Scope) {
         let mut watches = plan.watches.clone();
         match scope {
             Scope::All => {
@@ -845,29 +847,33 @@ impl<'a> Agent<'a> {
             return;
         }
         self.watches = watches;
-        let watching = rounds::extend(&self.rounds, &self.watches);
+        let watching = rounds::extend(rounds, &self.watches);
         if self.watching != watching {
             self.watching.clone_from(&watching);
             self.links.watcher.watch(watching);
         }
     }
 
-    /// Works out whom this node watches whatever VIPs there are, and whom it tells when somebody is missing.
-    fn make_rounds(&mut self, basis: &Basis, living: &Living) {
+    /// Whom this node watches whatever VIPs there are.
+    fn rounds(&self, basis: &Basis, living: &Living) -> Assignment {
         let offered = plan::offered(&basis.kernel, &basis.config);
         let subnets = offered.iter().filter_map(|(name, nets)| {
             let link = basis.kernel.link_named(name)?.index;
             Some(nets.iter().map(move |net| (link, *net)))
         });
         let subnets: Vec<_> = subnets.flatten().collect();
-        self.rounds = rounds::assign(&rounds::Nodes {
+        rounds::assign(&rounds::Nodes {
             this: &self.settings.node,
             subnets: &subnets,
             candidates: &basis.candidates,
             living,
             heard: &self.heard,
             kernel: &basis.kernel,
-        });
+        })
+    }
+
+    /// Has the watch know whom to tell when somebody is missing.
+    fn tell_when_missing(&mut self, living: &Living) {
         let others = living.values().filter(|member| member.name != self.settings.node);
         let others: Vec<IpAddr> = others.map(|member| member.addr.ip()).collect();
         if self.told_when_missing != others {

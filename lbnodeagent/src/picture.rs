@@ -16,8 +16,8 @@ use crds::{Announce, LBNodeAgent, ServiceGroup, ServiceKey, annotations};
 use daemon::{Change, Keep, Mirror, Selection};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::ResourceExt;
 use kube::runtime::watcher;
+use kube::{Resource, ResourceExt};
 use smol_str::SmolStr;
 
 use crate::members::Peers;
@@ -113,6 +113,24 @@ pub struct Ended {
     pub nodes: Vec<SmolStr>,
     /// The Services.
     pub services: Vec<ServiceKey>,
+}
+
+/// Takes in an event of a kind of which there are few, and says whether it changed what the objects' authors say. A status, which the
+/// allocator writes while Services and nodes come and go, changes nothing.
+fn is_news<K, Spec>(mirror: &mut Mirror<K>, event: watcher::Event<K>, spec: fn(&K) -> &Spec) -> bool
+where
+    K: Resource<DynamicType = ()>,
+    Spec: Clone + PartialEq,
+{
+    let read = |mirror: &Mirror<K>| -> Vec<_> {
+        let objects = mirror.objects().iter();
+        objects
+            .map(|(key, object)| (key.clone(), object.meta().uid.clone(), spec(object).clone()))
+            .collect()
+    };
+    let before = read(mirror);
+    let changes = mirror.apply(event);
+    before != read(mirror) || changes.iter().any(|change| matches!(change, Change::Ready))
 }
 
 impl Cluster {
@@ -284,28 +302,16 @@ impl Cluster {
                 }
             }
             Seen::Group(event) => {
-                let changes = self.groups.apply(event);
-                let groups = self.groups.objects().values();
-                let valid = groups
-                    .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
-                    .collect();
-                // Its status, which the allocator writes while Services come and go, is no change of a group.
-                if self.valid_groups != valid || changes.iter().any(|change| matches!(change, Change::Ready)) {
-                    self.valid_groups = valid;
+                if is_news(&mut self.groups, event, |group| &group.spec) {
+                    let groups = self.groups.objects().values();
+                    self.valid_groups = groups
+                        .filter_map(|g| Some((g.name_any(), g.spec.parse().ok()?)))
+                        .collect();
                     self.touched = Scope::All;
                 }
             }
             Seen::Agent(event) => {
-                // Nor is theirs one of an LBNodeAgent.
-                let read = |agents: &Mirror<LBNodeAgent>| -> Vec<_> {
-                    let agents = agents.objects().iter();
-                    agents
-                        .map(|(key, agent)| (key.clone(), agent.metadata.uid.clone(), agent.spec.clone()))
-                        .collect()
-                };
-                let before = read(&self.agents);
-                let changes = self.agents.apply(event);
-                if before != read(&self.agents) || changes.iter().any(|change| matches!(change, Change::Ready)) {
+                if is_news(&mut self.agents, event, |agent| &agent.spec) {
                     self.touched = Scope::All;
                 }
             }

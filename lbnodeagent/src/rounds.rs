@@ -5,6 +5,7 @@
 //! before it in the ring of all. All others are there when somebody is called missing. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -42,58 +43,16 @@ pub fn assign(nodes: &Nodes<'_>) -> Assignment {
     let mut all = Assignment::new();
     for (link, subnet) in nodes.subnets {
         let own = subnet.addr();
-        let mates: BTreeMap<&str, Watched> = nodes
-            .others()
-            .filter_map(|(name, candidate)| {
-                let address = candidate.address_near(own).filter(|address| subnet.contains(address))?;
-                let node = name.to_owned();
-                Some((
-                    name,
-                    Watched {
-                        node,
-                        link: *link,
-                        address,
-                    },
-                ))
-            })
-            .collect();
-        let next = nodes.next(&mates);
-        for (name, watched) in mates {
-            let Some(candidate) = nodes.candidates.get(name) else {
-                continue;
-            };
-            let watching = Watching {
-                inquiry: candidate.inquiry(nodes.kernel, watched.link, watched.address, watched.address),
-                pace: pace(candidate, next.contains(name)),
-                is_successor: false,
-            };
-            all.insert(watched, watching);
-        }
+        let near = nodes.ring(*link, |_, candidate| {
+            candidate.address_near(own).filter(|address| subnet.contains(address))
+        });
+        all.extend(nodes.watching(near, |_| true));
     }
     let near: BTreeSet<String> = all.keys().map(|watched| watched.node.clone()).collect();
     let lonely = nodes.lonely();
-    let at = |name: &str| {
-        let address = nodes.living.get(name)?.addr.ip();
-        let node = name.to_owned();
-        Some(Watched {
-            node,
-            link: ELSEWHERE,
-            address,
-        })
-    };
-    let far: BTreeMap<&str, Watched> = nodes.others().filter_map(|(name, _)| Some((name, at(name)?))).collect();
-    let next = nodes.next(&far);
-    for (name, watched) in far {
-        let Some(candidate) = nodes.candidates.get(name).filter(|_| !near.contains(name)) else {
-            continue;
-        };
-        let watching = Watching {
-            inquiry: None,
-            pace: pace(candidate, next.contains(name) && lonely.contains(name)),
-            is_successor: false,
-        };
-        all.insert(watched, watching);
-    }
+    let far = nodes.ring(ELSEWHERE, |name, _| Some(nodes.living.get(name)?.addr.ip()));
+    let far = nodes.watching(far, |name| lonely.contains(name));
+    all.extend(far.filter(|(watched, _)| !near.contains(&watched.node)));
     all
 }
 
@@ -125,6 +84,34 @@ impl<'a> Nodes<'a> {
     fn others(&self) -> impl Iterator<Item = (&'a str, &'a Candidate)> {
         let others = self.candidates.iter().filter(|(name, _)| *name != self.this);
         others.map(|(name, candidate)| (name.as_str(), candidate))
+    }
+
+    /// The others that have an address, by name, and where they are watched.
+    fn ring(&self, link: u32, address: impl Fn(&str, &Candidate) -> Option<IpAddr>) -> BTreeMap<&'a str, Watched> {
+        let others = self.others();
+        let ring = others.filter_map(|(name, candidate)| {
+            let (node, address) = (name.to_owned(), address(name, candidate)?);
+            Some((name, Watched { node, link, address }))
+        });
+        ring.collect()
+    }
+
+    /// How those of a ring are watched; steadily the next ones for which that may be.
+    fn watching(
+        &self,
+        ring: BTreeMap<&'a str, Watched>,
+        may_be_steady: impl Fn(&str) -> bool,
+    ) -> impl Iterator<Item = (Watched, Watching)> {
+        let next = self.next(&ring);
+        ring.into_iter().filter_map(move |(name, watched)| {
+            let candidate = self.candidates.get(name)?;
+            let watching = Watching {
+                inquiry: candidate.inquiry(self.kernel, watched.link, watched.address, watched.address),
+                pace: pace(candidate, next.contains(name) && may_be_steady(name)),
+                is_successor: false,
+            };
+            Some((watched, watching))
+        })
     }
 
     /// Those of a ring that come next after this node. Whoever is silent, or gone for long, watches nobody and is passed over.
@@ -168,7 +155,6 @@ impl<'a> Nodes<'a> {
 mod tests {
     use super::*;
     use crate::members::{Member, Meta};
-    use std::net::IpAddr;
 
     /// Nodes n0, n1, …, each with these addresses; the first one is where it gossips.
     struct World {

@@ -1,4 +1,4 @@
-//! The standby's watch over an owner: a failure detector as a state machine on injected time.
+//! The watch of nodes over each other: a failure detector as a state machine on injected time.
 //!
 //! Every node is watched by a few others (`rounds` says by whom), over each of its subnets, and all of them are there when it is
 //! called missing. There is one watch per node, link of this node and address of the other there, however many VIPs they have in
@@ -40,7 +40,7 @@ use std::time::Duration;
 use crate::neighbor::frame::Mac;
 pub use run::{Config, Counters, PORT, Verdicts, Watcher, WatcherError};
 
-/// How often an owner is asked, while the watches are few enough for [`PROBES_PER_SECOND`].
+/// How often a node is asked that is watched steadily, while the watches are few enough for [`PROBES_PER_SECOND`].
 pub const INTERVAL: Duration = Duration::from_millis(25);
 /// How often it is asked while in doubt.
 pub const DOUBT_INTERVAL: Duration = Duration::from_millis(10);
@@ -570,14 +570,15 @@ impl Watch {
         // What it answered long ago says nothing of the time since.
         let is_heard = self.verdict.is_heard();
         if before != Pace::Steady && self.pace == Pace::Steady && is_heard {
-            self.agent_at = self.agent_at.map(|_| now);
-            self.node_at = self.node_at.map(|_| now);
-            self.called = None;
-            self.next = now;
-            // Nor is it believed to be there before it answers: a node that is cut off would believe that of one after the other.
             if before == Pace::OnCall && !self.is_half_silent {
+                // Nor is it believed to be there before it answers: a node that is cut off would believe that of one after the other.
                 self.forget(now);
                 self.was_heard = true;
+            } else {
+                self.agent_at = self.agent_at.map(|_| now);
+                self.node_at = self.node_at.map(|_| now);
+                self.called = None;
+                self.next = now;
             }
         }
         if before == Pace::OnCall && self.pace == Pace::Slow && is_heard {
@@ -605,19 +606,28 @@ impl Watch {
         self.verdict == Verdict::Unknown
     }
 
+    /// Whether it is judged by the answers to questions that nobody has to call for.
+    fn is_steady(&self) -> bool {
+        self.pace == Pace::Steady || self.is_new()
+    }
+
+    /// Whether it is asked without having been called missing.
+    fn is_followed(&self) -> bool {
+        self.pace != Pace::OnCall || self.is_half_silent || self.verdict != Verdict::Agent
+    }
+
     /// Whether it has to be asked, or judged.
     fn is_busy(&self, now: Duration) -> bool {
-        self.pace != Pace::OnCall
-            || self.called.is_some()
-            || self.is_half_silent
-            || self.verdict != Verdict::Agent
-            || now < self.told_until
+        self.is_followed() || self.called.is_some() || now < self.told_until
     }
 
     /// What is known of it now.
     fn known(&self) -> Verdict {
-        let is_asked = self.pace != Pace::OnCall || self.is_half_silent || self.verdict != Verdict::Agent;
-        if is_asked { self.verdict } else { Verdict::Unknown }
+        if self.is_followed() {
+            self.verdict
+        } else {
+            Verdict::Unknown
+        }
     }
 
     /// Somebody calls it missing. Returns whether that is to be looked into.
@@ -695,22 +705,24 @@ impl Watch {
             }
             return;
         }
-        if self.pace != Pace::Steady && !self.is_new() {
+        if !self.is_steady() {
             self.judge_called(now, beat);
             return;
         }
         let threshold = self.gaps.threshold(beat.interval);
         let agent = self.silence(now, self.agent_at) < threshold;
         let node = self.silence(now, self.node_at) < threshold;
-        self.verdict = match self.verdict {
-            _ if agent && self.agent_at.is_some() => Verdict::Agent,
-            _ if agent => Verdict::Unknown,
-            _ if node && self.node_at.is_some() => Verdict::Node,
-            _ if self.node_at.is_some() || self.was_heard => {
-                self.silent_since = self.node_at.max(self.agent_at).unwrap_or(self.began);
-                Verdict::Silent
-            }
-            _ => Verdict::Unheard,
+        self.verdict = if agent && self.agent_at.is_some() {
+            Verdict::Agent
+        } else if agent {
+            Verdict::Unknown
+        } else if node && self.node_at.is_some() {
+            Verdict::Node
+        } else if self.node_at.is_some() || self.was_heard {
+            self.silent_since = self.node_at.max(self.agent_at).unwrap_or(self.began);
+            Verdict::Silent
+        } else {
+            Verdict::Unheard
         };
     }
 
@@ -733,7 +745,7 @@ impl Watch {
         if self.called.is_some() {
             return true;
         }
-        if self.pace != Pace::Steady && !self.is_new() {
+        if !self.is_steady() {
             return false;
         }
         match self.verdict {
@@ -752,12 +764,11 @@ impl Watch {
             self.call(now, Duration::ZERO);
         }
         let is_in_doubt = self.is_in_doubt(now, beat);
-        let is_slow = self.pace != Pace::Steady && !self.is_new();
         let wait = if is_in_doubt {
             DOUBT_INTERVAL
         } else if self.is_absent() && self.streak == 0 && self.silence(now, self.agent_at) >= FALSE_ALARM {
             SILENT_INTERVAL.max(beat.interval)
-        } else if self.is_absent() || !is_slow {
+        } else if self.is_absent() || self.is_steady() {
             beat.interval
         } else if now < self.told_until {
             TOLD_INTERVAL
@@ -785,7 +796,7 @@ impl Watch {
         if let Some(called) = self.called {
             return self.next.min(called + beat.patience);
         }
-        if self.pace != Pace::Steady && !self.is_new() {
+        if !self.is_steady() {
             return self.next;
         }
         let last = match self.verdict {
@@ -797,15 +808,12 @@ impl Watch {
         let last = last.unwrap_or(self.began);
         let doubt = last + 2 * beat.interval;
         let is_doubted = self.asked_at.is_some_and(|at| at >= doubt);
-        let judged = last + self.gaps.threshold(beat.interval);
-        let sign = self.agent_at.max(self.node_at).unwrap_or(self.began);
-        let called = (sign + self.gaps.threshold(beat.interval)).saturating_sub(CALLED_AHEAD);
-        let called = if self.calls > 0 || self.is_new() {
-            judged
-        } else {
-            called
-        };
-        let judged = judged.min(called);
+        let threshold = self.gaps.threshold(beat.interval);
+        let mut judged = last + threshold;
+        if self.calls == 0 && !self.is_new() {
+            let sign = self.agent_at.max(self.node_at).unwrap_or(self.began);
+            judged = judged.min((sign + threshold).saturating_sub(CALLED_AHEAD));
+        }
         self.next.min(if is_doubted { judged } else { doubt.min(judged) })
     }
 }

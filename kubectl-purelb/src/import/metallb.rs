@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::{
-    Announcer, Draft, Peer, Pool, Way, called, exactly, is_true, list, name_of, of_kind, ranges, selectors, selects,
-    selects_all, text, texts, without_buggy,
+    Announcer, Draft, Peer, Pool, Way, Written, called, exactly, is_true, list, name_of, of_kind, ranges, selectors,
+    selects, selects_all, text, texts, without_buggy,
 };
 
 const GROUP: &str = "metallb.io";
@@ -84,10 +84,8 @@ fn resource(object: &Value, is_legacy: bool, l2: &[&Value], bgp: &[&Value], draf
             "no L2Advertisement and no BGPAdvertisement is for it, so nobody announced its addresses; here they will be, by one node each",
         );
     }
-    let mut found = ranges(&origin, texts(object, "/spec/addresses"), draft);
-    if is_true(object, "/spec/avoidBuggyIPs") == Some(true) {
-        found = without_buggy(&origin, found, draft);
-    }
+    let is_careful = is_true(object, "/spec/avoidBuggyIPs");
+    let found = ranges_of(&origin, texts(object, "/spec/addresses"), is_careful, draft);
     let allocation = object.pointer("/spec/serviceAllocation");
     let namespaces: BTreeSet<String> = texts(object, "/spec/serviceAllocation/namespaces")
         .map(ToOwned::to_owned)
@@ -135,6 +133,21 @@ fn resource(object: &Value, is_legacy: bool, l2: &[&Value], bgp: &[&Value], draf
         namespaces,
         is_enforced: false,
     });
+}
+
+/// The ranges of a pool; `is_careful`: without addresses that end in 0 or 255.
+fn ranges_of<'a>(
+    origin: &str,
+    texts: impl Iterator<Item = &'a str>,
+    is_careful: Option<bool>,
+    draft: &mut Draft,
+) -> Vec<Written> {
+    let found = ranges(origin, texts, draft);
+    if is_careful == Some(true) {
+        without_buggy(origin, found, draft)
+    } else {
+        found
+    }
 }
 
 /// Whether an advertisement is for a pool: it names it, selects its labels, or does neither and is for all.
@@ -273,10 +286,8 @@ fn config_map(object: &Value, text_: &str, draft: &mut Draft) {
         } else {
             Way::Local
         };
-        let mut found = ranges(&origin, texts(pool, "/addresses"), draft);
-        if is_true(pool, "/avoid-buggy-ips") == Some(true) {
-            found = without_buggy(&origin, found, draft);
-        }
+        let is_careful = is_true(pool, "/avoid-buggy-ips");
+        let found = ranges_of(&origin, texts(pool, "/addresses"), is_careful, draft);
         draft.pools.push(Pool {
             origin,
             name: name.to_owned(),

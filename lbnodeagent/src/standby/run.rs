@@ -394,11 +394,11 @@ impl Wire {
         kernels: &mut Kernels,
         now: Duration,
     ) {
-        let send_to = |address: IpAddr, packet: &Packet| {
+        let send_to = |address: IpAddr, bytes: &[u8]| {
             let is_fitting =
                 |socket: &&UdpSocket| socket.local_addr().is_ok_and(|own| own.is_ipv4() == address.is_ipv4());
             if let Some(socket) = sockets.iter().find(is_fitting) {
-                send(socket, &packet.encode(&self.keys), (address, PORT).into());
+                send(socket, bytes, (address, PORT).into());
             }
         };
         match question {
@@ -415,7 +415,7 @@ impl Wire {
                     sequence: *sequence,
                     node: node_id(node),
                 };
-                send_to(*address, &packet);
+                send_to(*address, &packet.encode(&self.keys));
                 self.counters.count("probe");
             }
             Question::Call {
@@ -436,8 +436,10 @@ impl Wire {
                     sequence: *sequence,
                     node: node_id(node),
                 };
+                // Signed once, however many members there are: each of them waits for it.
+                let bytes = packet.encode(&self.keys);
                 for member in members {
-                    send_to(*member, &packet);
+                    send_to(*member, &bytes);
                     self.counters.count("call");
                 }
             }
