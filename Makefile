@@ -29,7 +29,7 @@ SERVICES ?=
 # Nodes in `make bench-scale` (3 unless set) and `make bench-watch` (60).
 NODES ?=
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale bench-watch soak bench-routing vm docs pictures plugin crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale bench-service bench-watch soak bench-routing vm docs pictures plugin crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,9 +90,8 @@ lint: setup ## Format and clippy, without warnings
 	cargo fmt --all --check
 	cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 
-# Every command below selects the whole workspace, since what else it selects from decides with which features all is compiled. Tests
-# of labs are told from the others by where they lie.
-LABS := $(patsubst %,--test %,$(notdir $(basename $(wildcard e2e/tests/*))))
+# Every command below selects the whole workspace, since what else it selects from decides with which features all is compiled. The tests
+# of labs are one program, e2e/tests/labs.rs.
 UNITS := --lib $(patsubst %,--test %,$(notdir $(basename $(filter-out e2e/%,$(wildcard */tests/*.rs)))))
 
 unit: setup ## Unit and property tests, and those of the node agent against the kernel
@@ -110,14 +109,14 @@ e2e: kubernetes ## Tests on real clusters in network namespaces (as root); KUBER
 	@images/routing --lab >/dev/null
 	cargo build --quiet --locked --workspace --bins
 	rm -rf target/e2e-rights
-	cargo test --quiet --locked --no-fail-fast --workspace $(LABS) -- --test-threads $(THREADS)
+	cargo test --quiet --locked --no-fail-fast --workspace --test labs -- --test-threads $(THREADS)
 	target/debug/e2e-rights
 
 versions: kubernetes ## The API's tests and the walkthrough on the oldest and the newest Kubernetes supported
 	for version in $(VERSIONS); do KUBERNETES=$$version e2e/kubernetes/build >/dev/null; done
 	cargo build --quiet --locked --workspace --bins
 	for version in $(VERSIONS); do echo "Kubernetes $$version"; KUBERNETES=$$version \
-	  cargo test --quiet --locked --workspace --test resources --test book --test walkthrough -- --test-threads $(THREADS); done
+	  cargo test --quiet --locked --workspace --test labs -- --test-threads $(THREADS) resources:: book:: walkthrough::; done
 
 bench: kubernetes ## The allocator beside the bare API server (SERVICES=10000: as many), and its decisions alone
 	cargo build --quiet --locked --release --workspace --bin allocator --bin bench-allocator --bin e2e-backend --bin kubectl-purelb
@@ -132,10 +131,15 @@ bench-scale: kubernetes ## What many Services cost the allocator and an agent (S
 	cargo build --quiet --locked --release --workspace --bin allocator --bin lbnodeagent --bin bench-scale --bin e2e-backend
 	PURELB_BIN_DIR=target/release target/release/bench-scale --services $(or $(SERVICES),10000) --nodes $(or $(NODES),3)
 
+bench-service: kubernetes ## How many connections to a Service fail when a node with one of its Pods dies, with the bypass and without (ROUNDS=10)
+	cargo build --quiet --locked --workspace --bins
+	ROUNDS=$(if $(filter command line,$(origin ROUNDS)),$(ROUNDS),10) \
+	  cargo test --quiet --locked --workspace --test labs -- --ignored --nocapture dead_nodes::measured
+
 bench-watch: kubernetes ## What many nodes on one segment cost each other, and how soon they replace one (NODES=60 MINUTES=1)
 	cargo build --quiet --locked --release --workspace --bin allocator --bin lbnodeagent
 	PURELB_BIN_DIR=$(CURDIR)/target/release NODES=$(or $(NODES),60) \
-	  cargo test --quiet --locked --workspace --test many_nodes -- --ignored --nocapture measured
+	  cargo test --quiet --locked --workspace --test labs -- --ignored --nocapture many_nodes::measured
 
 soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES=30)
 	@cargo build --quiet --locked --workspace --bins
@@ -143,7 +147,7 @@ soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES
 
 bench-routing: kubernetes ## What a node's death and a lost next hop cost, measured
 	cargo build --quiet --locked --workspace --bins
-	cargo test --quiet --locked --workspace --test routing -- --ignored --nocapture --test-threads 1 measured
+	cargo test --quiet --locked --workspace --test labs -- --ignored --nocapture --test-threads 1 routing::measured
 
 docs: ## Build the book in target/book (and mdBook itself, once: some minutes); unit tests check its links
 	"$$(docs/mdbook | tail -n 1)" build docs
@@ -156,7 +160,7 @@ vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS,
 	@$(MAKE) --no-print-directory setup PACKAGES="$(VM_PACKAGES)"
 	@e2e/vm/build >/dev/null
 	cargo build --quiet --locked --workspace --bins
-	cargo test --quiet --locked --workspace --test vm -- --ignored --nocapture --test-threads 1
+	cargo test --quiet --locked --workspace --test labs -- --ignored --nocapture --test-threads 1 vm::
 
 pictures: ## Draw the book's pictures, docs/pictures/*.svg
 	cargo run --quiet --locked --package pictures

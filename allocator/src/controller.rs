@@ -6,6 +6,7 @@
 //! exists to repair: after a crash the Services themselves say who holds what.
 
 mod agents;
+mod deaths;
 mod external;
 mod groups;
 mod history;
@@ -43,6 +44,7 @@ pub use crate::controller::reserved::{of_network, of_node, of_service, of_slice}
 use crate::controller::slim::Packed;
 use crate::controller::strangers::Unheeded;
 use crate::controller::writes::{Granted, Part, Written};
+use crate::deaths::Deaths;
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
 use crate::history::History;
@@ -73,6 +75,8 @@ pub struct Settings {
     pub netbox: Access,
     /// Whether nodes have agents of ours, which say what they announce.
     pub has_agents: bool,
+    /// Whether Pods of dead nodes are marked not ready.
+    pub marks_pods: bool,
 }
 
 #[expect(clippy::large_enum_variant, reason = "moved once per event")]
@@ -92,6 +96,8 @@ enum Input {
     Agent(watcher::Event<LBNodeAgent>),
     AgentWritten(daemon::Key, Result<(), WriteError>),
     LookAtTroubles,
+    LookAtDeaths,
+    Marked(deaths::Marked),
     /// The API server has no such kind.
     NoServiceNetworks,
     External(external::Message),
@@ -180,6 +186,8 @@ struct Controller {
     lbnodes: reserved::Seen,
     /// LBNodeAgents, and what nodes say of themselves.
     agents: agents::Agents,
+    /// Which nodes are dead.
+    deaths: Deaths,
     /// Since when nobody announces an address of a Service.
     silent: HashMap<ServiceKey, Instant>,
     /// Services that keep an address for now that a host outside the cluster has.
@@ -248,6 +256,7 @@ impl Controller {
             nodes: Nodes::default(),
             lbnodes: reserved::Seen::default(),
             agents: agents::Agents::default(),
+            deaths: Deaths::default(),
             silent: HashMap::new(),
             unheeded: BTreeMap::new(),
             outside: Outside::default(),
@@ -283,6 +292,8 @@ impl Controller {
             Input::Agent(event) => self.agent_event(event),
             Input::AgentWritten(key, result) => self.agent_written(&key, &result),
             Input::LookAtTroubles => self.look_at_troubles(),
+            Input::LookAtDeaths => self.look_at_deaths(),
+            Input::Marked(marked) => self.pods_marked(&marked),
             Input::ServiceNetwork(event) => self.service_network_event(event),
             Input::NoServiceNetworks => self.no_service_networks(),
             Input::External(message) => self.external_message(message),

@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod claim;
 pub mod condition;
 pub mod controller;
+pub mod deaths;
 pub mod decide;
 pub mod errand;
 pub mod groups;

@@ -39,6 +39,10 @@ struct Flags {
     /// program announces them.
     #[arg(long, env = "PURELB_AGENTS", default_value_t = true, action = clap::ArgAction::Set)]
     agents: bool,
+    /// Mark Pods of dead nodes not ready, when more than half of the agents say that a node is dead: then all Services stop sending to
+    /// them within a second or two, by ClusterIPs too. It needs the rights that the chart gives with allocator.markPodsOfDeadNodes.
+    #[arg(long, env = "PURELB_MARK_PODS_OF_DEAD_NODES", default_value_t = false, action = clap::ArgAction::Set)]
+    mark_pods_of_dead_nodes: bool,
     #[command(subcommand)]
     errand: Option<Errand>,
 }
@@ -63,6 +67,7 @@ async fn main() -> anyhow::Result<()> {
             .or_else(|| std::env::var("HOSTNAME").ok())
             .unwrap_or_else(|| "allocator".into()),
         has_agents: flags.agents,
+        marks_pods: flags.mark_pods_of_dead_nodes,
         netbox: Access::new(&flags.netbox_user_token, &flags.netbox_ca),
     };
     tracing::info!(

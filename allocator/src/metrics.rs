@@ -58,6 +58,8 @@ pub struct Metrics {
     pub leading: Gauge,
     /// Services that wait for something they ask for.
     pub waiting: Gauge,
+    /// Pods of dead nodes that were marked not ready.
+    pub pods_marked: Counter,
     size: Family<Pool, Wide>,
     in_use: Family<Pool, Wide>,
     used: Family<PoolFamily, Wide>,
@@ -178,6 +180,11 @@ impl Metrics {
             "services_waiting",
             "Services that wait for an address and have none",
             self.waiting.clone(),
+        );
+        allocator.register(
+            "pods_marked",
+            "Pods of dead nodes that were marked not ready",
+            self.pods_marked.clone(),
         );
         registry
     }

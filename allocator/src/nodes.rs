@@ -12,7 +12,7 @@ use std::net::IpAddr;
 
 use crds::conflict::{self, Conflict, Mac};
 use crds::event::cut;
-use crds::lbnode::{LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
+use crds::lbnode::{LBNodeStatus, MOST_DEAD, MOST_MOVES, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
 use crds::record::{self, Announced, Granted, Voice};
 use crds::servicegroup::Group;
 use crds::{Announce, LBNode, Pool, annotations};
@@ -90,6 +90,7 @@ pub struct Report {
     usage: Use,
     health: Health,
     moves: Vec<Moved>,
+    dead: Vec<String>,
 }
 
 impl Report {
@@ -114,7 +115,13 @@ impl Report {
             },
             health: Health::of(status),
             moves: moves(status),
+            dead: status.dead_nodes.iter().take(MOST_DEAD).cloned().collect(),
         }
+    }
+
+    /// The nodes that its agent believes dead.
+    pub fn dead(&self) -> &[String] {
+        &self.dead
     }
 
     /// The last moves to it.

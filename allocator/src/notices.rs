@@ -10,6 +10,7 @@ use daemon::WriteError;
 use k8s_openapi::api::core::v1::Service;
 
 use crate::condition;
+use crate::deaths::Death;
 use crate::decide::Grant;
 use crate::refusal::Refusal;
 use crate::request::Request;
@@ -169,6 +170,17 @@ pub fn foreign(others: &[String]) -> Notice {
         condition::some(others)
     );
     Notice::warning("StatusOverwritten", message)
+}
+
+/// Its Pods were ready, and most agents hear nothing of the node.
+pub fn pods_marked(death: &Death, pods: usize) -> Notice {
+    let Death { node, by, of } = death;
+    let pods = if pods == 1 { "the Pod" } else { "the Pods" };
+    let message = format!(
+        "{by} of {of} agents hear nothing of node {node}, so {pods} of it that were ready are marked not ready (condition Ready, reason \
+         NodeDead), and Services send them nothing. When the node is back its kubelet marks them ready again by itself"
+    );
+    Notice::warning("PodsMarkedNotReady", message)
 }
 
 /// It is of another type now, and what it had is given back.

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 pub const MOST_VIPS: usize = 10_000;
 /// How many of the last moves it lists at most.
 pub const MOST_MOVES: usize = 50;
+/// How many dead nodes it lists at most.
+pub const MOST_DEAD: usize = 1000;
 /// How many bytes each text in it has at most.
 pub const MOST_TEXT: usize = 512;
 /// How many bytes all that is wrong with a node has at most.
@@ -90,6 +92,9 @@ pub struct LBNodeStatus {
     pub renewed: Option<Time>,
     /// How many agents it hears over the gossip, itself included.
     pub members: u32,
+    /// The nodes that it believes dead: it hears neither their agents nor their kernels.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dead_nodes: Vec<String>,
     /// The LBNodeAgent in use; absent where none applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configuration: Option<String>,

@@ -46,6 +46,8 @@ impl Program {
         let mut command = Command::new(program);
         command
             .args(arguments)
+            // Memory is cheaper here than a processor: Go's programs, Kubernetes' above all, need not tidy up until they are large.
+            .envs([("GOGC", "off"), ("GOMEMLIMIT", "512MiB")])
             .envs(&self.environment)
             .current_dir(std::env::current_dir()?);
         // Whatever proxy the machine has, it is not in the lab.

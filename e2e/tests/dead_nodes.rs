@@ -2,6 +2,8 @@
 //!
 //! Figures are printed, with and without; what is asserted leaves room, since a busy machine is no fault of the product.
 
+mod measured;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -49,6 +51,180 @@ fn new_connections_bypass_the_pods_of_a_dead_node() -> Result<()> {
 #[test]
 fn they_do_so_with_iptables_too() -> Result<()> {
     bypassed(ProxyMode::Iptables)
+}
+
+/// The chart's values with which Pods of dead nodes are marked.
+const MARKING: &str = "{plainManifest: true, allocator: {markPodsOfDeadNodes: true}}";
+
+/// `kubectl patch` reads first, which the allocator may not do.
+const READING: &str = "
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: reading}
+rules: [{apiGroups: [''], resources: [pods, pods/status], verbs: [get]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: reading}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: reading}
+subjects: [{kind: ServiceAccount, name: allocator, namespace: purelb}]
+";
+
+#[test]
+fn most_agents_together_have_the_pods_of_a_dead_node_marked_not_ready() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        let values = lab.outside("/run/lab/marking.yaml");
+        std::fs::write(&values, MARKING)?;
+        let manifest = e2e::chart::render(&["allocator-rbac.yaml", "admission.yaml"], &[&values])?;
+        lab.apply(&manifest).await?;
+        let marking = [("PURELB_MARK_PODS_OF_DEAD_NODES", "true")];
+        let _allocator = lab.start_replica("allocator", &marking).await?;
+        let agents = start_agents(&lab, "true").await?;
+        lab.apply(&format!("{}---{OBJECTS}", scene::web("default", 3))).await?;
+        lab.ready_pods("default", "app=web", 3).await?;
+        settled(&lab).await?;
+        may_do_nothing_else(&lab).await?;
+
+        // One agent that hears nobody is cut off itself, and its node's Pods are what the others speak of.
+        let (began, cut) = (Instant::now(), "w12");
+        lab.cut(cut).await?;
+        let dead = lab.node(cut)?.name.clone();
+        wait_until("its Pod is not ready, and those of the others are", SOON, async || {
+            let ready = ready_on(&lab).await?;
+            ensure!(ready.len() == 2 && !ready.contains(&dead), "{ready:?}");
+            Ok(())
+        })
+        .await?;
+        println!("marked {:?} after the cut", began.elapsed());
+        wait_until("it is told, and why", SOON, async || {
+            let look = "custom-columns=:reason,:regarding.name,:note";
+            let events = lab
+                .kubectl(["get", "events.events.k8s.io", "-n", "purelb", "-o", look])
+                .await?;
+            let said = format!("2 of 3 agents hear nothing of node {dead}, so the Pod of it");
+            ensure!(
+                events.contains("PodsMarkedNotReady") && events.contains(&said),
+                "{events}"
+            );
+            Ok(())
+        })
+        .await?;
+        // By its cluster IP the Service is as good as new, from a node that lives.
+        let ip = lab
+            .kubectl(["get", "service", "web", "-o", "jsonpath={.spec.clusterIP}"])
+            .await?;
+        wait_until("nothing goes to the dead Pod", SOON, async || {
+            for _ in 0..20 {
+                let answer = lab.get("w11", &format!("http://{ip}/")).await?;
+                ensure!(answer.took < LATE, "{:?}", answer.took);
+            }
+            Ok(())
+        })
+        .await?;
+
+        // A kubelet, or what stands in for it, has the last word.
+        lab.uncut(cut).await?;
+        wait_until("the agents hear each other again", SOON, async || no_table(&lab).await).await?;
+        let pod = pod_on(&lab, &dead).await?;
+        let again = r#"{"status":{"conditions":[{"type":"Ready","status":"True"}]}}"#;
+        lab.kubectl(["patch", "pod", &pod, "--subresource=status", "-p", again])
+            .await?;
+        agents.get("w12").context("an agent")?.kill().await?;
+        stays(
+            "an agent that is killed marks nothing",
+            Duration::from_secs(4),
+            async || {
+                let ready = ready_on(&lab).await?;
+                ensure!(ready.len() == 3, "{ready:?}");
+                Ok(())
+            },
+        )
+        .await
+    })
+}
+
+/// The nodes whose Pods are ready.
+async fn ready_on(lab: &Lab) -> Result<Vec<String>> {
+    let path = r#"jsonpath={range .items[*]}{.spec.nodeName}={.status.conditions[?(@.type=="Ready")].status} {end}"#;
+    let shown = lab.kubectl(["get", "pods", "-l", "app=web", "-o", path]).await?;
+    let ready = shown.split_whitespace().filter_map(|pod| pod.strip_suffix("=True"));
+    Ok(ready.map(ToOwned::to_owned).collect())
+}
+
+async fn pod_on(lab: &Lab, node: &str) -> Result<String> {
+    let on = format!("--field-selector=spec.nodeName={node}");
+    let path = "jsonpath={.items[0].metadata.name}";
+    lab.kubectl(["get", "pods", "-l", "app=web", &on, "-o", path]).await
+}
+
+/// Whoever has the allocator's token can mark Pods not ready, and do nothing else to them.
+async fn may_do_nothing_else(lab: &Lab) -> Result<()> {
+    lab.apply(READING).await?;
+    let kubeconfig = lab.service_account_kubeconfig("purelb", "allocator").await?;
+    let pod = pod_on(lab, &lab.node("m")?.name).await?;
+    let patch = async |resource: &[&str], patch: &str| {
+        let how = [
+            "--kubeconfig",
+            &kubeconfig,
+            "patch",
+            "pod",
+            &pod,
+            "-n",
+            "default",
+            "-p",
+            patch,
+        ];
+        lab.kubectl(how.iter().chain(resource)).await
+    };
+    let status = ["--subresource=status"];
+    for (resource, change) in [
+        (
+            &status[..],
+            r#"{"status":{"podIP":"10.31.0.66","podIPs":[{"$patch":"replace"},{"ip":"10.31.0.66"}]}}"#,
+        ),
+        (&status, r#"{"status":{"phase":"Failed"}}"#),
+        (&status, r#"{"metadata":{"labels":{"app":"bank"}}}"#),
+        (&status, r#"{"metadata":{"annotations":{"a":"b"}}}"#),
+        (&status, r#"{"metadata":{"finalizers":["a.b/c"]}}"#),
+        (
+            &status,
+            r#"{"status":{"conditions":[{"type":"Ready","status":"Unknown"}]}}"#,
+        ),
+        (
+            &status,
+            r#"{"status":{"conditions":[{"type":"ContainersReady","status":"False"}]}}"#,
+        ),
+        (
+            &status,
+            r#"{"status":{"conditions":[{"type":"DisruptionTarget","status":"True"}]}}"#,
+        ),
+        (&[], r#"{"metadata":{"labels":{"app":"bank"}}}"#),
+    ] {
+        wait_until(&format!("{change} is refused"), SOON, async || {
+            match patch(resource, change).await {
+                Ok(done) => anyhow::bail!("{done}"),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    ensure!(
+                        error.contains("the allocator may") || error.contains("cannot patch resource \"pods\" in"),
+                        "{error}"
+                    );
+                    Ok(())
+                }
+            }
+        })
+        .await?;
+    }
+    let is_ready = |status: &str| format!(r#"{{"status":{{"conditions":[{{"type":"Ready","status":"{status}"}}]}}}}"#);
+    patch(&status, &is_ready("False")).await?;
+    ensure!(
+        patch(&status, &is_ready("True")).await.is_err(),
+        "it marked a Pod ready"
+    );
+    lab.kubectl(["patch", "pod", &pod, "--subresource=status", "-p", &is_ready("True")])
+        .await?;
+    lab.ready_pods("default", "app=web", 3).await.map(drop)
 }
 
 /// What a client saw that opened connections while a node was cut off.
@@ -170,7 +346,7 @@ async fn cut_off(lab: &Lab, name: &str, is_bypassed: bool) -> Result<Seen> {
         ensure!(tables.contains(TABLE) == is_bypassed, "{name}, on w11:\n{tables}");
         Ok(())
     };
-    let (opened, looked) = tokio::join!(open_connections(lab), looked);
+    let (opened, looked) = tokio::join!(connections(lab, CUT, BETWEEN), looked);
     looked?;
     let mut seen = opened?;
     for flow in flows {
@@ -183,12 +359,13 @@ async fn cut_off(lab: &Lab, name: &str, is_bypassed: bool) -> Result<Seen> {
     Ok(seen)
 }
 
-async fn open_connections(lab: &Lab) -> Result<Seen> {
+/// Opens a connection each time for as long as the cut lasts.
+async fn connections(lab: &Lab, cut: Duration, between: Duration) -> Result<Seen> {
     let began = Instant::now();
-    let mut ticks = interval(BETWEEN);
+    let mut ticks = interval(between);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut opened = Vec::new();
-    while began.elapsed() < CUT {
+    while began.elapsed() < cut {
         ticks.tick().await;
         let (lab, at) = (lab.clone(), began.elapsed());
         opened.push(tokio::spawn(async move {

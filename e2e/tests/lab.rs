@@ -435,7 +435,7 @@ fn nothing_is_left_behind_however_a_test_ends() -> Result<()> {
         let mut child = Command::new("env")
             .arg("--default-signal=INT")
             .arg(std::env::current_exe()?)
-            .args(["--exact", "ends_as_it_is_told", "--nocapture"])
+            .args(["--exact", "lab::ends_as_it_is_told", "--nocapture"])
             .env("E2E_END", end)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -516,7 +516,7 @@ fn labs_of_several_processes_keep_their_logs_apart() -> Result<()> {
     let mut labs = Vec::new();
     for _ in 0..2 {
         let child = Command::new(std::env::current_exe()?)
-            .args(["--exact", "says_where_its_logs_are", "--nocapture"])
+            .args(["--exact", "lab::says_where_its_logs_are", "--nocapture"])
             .env("E2E_SAY_LOGS", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -581,7 +581,7 @@ fn what_is_not_in_the_cache_is_neither_fetched_nor_built_by_a_lab() -> Result<()
             .output()
     };
     let entries = || Ok::<_, std::io::Error>(std::fs::read_dir(&cache)?.count());
-    let output = with("asks_for_what_is_not_there", "E2E_NOT_THERE")?;
+    let output = with("lab::asks_for_what_is_not_there", "E2E_NOT_THERE")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     ensure!(
         !output.status.success() && said.contains("of Kubernetes v") && said.contains("make fetch"),
@@ -592,7 +592,7 @@ fn what_is_not_in_the_cache_is_neither_fetched_nor_built_by_a_lab() -> Result<()
     let kubernetes = e2e::binaries()?;
     let name = kubernetes.file_name().context("a directory without a name")?;
     std::os::unix::fs::symlink(&kubernetes, cache.join(name))?;
-    let output = with("asks_for_what_is_not_there", "E2E_NOT_THERE")?;
+    let output = with("lab::asks_for_what_is_not_there", "E2E_NOT_THERE")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{said}");
     ensure!(entries()? == 1, "something was put into the cache");

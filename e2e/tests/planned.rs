@@ -71,6 +71,8 @@ fn an_upgrade_of_all_agents_one_after_the_other_loses_nothing() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
         let scene = Scene::start(&lab).await?;
         let clients = Clients::start(&scene).await?;
+        // Longer than any other will have it while the agents are restarted.
+        tokio::time::sleep(Duration::from_secs(6)).await;
         for node in ["w11", "w12", "m"] {
             scene.agent(node)?.stop().await?;
             lab.start_agent(node).await?;

@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crds::lbnode::{
-    Announcing, Found, Held, Interface, LBNodeStatus, MOST_MOVES, MOST_TEXT, MOST_VIPS, Move, RoutingDaemon, Silence,
-    Unannounced,
+    Announcing, Found, Held, Interface, LBNodeStatus, MOST_DEAD, MOST_MOVES, MOST_TEXT, MOST_VIPS, Move, RoutingDaemon,
+    Silence, Unannounced,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -63,6 +63,8 @@ pub struct State<'a> {
     pub node: &'a str,
     /// The agents that it hears, itself included.
     pub members: BTreeSet<&'a str>,
+    /// The nodes that it believes dead.
+    pub dead: Vec<&'a str>,
     /// The LBNodeAgent in use.
     pub configuration: Option<&'a str>,
     /// What is wrong with it.
@@ -157,6 +159,12 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         renewed: None,
         members: u32::try_from(state.members.len()).unwrap_or(u32::MAX),
+        dead_nodes: state
+            .dead
+            .iter()
+            .take(MOST_DEAD)
+            .map(|node| (*node).to_owned())
+            .collect(),
         configuration: state.configuration.map(ToOwned::to_owned),
         problem: crds::lbnode::join_problems(problems.into_iter().flatten()),
         withdrawn: state.is_withdrawn,
@@ -414,6 +422,7 @@ mod tests {
         let mut state = State {
             node: "a",
             members: BTreeSet::from(["a", "b"]),
+            dead: Vec::new(),
             configuration: Some("purelb/default"),
             problem: None,
             is_withdrawn: false,

@@ -131,6 +131,8 @@ pub struct Metrics {
     pub subnets: Gauge,
     /// Subnets that this node has.
     pub local_subnets: Gauge,
+    /// Other nodes that are dead as far as this one knows.
+    pub dead_nodes: Gauge,
     /// Addresses of nodes watched all the time.
     pub watched: Gauge,
     announced: Family<Announced, Gauge>,
@@ -204,6 +206,11 @@ impl Metrics {
             self.announced.clone(),
         );
         self.sent.register(agent);
+        agent.register(
+            "dead_nodes",
+            "Other nodes of which neither agent nor kernel answers",
+            self.dead_nodes.clone(),
+        );
         agent.register("address_additions", "Addresses added", self.additions.clone());
         agent.register("address_withdrawals", "Addresses taken off", self.withdrawals.clone());
         agent.register(

@@ -33,6 +33,18 @@ pub(super) struct Agents {
     look_at: Option<Instant>,
 }
 
+impl Agents {
+    /// Whether there is a Node of this name.
+    pub(super) fn is_node(&self, name: &str) -> bool {
+        self.labels.contains_key(name)
+    }
+
+    /// The uid of a node's LBNode.
+    pub(super) fn uid(&self, node: &str) -> Option<String> {
+        self.uids.get(node).cloned()
+    }
+}
+
 /// Watches all LBNodeAgents: who writes one into another namespace is told.
 pub(super) fn watch(client: &Client, sender: &mpsc::UnboundedSender<Input>) {
     let all = daemon::Selection::default();
@@ -101,7 +113,7 @@ impl Controller {
             tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
             let mut object = LBNode::new(&node, LBNodeSpec {});
             object.metadata.namespace = Some(self.settings.namespace.clone());
-            object.metadata.uid = self.agents.uids.get(&node).cloned();
+            object.metadata.uid = self.agents.uid(&node);
             self.reporter.tell(&object, &notice);
         }
         let Some(next) = self.agents.troubles.next(now) else {

@@ -33,6 +33,7 @@ impl Controller {
         let changes = self.lbnodes.apply(event);
         for (name, report) in changes {
             self.note_node(&name, report.as_ref());
+            self.note_deaths(&name, report.as_ref());
             if let Some(report) = &report {
                 self.note_moves(&name, report);
             }
@@ -59,6 +60,7 @@ impl Controller {
             }
         }
         self.know_nodes();
+        self.look_at_deaths();
         self.look_at_troubles();
     }
 

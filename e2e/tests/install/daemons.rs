@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::product::{CHART, NAMESPACE};
 use e2e::{Config, Daemon, Lab, Options, routing_images, wait_until};
 
-use crate::cluster::{SOON, address, answers, manifest, with_kubelets};
+use super::cluster::{SOON, address, answers, manifest, with_kubelets};
 
 #[test]
 fn the_charts_routing_daemons_run_in_their_images_and_agents_may_ask_them() -> Result<()> {

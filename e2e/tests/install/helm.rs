@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::product::{CHART, NAMESPACE};
 use e2e::{Lab, Probe, Protocol, ROOT};
 
-use crate::cluster::{address, answers, manifest, with_kubelets};
+use super::cluster::{address, answers, manifest, with_kubelets};
 
 const INTERVAL: Duration = Duration::from_millis(5);
 /// Where the UDP port is on every node.

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use e2e::{Lab, ROOT, wait_until};
 
-use crate::cluster::{SOON, address, answers, manifest, with_kubelets};
+use super::cluster::{SOON, address, answers, manifest, with_kubelets};
 
 #[test]
 fn one_apply_runs_everything_on_real_kubelets() -> Result<()> {

@@ -8,7 +8,7 @@ use e2e::{Config, Daemon, Lab, Options, Speaker, wait_until};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, ListParams};
 
-use crate::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
+use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 /// VIPs that every node holds: two of each of three Services.
 const ALL: usize = 6;

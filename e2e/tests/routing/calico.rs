@@ -9,8 +9,8 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
 use kube::api::ListParams;
 
-use crate::stage::{Names, Routes, Stage, VIP, VIP6, apply_services, router};
-use crate::{REFLECTORS, start_reflectors, stop_all};
+use super::stage::{Names, Routes, Stage, VIP, VIP6, apply_services, router};
+use super::{REFLECTORS, start_reflectors, stop_all};
 
 /// What Calico is told to announce as serviceLoadBalancerIPs.
 const POOLS: [&str; 2] = ["10.200.0.0/24", "fd00:200::/64"];
@@ -123,7 +123,7 @@ impl Calico {
         let pod = stage.pod_on("w12").await?;
         self.lab.set_pod_ready("web", &pod, false).await?;
         let others = all.iter().filter(|node| *node != "w12").cloned().collect();
-        e2e::wait_until("w12 has no endpoint", crate::stage::SOON, async || {
+        e2e::wait_until("w12 has no endpoint", super::stage::SOON, async || {
             let vips = self.local_vips(self.lab.node("w12")?).await?;
             anyhow::ensure!(vips.is_empty(), "{vips:?}");
             Ok(())

@@ -29,7 +29,7 @@ fn the_docs_show_what_is_tested() -> Result<()> {
     }
     ensure!(
         fresh == shown || std::env::var_os("UPDATE_DOCS").is_some(),
-        "docs/routing.md shows other configurations: UPDATE_DOCS=1 cargo test -p e2e --test routing docs"
+        "docs/routing.md shows other configurations: UPDATE_DOCS=1 cargo test --workspace --test labs routing::docs"
     );
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, Probe, Product, Protocol, wait_until};
 use serde_json::json;
 
-use crate::stage::{Names, SOON, Stage, VIP, apply_services, names, router};
+use super::stage::{Names, SOON, Stage, VIP, apply_services, names, router};
 
 const EXCLUDED: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 /// How long the client looks on before and after.

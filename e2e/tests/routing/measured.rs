@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use e2e::{Config, Daemon, Lab, Options, Probe, Protocol};
 
-use crate::stage::{Stage, VIP, apply_services, router};
+use super::stage::{Stage, VIP, apply_services, router};
 
 /// Cuts a node while requests come in, and returns for how long some of them were lost.
 async fn losses_of_a_dead_node(stage: &Stage) -> Result<Duration> {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, wait_until};
 
-use crate::stage::{SOON, VIP, VIP6, apply_services};
+use super::stage::{SOON, VIP, VIP6, apply_services};
 
 /// A site: its router's addresses towards the core, and the core's towards it.
 struct Site {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crds::ServiceKey;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Agent;
 use crate::bypass::{self, Answers, Wanted, run};
@@ -68,6 +69,11 @@ impl Agent<'_> {
         if is_news {
             let dead: Vec<&str> = self.nodes.names(self.bypass.dead()).collect();
             tracing::info!(?dead, "dead nodes whose Pods are to be bypassed");
+            self.links
+                .metrics
+                .dead_nodes
+                .set(i64::try_from(dead.len()).unwrap_or(i64::MAX));
+            self.say_at.get_or_insert_with(Instant::now);
         }
         is_news
     }

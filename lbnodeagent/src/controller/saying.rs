@@ -52,6 +52,7 @@ impl Agent<'_> {
         let status = lbnode::status(&State {
             node: &self.settings.node,
             members: heard.collect(),
+            dead: self.nodes.names(self.bypass.dead()).collect(),
             configuration: self.configuration.as_deref(),
             problem: self.problem.clone(),
             is_withdrawn: self.cluster.is_excluded(&self.settings.node),
