@@ -3,6 +3,7 @@
 //! Figures are printed, with and without; what is asserted leaves room, since a busy machine is no fault of the product.
 
 mod measured;
+mod open;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};

@@ -21,13 +21,13 @@ const OPEN: usize = 30;
 const ANSWERED: Duration = Duration::from_secs(30);
 
 /// A connection that stays open, and the node of the Pod at its other end.
-struct Open {
+pub(super) struct Open {
     stream: TcpStream,
-    node: String,
+    pub(super) node: String,
 }
 
 impl Open {
-    fn to(server: SocketAddr) -> Result<Self> {
+    pub(super) fn to(server: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&server, Duration::from_secs(5))?;
         stream.set_read_timeout(Some(ANSWERED))?;
         let node = String::new();
@@ -37,7 +37,7 @@ impl Open {
     }
 
     /// Sends a request and returns the name of the node that answers.
-    fn ask(&mut self) -> Result<String> {
+    pub(super) fn ask(&mut self) -> Result<String> {
         self.stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
         let mut answer = [0; 2048];
         let length = self.stream.read(&mut answer)?;

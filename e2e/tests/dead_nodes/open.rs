@@ -1,0 +1,125 @@
+//! Connections that are open to Pods of a dead node, by an IPv6 address: reset once the node has been dead for a while, and an agent that
+//! starts meanwhile goes on with what the one before it began.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::{Lab, Options, scene, stays, wait_until};
+
+use super::measured::Open;
+use super::{NODES, SOON, TABLE, no_table};
+
+/// How long a node is dead until connections are reset.
+const RESET_AFTER: &str = "4";
+const OPEN: usize = 18;
+const VIP: &str = "fd00:10:31::c8:1";
+const OBJECTS: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: six, namespace: purelb}
+spec:
+  local:
+    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: six, namespace: default, annotations: {purelb.io/service-group: six}}
+spec:
+  type: LoadBalancer
+  ipFamilyPolicy: SingleStack
+  ipFamilies: [IPv6]
+  selector: {app: web}
+  ports: [{port: 80}]
+";
+
+fn open(lab: &Lab, server: SocketAddr) -> Result<Vec<Open>> {
+    lab.in_network("client", || (0..OPEN).map(|_| Open::to(server)).collect())?
+}
+
+/// New connections work, one after the other.
+async fn answers(lab: &Lab) -> Result<()> {
+    for _ in 0..20 {
+        lab.get("client", &format!("http://[{VIP}]/")).await?;
+    }
+    Ok(())
+}
+
+async fn has_table(lab: &Lab, node: &str) -> Result<()> {
+    let tables = lab.exec(node, ["nft", "list", "tables"]).await?;
+    ensure!(tables.contains(&format!("ip6 {TABLE}")), "{node}: {tables}");
+    Ok(())
+}
+
+#[test]
+fn they_are_reset_when_it_has_been_dead_for_long_and_agents_that_restart_go_on() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        lab.install().await?;
+        let _allocator = lab.start_allocator().await?;
+        let environment = [("PURELB_RESET_AFTER_SECONDS", RESET_AFTER)];
+        let mut agents = std::collections::BTreeMap::new();
+        for node in NODES {
+            agents.insert(node, lab.start_agent_with(node, &environment).await?);
+        }
+        lab.apply(&format!("{}---{OBJECTS}", scene::web("default", 3))).await?;
+        lab.ready_pods("default", "app=web", 3).await?;
+        let ip: IpAddr = VIP.parse()?;
+        let owner = wait_until("it is announced", SOON, async || {
+            let holders = lab.holders(VIP, Some("eth0")).await?;
+            ensure!(holders.len() == 1, "{holders:?}");
+            Ok(holders[0].clone())
+        })
+        .await?;
+        let cut = if owner == "w12" { "w11" } else { "w12" };
+        let dead = lab.node(cut)?.name.clone();
+        let flows = wait_until("connections are open to all Pods", SOON, async || {
+            let flows = open(&lab, SocketAddr::new(ip, 80))?;
+            let to_dead = flows.iter().filter(|flow| flow.node == dead).count();
+            ensure!((1..OPEN).contains(&to_dead), "{to_dead}");
+            Ok(flows)
+        })
+        .await?;
+
+        lab.cut(cut).await?;
+        wait_until("it is bypassed", SOON, async || has_table(&lab, &owner).await).await?;
+        answers(&lab).await?;
+        // They wait for an answer, and are told that none will come.
+        let asked = tokio::task::spawn_blocking(move || {
+            let (mut lost, mut living): (Vec<_>, Vec<_>) = flows.into_iter().partition(|flow| flow.node == dead);
+            let kinds: Vec<_> = lost.iter_mut().map(|flow| flow.ask().err()).collect();
+            let living: Vec<_> = living.iter_mut().map(|flow| flow.ask().err()).collect();
+            (kinds, living)
+        });
+        let (lost, living) = asked.await?;
+        for error in &lost {
+            let error = error.as_ref().context("a dead Pod answers")?;
+            let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+            ensure!(kind == Some(std::io::ErrorKind::ConnectionReset), "{error:#}");
+        }
+        ensure!(living.iter().all(Option::is_none), "{living:?}");
+
+        // The node that has the address goes on though its agent is killed, and the next agent takes it from there.
+        agents.get(owner.as_str()).context("an agent")?.kill().await?;
+        stays(
+            "new connections bypass the dead node",
+            Duration::from_secs(3),
+            async || {
+                has_table(&lab, &owner).await?;
+                answers(&lab).await
+            },
+        )
+        .await?;
+        lab.start_agent_with(&owner, &environment).await?;
+        stays(
+            "new connections bypass the dead node",
+            Duration::from_secs(5),
+            async || {
+                has_table(&lab, &owner).await?;
+                answers(&lab).await
+            },
+        )
+        .await?;
+        lab.uncut(cut).await?;
+        wait_until("nothing is left", SOON, async || no_table(&lab).await).await
+    })
+}
