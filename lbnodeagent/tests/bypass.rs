@@ -83,7 +83,7 @@ fn the_table_is_as_wanted_replaced_as_a_whole_and_gone() {
             "type filter hook forward priority filter - 5; policy accept;",
             "meta mark set meta mark | 0x00004000 dnat ip to ip daddr . meta l4proto . th dport . numgen random mod 2 offset 131072 map @living",
             "ct state new ct original ip6 daddr . ip6 daddr @dead counter packets 0 bytes 0 drop",
-            "meta l4proto tcp ct original ip daddr . ip daddr @gone counter packets 0 bytes 0 reject with tcp reset",
+            "tcp flags ! syn ct original ip daddr . ip daddr @gone counter packets 0 bytes 0 reject with tcp reset",
         ] {
             assert!(text.contains(expected), "{text}\n{expected}");
         }
@@ -170,22 +170,30 @@ fn flows_to_dead_pods_are_forgotten_and_no_others() {
         socket.send_to(b"x", "10.31.0.9:53").unwrap();
         socket.send_to(b"x", "10.31.0.78:53").unwrap();
         let pairs = |vip: &str, pod: &str| BTreeSet::from([(address(vip), address(pod))]);
-        assert_eq!(
-            conntrack::forget(&pairs("10.31.0.9", "10.31.0.76")).unwrap(),
-            0,
-            "another Pod"
+        // One that is open.
+        run(
+            "conntrack",
+            "-I -p tcp -s 10.31.0.1 --sport 1000 -d 10.31.0.9 --dport 80 --dst-nat 10.31.0.77 --state ESTABLISHED -u SEEN_REPLY -t 120",
         );
-        assert_eq!(
-            conntrack::forget(&pairs("10.31.0.8", "10.31.0.77")).unwrap(),
-            0,
-            "another VIP"
-        );
-        assert_eq!(conntrack::forget(&pairs("10.31.0.9", "10.31.0.77")).unwrap(), 1);
-        assert_eq!(conntrack::forget(&pairs("10.31.0.9", "10.31.0.77")).unwrap(), 0);
-        assert_eq!(
-            conntrack::forget(&pairs("10.31.0.78", "10.31.0.78")).unwrap(),
-            1,
-            "not touched before"
-        );
+        let dead = |vip: &str, pod: &str| conntrack::forget(&pairs(vip, pod), &BTreeSet::new()).unwrap();
+        let gone = |vip: &str, pod: &str| conntrack::forget(&BTreeSet::new(), &pairs(vip, pod)).unwrap();
+        for (forget, vip, pod, expected, what) in [
+            (
+                &dead as &dyn Fn(&str, &str) -> usize,
+                "10.31.0.9",
+                "10.31.0.76",
+                0,
+                "another Pod",
+            ),
+            (&dead, "10.31.0.8", "10.31.0.77", 0, "another VIP"),
+            (&gone, "10.31.0.8", "10.31.0.77", 0, "another VIP"),
+            (&dead, "10.31.0.9", "10.31.0.77", 1, "the flow"),
+            (&dead, "10.31.0.9", "10.31.0.77", 0, "and not what is open"),
+            (&gone, "10.31.0.9", "10.31.0.77", 1, "until it is given up"),
+            (&gone, "10.31.0.9", "10.31.0.77", 0, "which it is once"),
+            (&dead, "10.31.0.78", "10.31.0.78", 1, "not touched before"),
+        ] {
+            assert_eq!(forget(vip, pod), expected, "{what}");
+        }
     });
 }

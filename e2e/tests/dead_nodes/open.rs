@@ -37,7 +37,7 @@ fn open(lab: &Lab, server: SocketAddr) -> Result<Vec<Open>> {
     lab.in_network("client", || (0..OPEN).map(|_| Open::to(server)).collect())?
 }
 
-/// New connections work, one after the other.
+/// New connections work, one after the other. There are thousands of them in all, so that some have the port of one that was reset.
 async fn answers(lab: &Lab) -> Result<()> {
     for _ in 0..20 {
         lab.get("client", &format!("http://[{VIP}]/")).await?;

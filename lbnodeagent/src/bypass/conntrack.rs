@@ -1,5 +1,6 @@
 //! Connections that the kernel has given a dead Pod: those that never were answered, and flows without connections, are forgotten, so
-//! that what comes next is given a Pod anew.
+//! that what comes next is given a Pod anew. Those that are open are forgotten when they are given up: a client that was told so may use the
+//! same port for its next connection, which would be taken for the old one, and go to the dead Pod.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,19 +21,20 @@ const ZONE: u16 = 18;
 const ANSWERED: u32 = 0x2;
 const TCP: u8 = 6;
 
-/// Forgets what goes to these Pods by these VIPs and was not answered, or needs no answer. Returns how much that was.
+/// Forgets what goes to these Pods by these VIPs: to dead ones what was not answered, or needs no answer, and to those that are given up
+/// everything. Returns how much that was.
 ///
 /// # Errors
 /// Where the right to do so, or connection tracking, is missing.
-pub fn forget(pairs: &BTreeSet<Pair>) -> io::Result<usize> {
+pub fn forget(dead: &BTreeSet<Pair>, gone: &BTreeSet<Pair>) -> io::Result<usize> {
     let mut forgotten = 0;
     for family in [Family::V4, Family::V6] {
-        if !pairs.iter().any(|(vip, _)| Family::of(*vip) == family) {
+        if !dead.iter().chain(gone).any(|(vip, _)| Family::of(*vip) == family) {
             continue;
         }
         let mut entries = Vec::new();
         list(GET_CONNECTION, protocol(family), &[], |entry| {
-            if is_meant(entry, family, pairs) {
+            if is_meant(entry, family, dead, gone) {
                 entries.push(entry.to_vec());
             }
         })?;
@@ -51,7 +53,7 @@ pub fn forget(pairs: &BTreeSet<Pair>) -> io::Result<usize> {
     Ok(forgotten)
 }
 
-fn is_meant(entry: &[u8], family: Family, pairs: &BTreeSet<Pair>) -> bool {
+fn is_meant(entry: &[u8], family: Family, dead: &BTreeSet<Pair>, gone: &BTreeSet<Pair>) -> bool {
     // Within the addresses of a direction: source and destination of IPv4, and of IPv6.
     let (source, destination) = match family {
         Family::V4 => (1, 2),
@@ -66,7 +68,7 @@ fn is_meant(entry: &[u8], family: Family, pairs: &BTreeSet<Pair>) -> bool {
     let status = find(entry, &[STATUS]).and_then(|value| value.try_into().ok());
     let is_answered = status.is_some_and(|status| u32::from_be_bytes(status) & ANSWERED != 0);
     let is_open = protocol == Some(&TCP) && is_answered;
-    !is_open && pair().is_some_and(|pair| pairs.contains(&pair))
+    pair().is_some_and(|pair| gone.contains(&pair) || (!is_open && dead.contains(&pair)))
 }
 
 fn address(bytes: &[u8]) -> Option<IpAddr> {

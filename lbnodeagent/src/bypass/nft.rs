@@ -14,15 +14,16 @@
 //!     }
 //!     chain forward {
 //!         type filter hook forward priority -5; policy accept;
+//!         tcp flags ! syn ct original ip daddr . ip daddr @gone counter reject with tcp reset
 //!         ct state new ct original ip daddr . ip daddr @dead counter drop
-//!         meta l4proto tcp ct original ip daddr . ip daddr @gone counter reject with tcp reset
 //!     }
 //! }
 //! ```
 //!
 //! Of the chains that translate, the first that does so wins: this one comes before kube-proxy's, which then masquerades by the mark.
 //! There is a rule for each number of living Pods, in whose elements that number is the upper half of the last part of the key, so that
-//! ten thousand Services are one look-up. A segment dropped before its connection is confirmed leaves no trace, so its repetition is
+//! ten thousand Services are one look-up. What is reset is never the first segment of a connection, which is given a Pod anew when it is
+//! repeated. A segment dropped before its connection is confirmed leaves no trace, so its repetition is
 //! given a Pod anew. Elements go by themselves when nobody says them again, whatever becomes of the agent.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,6 +51,7 @@ const MASQUERADE: u32 = 0x4000;
 const MAP: u32 = 0x8;
 const TIMEOUT: u32 = 0x10;
 const TCP: u8 = 6;
+const SYN: u8 = 2;
 
 /// By which bits of a packet's mark this node's kube-proxy masquerades. None where there is none that translates by `nf_tables` or
 /// iptables, as with IPVS, or with eBPF in its stead.
@@ -173,8 +175,8 @@ impl Table {
                 &self.to_living(u32::try_from(count).unwrap_or(1)),
             );
         }
-        rule(batch, of, FORWARD, &self.drop_new());
         rule(batch, of, FORWARD, &self.reset());
+        rule(batch, of, FORWARD, &self.drop_new());
     }
 
     fn set(&self, batch: &mut Batch, name: &[u8], key: (u32, u32), data: Option<(u32, u32)>, number: u32) {
@@ -281,6 +283,10 @@ impl Table {
         [
             meta(register(0), 16),
             compare(0, &[TCP]),
+            // The byte of flags: FIN is 1, SYN 2 (RFC 9293).
+            payload(register(0), 2, 13, 1),
+            bitwise(register(0), [SYN], [0]),
+            compare(0, &[0]),
             self.is_to(GONE),
             expression(b"counter\0", &[]),
             expression(b"reject\0", &[be32(1, 1), attribute(2, &[0])]),
@@ -352,11 +358,11 @@ fn meta(to: u32, key: u32) -> Vec<u8> {
     expression(b"meta\0", &[be32(1, to), be32(2, key)])
 }
 
-fn bitwise(what: u32, and: [u8; 4], xor: [u8; 4]) -> Vec<u8> {
+fn bitwise<const N: usize>(what: u32, and: [u8; N], xor: [u8; N]) -> Vec<u8> {
     let parts = [
         be32(1, what),
         be32(2, what),
-        be32(3, 4),
+        be32(3, u32::try_from(N).unwrap_or(0)),
         nested(4, &[attribute(1, &and)]),
         nested(5, &[attribute(1, &xor)]),
     ];

@@ -97,7 +97,9 @@ pub async fn keep_telling(mut wanted: watch::Receiver<Option<Arc<Wanted>>>) {
         };
         let began = Instant::now();
         let before = told.replace(news.clone());
-        let is_known = before.as_ref().is_some_and(|before| before.dead == news.dead);
+        let is_known = before
+            .as_ref()
+            .is_some_and(|before| before.dead == news.dead && before.gone == news.gone);
         let counts = (news.living.len(), news.dead.len(), news.gone.len());
         match tell(news, before).await {
             Ok(None) if !is_known => {
@@ -121,7 +123,7 @@ pub async fn keep_telling(mut wanted: watch::Receiver<Option<Arc<Wanted>>>) {
     }
 }
 
-/// Tells the kernel, and has it forget what it gave Pods that have died since `before`. Returns how many entries those were, unless
+/// Tells the kernel, and has it forget what it gave Pods that have died, or were given up, since `before`. Returns how many entries those were, unless
 /// there is nothing here that would have translated.
 async fn tell(wanted: Arc<Wanted>, before: Option<Arc<Wanted>>) -> io::Result<Option<usize>> {
     // Some milliseconds, in which the standby watch goes on.
@@ -130,11 +132,19 @@ async fn tell(wanted: Arc<Wanted>, before: Option<Arc<Wanted>>) -> io::Result<Op
         if families.is_empty() && !wanted.is_empty() {
             return Ok(None);
         }
-        let known = before.as_ref().map(|before| &before.dead);
-        let is_new = |pair: &&Pair| known.is_none_or(|known| !known.contains(*pair));
         let is_told = |(vip, _): &&Pair| families.contains(&Family::of(*vip));
-        let died: BTreeSet<Pair> = wanted.dead.iter().filter(is_new).filter(is_told).copied().collect();
-        Ok(Some(if died.is_empty() { 0 } else { conntrack::forget(&died)? }))
+        let new = |now: &BTreeSet<Pair>, known: Option<&BTreeSet<Pair>>| -> BTreeSet<Pair> {
+            let is_new = |pair: &&Pair| known.is_none_or(|known| !known.contains(*pair));
+            now.iter().filter(is_new).filter(is_told).copied().collect()
+        };
+        let died = new(&wanted.dead, before.as_ref().map(|before| &before.dead));
+        let gone = new(&wanted.gone, before.as_ref().map(|before| &before.gone));
+        let is_nothing = died.is_empty() && gone.is_empty();
+        Ok(Some(if is_nothing {
+            0
+        } else {
+            conntrack::forget(&died, &gone)?
+        }))
     })
     .await?
 }
