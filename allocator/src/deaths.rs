@@ -78,7 +78,7 @@ impl Deaths {
             match self.markings.get(node) {
                 Some(Marking::UnderWay | Marking::Done) => continue,
                 Some(Marking::Failed { again: at }) if *at > now => {
-                    let wait = *at - now;
+                    let wait = at.saturating_sub(now);
                     again = Some(again.map_or(wait, |known| known.min(wait)));
                     continue;
                 }
@@ -98,9 +98,10 @@ impl Deaths {
     pub fn marked(&mut self, now: Duration, node: &str, is_done: bool) {
         // Gone meanwhile: it lives.
         if let Some(marking) = self.markings.get_mut(node) {
-            *marking = match is_done {
-                true => Marking::Done,
-                false => Marking::Failed { again: now + RETRY },
+            *marking = if is_done {
+                Marking::Done
+            } else {
+                Marking::Failed { again: now + RETRY }
             };
         }
     }
