@@ -74,7 +74,7 @@ async fn main() -> anyhow::Result<()> {
         version = env!("CARGO_PKG_VERSION"),
         namespace = settings.namespace,
         is_default = settings.is_default,
-        "starting"
+        "Bellwether's allocator starts"
     );
     bootstrap::gossip_key(&client, &settings.namespace)
         .await

@@ -146,7 +146,7 @@ disabled_plugins = [
 [grpc]
   address = "{directory}/containerd.sock"
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "localhost/purelb/pause:lab"
+  sandbox_image = "localhost/bellwether/pause:lab"
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".cni]

@@ -123,7 +123,7 @@ fn template(command: &str) -> Result<Vec<String>> {
         );
         let word = word.replace('\'', "");
         match word.as_str() {
-            "charts/purelb" => arguments.push(CHART.to_owned()),
+            _ if word.ends_with("charts/purelb") => arguments.push(CHART.to_owned()),
             "--reuse-values" | "--reset-values" | "--take-ownership" => {}
             _ => arguments.push(word),
         }

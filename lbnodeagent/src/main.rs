@@ -91,7 +91,7 @@ async fn run() -> anyhow::Result<()> {
         node = settings.node,
         host = %settings.host,
         namespace = settings.namespace,
-        "starting"
+        "Bellwether's node agent starts"
     );
     let stop = async {
         match daemon::asked_to_stop().await {

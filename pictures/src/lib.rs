@@ -421,13 +421,13 @@ fn home() -> Drawing {
 fn bars() -> Drawing {
     let mut d = Drawing::new(
         "bars",
-        "The client's longest silence while the owner's cable is cut, median of 20: this product 101 milliseconds, keepalived with an \
+        "The client's longest silence while the owner's cable is cut, median of 20: Bellwether 101 milliseconds, keepalived with an \
          advertisement every 0.1 s 302, keepalived as it comes 2761.",
         200,
     );
     d.words(20, 28, "strong", "Silence at a cut cable, median of 20, in ms");
     for (y, ms, class, name) in [
-        (52, 101, "bar-good", "this product, as it comes"),
+        (52, 101, "bar-good", "Bellwether, as it comes"),
         (98, 302, "bar", "keepalived, an advertisement every 0.1 s"),
         (144, 2761, "bar", "keepalived, every second, as it comes"),
     ] {
