@@ -64,9 +64,10 @@ fn whatever_is_fetched_or_built_is_there_before_a_test_starts() {
             .position(|command| command.contains("cargo test"))
             .unwrap();
         let before = commands[..first_test].join("\n");
-        // The virtual node is `make vm`'s alone, and all that this needs besides is Kubernetes and Helm.
+        // The virtual node is `make vm`'s alone, and all that this needs besides is Kubernetes and Helm. Compilers for other
+        // processors are for releases.
         let needed = scripts.iter().filter(|script| match target {
-            "test" => *script != "e2e/vm/build",
+            "test" => !["e2e/vm/build", "images/cross"].contains(&script.as_str()),
             _ => ["e2e/vm/build", "e2e/kubernetes/build", "charts/helm/build"].contains(&script.as_str()),
         });
         for script in needed {
