@@ -29,7 +29,7 @@ SERVICES ?=
 # Nodes in `make bench-scale` (3 unless set) and `make bench-watch` (60).
 NODES ?=
 
-.PHONY: help setup fetch images images-routing images-test build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale bench-service bench-watch soak bench-routing vm docs pictures plugin crds manifest deny clean
+.PHONY: help setup fetch images images-routing images-test release release-test publish build kubernetes demo lab test lint unit fuzz e2e versions chart bench bench-failover bench-scale bench-service bench-watch soak bench-routing vm docs pictures plugin crds manifest deny clean
 
 help: ## This list
 	@grep -hE '^[a-z][a-z0-9-]*:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,23 @@ images-routing: setup ## Build the images of BIRD and FRR from Debian's packages
 
 images-test: kubernetes ## Build them twice for one digest, and install them on real kubelets (two optimised builds)
 	images/test --install
+
+# What a release is called, where it will be pulled from, the key that signs it, and where the plugin's archives will be (images/release).
+VERSION ?=
+REGISTRY ?=
+KEY ?=
+DOWNLOAD ?=
+# What is pushed.
+FROM ?=
+
+release: setup ## Build all that a release has in target/release-VERSION, for amd64 and arm64 (VERSION=1.2.3 REGISTRY=HOST/PATH KEY=FILE DOWNLOAD=URL)
+	@REGISTRY="$(REGISTRY)" KEY="$(KEY)" DOWNLOAD="$(DOWNLOAD)" images/release "$(VERSION)"
+
+publish: setup ## Push a release to a registry (FROM=target/release-1.2.3; REGISTRY=HOST/PATH for another one than it names)
+	@REGISTRY="$(REGISTRY)" images/publish "$(FROM)"
+
+release-test: kubernetes ## Build a release twice, push it to a registry on loopback, and install it from there on real kubelets
+	images/test-release --install
 
 build: ## Build the two programs, optimised
 	cargo build --release --locked --package allocator --package lbnodeagent

@@ -4,3 +4,4 @@ mod cluster;
 mod daemons;
 mod helm;
 mod manifest;
+mod registry;
