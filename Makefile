@@ -73,13 +73,13 @@ DOWNLOAD ?=
 # What is pushed.
 FROM ?=
 
-release: setup ## Build all that a release has in target/release-VERSION, for amd64 and arm64 (VERSION=1.2.3 REGISTRY=HOST/PATH KEY=FILE DOWNLOAD=URL)
+release: setup ## Build all that a release has, for amd64 and arm64, in target/release-VERSION (VERSION=1.2.3 REGISTRY=HOST/PATH KEY=FILE)
 	@REGISTRY="$(REGISTRY)" KEY="$(KEY)" DOWNLOAD="$(DOWNLOAD)" images/release "$(VERSION)"
 
-publish: setup ## Push a release to a registry (FROM=target/release-1.2.3; REGISTRY=HOST/PATH for another one than it names)
+publish: setup ## Push a release to the registry that it names (FROM=target/release-1.2.3), or another one (REGISTRY=HOST/PATH)
 	@REGISTRY="$(REGISTRY)" images/publish "$(FROM)"
 
-release-test: kubernetes ## Build a release twice, push it to a registry on loopback, and install it from there on real kubelets
+release-test: kubernetes ## Build a release twice, push it to a registry on loopback, and install it from there on kubelets
 	images/test-release --install
 
 build: ## Build the two programs, optimised

@@ -1,5 +1,5 @@
-//! The pages of the docs: links lead somewhere, every page is in the book, every event is listed, and the versions supported are
-//! those tested.
+//! The pages of the docs: links lead somewhere, every page is in the book, every event is listed, the versions supported are
+//! those tested, and the dependencies listed those there are.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeSet;
@@ -208,4 +208,58 @@ fn the_kubernetes_supported_is_the_one_tested() {
     let all = text_of("Makefile");
     let test = all.lines().find(|line| line.starts_with("test:")).unwrap();
     assert!(test.contains(" e2e ") && test.contains(" versions "), "{test}");
+}
+
+/// The crates that manifests of the workspace name, apart from its own.
+fn named_dependencies() -> BTreeSet<String> {
+    let mut named = BTreeSet::new();
+    for entry in std::fs::read_dir(root()).unwrap() {
+        let manifest = entry.unwrap().path().join("Cargo.toml");
+        let Ok(text) = std::fs::read_to_string(manifest) else {
+            continue;
+        };
+        let mut wanted = false;
+        for line in text.lines() {
+            if line.starts_with('[') {
+                wanted = line.ends_with("dependencies]");
+            } else if let Some((name, from)) = line.split_once(['.', ' ']).filter(|_| wanted) {
+                assert!(
+                    from.contains("workspace = true") || from.contains("path = "),
+                    "{name}: its version belongs into [workspace.dependencies]"
+                );
+                named.insert(name.to_owned());
+            }
+        }
+    }
+    named
+}
+
+#[test]
+fn every_dependency_earns_its_place_in_the_table() {
+    let manifest = text_of("Cargo.toml");
+    let (_, shared) = manifest.split_once("[workspace.dependencies]\n").unwrap();
+    let (own, others): (Vec<_>, Vec<_>) = shared
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .partition(|line| line.contains("path = "));
+    let name_of = |line: &str| line.split(' ').next().unwrap().to_owned();
+    let own: BTreeSet<_> = own
+        .into_iter()
+        .map(name_of)
+        .chain(["allocator", "lbnodeagent"].map(str::to_owned))
+        .collect();
+    let others: BTreeSet<_> = others.into_iter().map(name_of).collect();
+    let used: BTreeSet<_> = named_dependencies().difference(&own).cloned().collect();
+    assert_eq!(used, others, "what the members name, and [workspace.dependencies]");
+
+    let page = text_of("docs/dependencies.md");
+    let table = page.split("\n## ").find(|part| part.starts_with("Crates")).unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| `"));
+    let mut listed = BTreeSet::new();
+    for row in rows {
+        let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        assert!(cells.len() == 5 && cells.iter().all(|cell| !cell.is_empty()), "{row}");
+        listed.extend(cells.first().unwrap().split('`').skip(1).step_by(2).map(str::to_owned));
+    }
+    assert_eq!(listed, others, "docs/dependencies.md, and [workspace.dependencies]");
 }

@@ -1,5 +1,5 @@
 //! What the repository's own scripts promise: that whatever tests need is fetched before they start, how dependencies are checked,
-//! and what images say of themselves.
+//! what images say of themselves, and what forges run.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may panic")]
 
 use std::collections::BTreeSet;
@@ -216,4 +216,113 @@ fn an_image_of_changed_sources_claims_no_commit() {
         !statement.contains("gitCommit") && statement.contains("0123-dirty"),
         "{statement}"
     );
+}
+
+/// What a forge runs of these lines: after `run:` in GitHub's files, in the list `script:` of GitLab's.
+fn forge_commands(text: &str) -> Vec<String> {
+    let mut commands = Vec::new();
+    let mut in_script = None;
+    for line in text.lines() {
+        let trimmed = line.trim_start();
+        let indent = line.len() - trimmed.len();
+        if let Some(command) = trimmed
+            .strip_prefix("- run: ")
+            .or_else(|| trimmed.strip_prefix("run: "))
+        {
+            commands.push(command.to_owned());
+        } else if trimmed == "script:" {
+            in_script = Some(indent);
+        } else if in_script.is_some_and(|script| indent > script) {
+            commands.extend(trimmed.strip_prefix("- ").map(str::to_owned));
+        } else {
+            in_script = None;
+        }
+    }
+    commands
+}
+
+#[test]
+fn forges_run_targets_of_the_makefile_and_nothing_else() {
+    let makefile = fs::read_to_string(root().join("Makefile")).unwrap();
+    for file in [
+        ".github/workflows/test.yml",
+        ".github/workflows/release.yml",
+        ".gitlab-ci.yml",
+    ] {
+        let text = fs::read_to_string(root().join(file)).unwrap();
+        let commands = forge_commands(&text);
+        assert!(!commands.is_empty() && !text.contains("before_script"), "{file}");
+        for command in commands {
+            let target = command.strip_prefix("make ").and_then(|rest| rest.split(' ').next());
+            let target = target.unwrap_or_else(|| panic!("{file} runs {command}"));
+            assert!(
+                makefile.contains(&format!("\n{target}: ")),
+                "{file}: make has no target {target}"
+            );
+        }
+    }
+}
+
+/// Runs a script of `images/` that is to refuse what it is given, and returns what it says.
+fn refused(script: &str, arguments: &[&str], variables: &[(&str, &str)]) -> String {
+    let mut command = Command::new(root().join("images").join(script));
+    let output = command
+        .args(arguments)
+        .envs(variables.iter().copied())
+        .output()
+        .unwrap();
+    assert!(!output.status.success(), "{script} {arguments:?}: {}", text(&output));
+    text(&output)
+}
+
+#[test]
+fn a_release_that_cannot_be_right_is_refused_before_anything_is_built() {
+    let version = env!("CARGO_PKG_VERSION");
+    let cases = [
+        (vec!["1.2"], vec![], "is not like 1.2.3"),
+        (vec!["99.0.0"], vec![], "make it 99.0.0 first"),
+        (
+            vec![version],
+            vec![("REGISTRY", "registry.example")],
+            "is not like registry.example:5000/bellwether",
+        ),
+        (
+            vec![version],
+            vec![("REGISTRY", "https://registry.example/x")],
+            "is not like",
+        ),
+        (
+            vec![version],
+            vec![("REVISION", "x"), ("KEY", "/dev/null")],
+            "no private key of the curve P-256",
+        ),
+    ];
+    for (arguments, variables, expected) in cases {
+        let said = refused("release", &arguments, &variables);
+        assert!(said.contains(expected), "{arguments:?} {variables:?}: {said}");
+    }
+}
+
+#[test]
+fn a_release_that_was_changed_or_names_no_registry_is_not_published() {
+    let release = directory("publish");
+    fs::create_dir(release.join("images")).unwrap();
+    fs::write(release.join("images/allocator.tar"), "").unwrap();
+    let sums = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855  images/allocator.tar\n";
+    fs::write(release.join("SHA256SUMS"), sums.replace('e', "0")).unwrap();
+    let path = release.to_string_lossy().into_owned();
+    assert!(refused("publish", &[&path], &[]).contains("is not what its SHA256SUMS says"));
+    assert!(refused("publish", &["/nowhere"], &[]).contains("REGISTRY"), "its usage");
+
+    let (index, _, work) = pack("publish-named", &[]);
+    assert!(index["manifests"][0]["annotations"].is_object());
+    fs::rename(work.join("daemon.tar"), release.join("images/allocator.tar")).unwrap();
+    let sum = Command::new("sha256sum")
+        .arg("images/allocator.tar")
+        .current_dir(&release)
+        .output()
+        .unwrap();
+    fs::write(release.join("SHA256SUMS"), sum.stdout).unwrap();
+    let said = refused("publish", &[&path], &[("REGISTRY", "localhost/bellwether")]);
+    assert!(said.contains("which is no registry"), "{said}");
 }
