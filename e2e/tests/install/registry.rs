@@ -60,18 +60,21 @@ fn a_release_is_installed_from_a_registry() -> Result<()> {
     })
 }
 
-/// Every container runs an image that the release's notes list, by its digest.
+/// Every container runs an image that the release's notes list, by its digest. Helm waits for most of the agents, not for all.
 async fn pulled_by_digest(lab: &Lab, release: &str, registry: &str) -> Result<()> {
     let notes = std::fs::read_to_string(format!("{release}/NOTES.md"))?;
     let path = "jsonpath={range .items[*].status.containerStatuses[*]}{.imageID}{\"\\n\"}{end}";
-    let shown = lab.kubectl(["get", "pods", "-n", NAMESPACE, "-o", path]).await?;
-    ensure!(shown.lines().count() >= 5, "two allocators and three agents: {shown}");
-    for image in shown.lines() {
-        let (name, digest) = image
-            .rsplit_once('@')
-            .with_context(|| format!("{image} has no digest"))?;
-        ensure!(name.starts_with(registry), "{image} is not from {registry}");
-        ensure!(notes.contains(&format!("`{digest}`")), "{image} is not the release's");
-    }
-    Ok(())
+    wait_until("every Pod runs an image of the release", SOON, async || {
+        let shown = lab.kubectl(["get", "pods", "-n", NAMESPACE, "-o", path]).await?;
+        ensure!(shown.lines().count() == 5, "two allocators and three agents: {shown}");
+        for image in shown.lines() {
+            let (name, digest) = image
+                .rsplit_once('@')
+                .with_context(|| format!("a digest in {image:?}"))?;
+            ensure!(name.starts_with(registry), "{image} is not from {registry}");
+            ensure!(notes.contains(&format!("`{digest}`")), "{image} is not the release's");
+        }
+        Ok(())
+    })
+    .await
 }
