@@ -208,6 +208,12 @@ impl Nodes {
         (dead, again.map(|wait| wait.max(Duration::from_millis(100))))
     }
 
+    /// Whether a node is suspected and does not answer, so that it was looked for in two ways.
+    pub fn is_unanswering(&self, name: &str, answers: &Answers) -> bool {
+        let suspect = self.suspects.get(name);
+        suspect.is_some_and(|suspect| answers.get(name) == Some(&(suspect.since, false)))
+    }
+
     /// The names of the dead.
     pub fn names<'a>(&'a self, dead: &'a Dead) -> impl Iterator<Item = &'a str> {
         let names = self.suspects.keys().map(String::as_str);

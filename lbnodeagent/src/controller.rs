@@ -12,6 +12,7 @@ mod handing;
 mod introducing;
 mod routing;
 mod saying;
+mod sending_on;
 mod telling;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,6 +38,7 @@ use crate::bypass::{self, Answers, Bypass, Suspects, Wanted};
 use crate::closed::Closed;
 use crate::config::{self, ConfigError, NodeConfig};
 use crate::conflict::Findings;
+use crate::flows::Flows;
 use crate::greeting::{self, Held};
 use crate::handover::Handover;
 use crate::isolation::{self, Evidence, Isolation, Stand};
@@ -79,6 +81,8 @@ pub struct Settings {
     pub routing_daemon: Option<daemons::Daemon>,
     /// Whether new connections bypass Pods of dead nodes.
     pub bypasses: bool,
+    /// Whether connections by routed addresses that other nodes have are sent on to them.
+    pub sends_flows_on: bool,
     /// How long a node has to be dead until connections that are open to its Pods are reset; `None`: they never are.
     pub reset_after: Option<Duration>,
     /// The health port of this node's kube-proxy; `None`: it is not asked.
@@ -167,6 +171,7 @@ pub async fn run(
     let mut sessions_seen = agent.sessions.subscribe();
     let mut not_advertised = agent.start_asking_the_daemon();
     let mut answered = agent.start_bypassing();
+    agent.start_counting_flows();
     let mut proxy_seen = agent.start_asking_the_proxy();
     let (reachable, mut api_reachable) = watch::channel(true);
     let mut asking = std::pin::pin!(isolation::ask_api_server(client, agent.is_alone.subscribe(), reachable));
@@ -223,6 +228,7 @@ pub async fn run(
         agent.reconcile(&members_now, scope).await?;
         // After the addresses: where one has no owner, all of its connections fail.
         agent.bypass_dead_pods(&members_now, is_all);
+        agent.forget_dead_peers(&members_now).await;
     }
     agent.leave(writing).await;
     members.leave().await;
@@ -392,6 +398,9 @@ struct Agent<'a> {
     said_unadvertised: BTreeMap<(ServiceKey, IpAddr), &'static str>,
     /// Former owners of addresses this node has, through which their open connections go on.
     handover: Handover,
+    /// What becomes of connections by routed addresses that other nodes have, and whether anything does.
+    flows: Flows,
+    sends_on: watch::Sender<bool>,
     /// Nodes that may be dead, whether they answer, and what is done about those that are.
     nodes: bypass::Nodes,
     suspects: watch::Sender<Suspects>,
@@ -487,6 +496,8 @@ impl<'a> Agent<'a> {
             unadvertised: BTreeMap::new(),
             said_unadvertised: BTreeMap::new(),
             handover: Handover::default(),
+            flows: Flows::default(),
+            sends_on: watch::Sender::new(false),
             nodes: bypass::Nodes::default(),
             suspects: watch::Sender::new(Suspects::new()),
             answers: Answers::new(),
@@ -717,6 +728,7 @@ impl<'a> Agent<'a> {
         reserved.extend(living.values().map(|member| (member.addr.ip(), User::Node)));
         reserved.extend(self.settings.api_server.map(|ip| (ip, User::ApiServer)));
         self.handover.look(now, living, &self.heard);
+        self.flows.meet(now, &self.settings.node, &subnets, living);
         self.count_members(&subnets, &candidates, living);
         let mut basis = Basis {
             config,
@@ -733,6 +745,7 @@ impl<'a> Agent<'a> {
         // Last: where this node is new, it holds its addresses before the others let go of them.
         self.tell_members(Meta {
             is_starting: false,
+            is_answering: self.flows.is_answering(),
             ..meta
         })
         .await;
@@ -786,6 +799,7 @@ impl<'a> Agent<'a> {
         self.linger(&plan, snapshot, &mut desired, scope);
         // Before the addresses are here: not one segment of such a connection must go astray.
         self.hand_on(&takeovers, basis, &desired, living, scope).await;
+        self.send_on_for(&plan, scope).await;
         let held: BTreeSet<(u32, IpAddr)> = if self.is_first {
             snapshot.ours().map(|address| (address.link, address.ip)).collect()
         } else {
@@ -1000,6 +1014,7 @@ impl<'a> Agent<'a> {
         self.plan = Plan::default();
         self.refused.clear();
         self.let_connections_go().await;
+        self.flows.clear();
         self.held.send_replace(Held::new());
         self.routed.send_replace(BTreeSet::new());
         self.said_unadvertised.clear();

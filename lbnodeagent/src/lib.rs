@@ -8,6 +8,7 @@ pub mod config;
 pub mod conflict;
 pub mod controller;
 pub mod election;
+pub mod flows;
 pub mod greeting;
 pub mod handover;
 pub mod isolation;

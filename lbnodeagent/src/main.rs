@@ -38,6 +38,9 @@ struct Flags {
     /// Whether new connections to VIPs bypass Pods of nodes that are dead, until the control plane has given those nodes up.
     #[arg(long, env = "PURELB_BYPASS_DEAD_NODES", default_value = "true", action = clap::ArgAction::Set)]
     bypass_dead_nodes: bool,
+    /// Whether connections by routed addresses that a router sends to another node than before are sent on to the node that has them.
+    #[arg(long, env = "PURELB_SEND_FLOWS_ON", default_value = "true", action = clap::ArgAction::Set)]
+    send_flows_on: bool,
     /// Seconds a node has to be dead until connections that are open to its Pods by VIPs are reset; 0: they never are.
     #[arg(long, env = "PURELB_RESET_AFTER_SECONDS", default_value = "30")]
     reset_after_seconds: u16,
@@ -83,6 +86,7 @@ async fn run() -> anyhow::Result<()> {
         routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),
         routing_daemon: flags.routing_daemon,
         bypasses: flags.bypass_dead_nodes,
+        sends_flows_on: flags.send_flows_on,
         reset_after: (flags.reset_after_seconds > 0).then(|| Duration::from_secs(flags.reset_after_seconds.into())),
         proxy_port: Some(flags.kube_proxy_health_port).filter(|port| *port > 0),
     };

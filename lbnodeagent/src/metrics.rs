@@ -142,6 +142,7 @@ pub struct Metrics {
     configuration_problem: Gauge,
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
+    flow_segments: Family<OfKind, Counter>,
     looks: Family<OfKind, Counter>,
     unadvertised: Family<OfCause, Gauge>,
     peers: Family<State, Gauge>,
@@ -265,6 +266,11 @@ impl Metrics {
             self.corrections.clone(),
         );
         agent.register(
+            "flow_segments",
+            "Segments of connections by routed addresses that other nodes have, by what the kernel did: asked, answered, learned, sent, given, limited",
+            self.flow_segments.clone(),
+        );
+        agent.register(
             "not_advertised",
             "Routed addresses here that the node's routing daemon advertises no route to, by cause",
             self.unadvertised.clone(),
@@ -327,6 +333,14 @@ impl Metrics {
             .seconds
             .get_or_create(&labels)
             .observe(time.as_secs_f64());
+    }
+
+    /// The kernel did this to so many segments of connections that are another node's.
+    pub fn flow_segments(&self, kind: &str, count: u64) {
+        const KINDS: [&str; 6] = ["asked", "answered", "learned", "sent", "given", "limited"];
+        if let Some(kind) = KINDS.into_iter().find(|known| *known == kind) {
+            self.flow_segments.get_or_create(&OfKind { kind }).inc_by(count);
+        }
     }
 
     /// The kernel had lost an address (`restored`), or had one nobody wanted (`leftover`).

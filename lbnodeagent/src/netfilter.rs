@@ -1,6 +1,8 @@
 //! Messages to and from the kernel's packet filter: `nfnetlink`, as far as tables of ours and connection tracking take it
 //! (`linux/netfilter/nfnetlink.h`, `nf_tables.h`, `nfnetlink_conntrack.h`).
 
+pub(crate) mod table;
+
 use std::io;
 
 use crds::Family;
@@ -20,8 +22,12 @@ pub(crate) const DELETE_TABLE: u16 = (NF_TABLES << 8) | 0x2;
 pub(crate) const NEW_CHAIN: u16 = (NF_TABLES << 8) | 0x3;
 pub(crate) const NEW_RULE: u16 = (NF_TABLES << 8) | 0x6;
 pub(crate) const GET_RULE: u16 = (NF_TABLES << 8) | 0x7;
+pub(crate) const DELETE_RULE: u16 = (NF_TABLES << 8) | 0x8;
 pub(crate) const NEW_SET: u16 = (NF_TABLES << 8) | 0x9;
 pub(crate) const NEW_ELEMENTS: u16 = (NF_TABLES << 8) | 0xc;
+pub(crate) const DELETE_ELEMENTS: u16 = (NF_TABLES << 8) | 0xe;
+pub(crate) const NEW_OBJECT: u16 = (NF_TABLES << 8) | 0x12;
+pub(crate) const GET_OBJECT: u16 = (NF_TABLES << 8) | 0x13;
 /// Messages of connection tracking, which is subsystem 1.
 pub(crate) const GET_CONNECTION: u16 = 0x101;
 pub(crate) const DELETE_CONNECTION: u16 = 0x102;

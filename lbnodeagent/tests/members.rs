@@ -97,6 +97,7 @@ fn three_members_see_each_other_and_what_each_says_about_itself() {
             is_leaving: true,
             is_drained: false,
             is_starting: false,
+            is_answering: true,
             generation: 7,
             subnets: ["10.31.0.0/16", "2001:db8::/64"]
                 .iter()

@@ -34,10 +34,11 @@ use std::time::Duration;
 use crds::Family;
 
 use super::{MOST_LIVING, Pair, Place, Port, Wanted};
-use crate::netfilter::{
-    APPEND, Batch, CREATE, DELETE_TABLE, GET_RULE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER,
-    VERDICT, attribute, attributes, be32, expression, find, list, nested, number, protocol, register,
+use crate::netfilter::table::{
+    Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state, is_in,
+    joined, look_up, meta, octets, payload, port, set_mark,
 };
+use crate::netfilter::{Batch, GET_RULE, attribute, attributes, be32, expression, find, list, number, protocol, register};
 
 const TABLE: &[u8] = b"purelb-bypass\0";
 const LIVING: &[u8] = b"living\0";
@@ -47,11 +48,8 @@ const PREROUTING: &[u8] = b"prerouting\0";
 const FORWARD: &[u8] = b"forward\0";
 /// The bit by which kube-proxy knows what to masquerade, unless it is told another one (`--iptables-masquerade-bit`).
 const MASQUERADE: u32 = 0x4000;
-/// Flags of a set: it is a map, and its elements have timeouts.
-const MAP: u32 = 0x8;
-const TIMEOUT: u32 = 0x10;
-const TCP: u8 = 6;
-const SYN: u8 = 2;
+/// The state of a connection that begins.
+const NEW: u32 = 8;
 
 /// By which bits of a packet's mark this node's kube-proxy masquerades. None where there is none that translates by `nf_tables` or
 /// iptables, as with IPVS, or with eBPF in its stead.
@@ -104,17 +102,14 @@ pub fn replace(wanted: &Wanted, marks: impl Fn(Family) -> Option<u32>, timeout: 
     let mut batch = Batch::new();
     let mut done = Vec::new();
     for family in [Family::V4, Family::V6] {
-        let of = protocol(family);
-        let table = [attribute(1, TABLE)];
-        // Deleting what is not there would fail all of it.
-        batch.add(NEW_TABLE, CREATE, of, &table);
-        batch.add(DELETE_TABLE, 0, of, &table);
+        let table = Table { name: TABLE, family };
+        table.delete(&mut batch);
         let is_of_family = |(vip, _): &&Pair| Family::of(*vip) == family;
         let mut all = wanted.dead.iter().chain(&wanted.gone);
         if all.any(|pair| is_of_family(&pair))
             && let Some(mark) = marks(family)
         {
-            Table { family, mark, timeout }.add(wanted, &mut batch);
+            Side { table, mark, timeout }.add(wanted, &mut batch);
             done.push(family);
         }
     }
@@ -122,176 +117,103 @@ pub fn replace(wanted: &Wanted, marks: impl Fn(Family) -> Option<u32>, timeout: 
     Ok(done)
 }
 
-struct Table {
-    family: Family,
+/// The table of one family.
+struct Side {
+    table: Table,
     mark: u32,
     timeout: Duration,
 }
 
-impl Table {
+impl Side {
     fn add(&self, wanted: &Wanted, batch: &mut Batch) {
-        let of = protocol(self.family);
-        let living = wanted
-            .living
-            .iter()
-            .filter(|(port, _)| Family::of(port.vip) == self.family);
+        let (table, timeout) = (self.table, self.timeout);
+        let is_of_family = |vip: IpAddr| Family::of(vip) == table.family;
+        let living = wanted.living.iter().filter(|(port, _)| is_of_family(port.vip));
         let living: BTreeMap<&Port, &[Place]> = living.map(|(port, places)| (port, places.as_slice())).collect();
-        batch.add(NEW_TABLE, CREATE, of, &[attribute(1, TABLE)]);
-        // Types of parts, as `nft` numbers them: an address, a protocol, a port, a mark.
-        let (address, length) = match self.family {
-            Family::V4 => (7, 4),
-            Family::V6 => (8, 16),
+        table.create(batch);
+        let (address, length) = table.address();
+        let set = |name, number, key, value| Set {
+            name,
+            number,
+            key,
+            value,
+            timeout,
+            room: None,
         };
-        let joined = |parts: &[u32]| parts.iter().fold(0, |all, part| (all << 6) | part);
-        let data = (joined(&[address, 13]), length + 4);
-        self.set(
-            batch,
-            LIVING,
-            (joined(&[address, 12, 13, 19]), length + 12),
-            Some(data),
-            1,
-        );
-        self.elements(
-            batch,
-            LIVING,
-            living.iter().flat_map(|(port, places)| elements(port, places)),
-        );
+        let place = (joined(&[address, PORT]), length + 4);
+        let slot = (joined(&[address, PROTOCOL, PORT, MARK]), length + 12);
+        table.set(batch, &set(LIVING, 1, slot, Some(place)));
+        let all = living.iter().flat_map(|(port, places)| elements(port, places));
+        table.add(batch, LIVING, all.collect::<Vec<_>>());
+        let pair = (joined(&[address, address]), 2 * length);
         for (number, name, pairs) in [(2, DEAD, &wanted.dead), (3, GONE, &wanted.gone)] {
-            self.set(batch, name, (joined(&[address, address]), 2 * length), None, number);
-            let pairs = pairs.iter().filter(|(vip, _)| Family::of(*vip) == self.family);
-            let pair =
-                |(vip, pod): &Pair| nested(1, &[nested(1, &[attribute(1, &[octets(*vip), octets(*pod)].concat())])]);
-            self.elements(batch, name, pairs.map(pair));
+            table.set(batch, &set(name, number, pair, None));
+            let pairs = pairs.iter().filter(|(vip, _)| is_of_family(*vip));
+            let pairs = pairs.map(|(vip, pod)| element(&[octets(*vip), octets(*pod)].concat(), None));
+            table.add(batch, name, pairs.collect::<Vec<_>>());
         }
-        // Hooks 0 and 2 are prerouting and forward.
-        chain(batch, of, PREROUTING, b"nat\0", 0, -105);
-        chain(batch, of, FORWARD, b"filter\0", 2, -5);
+        let hook = |kind, number, priority| Hook { kind, number, priority };
+        table.chain(batch, PREROUTING, Some(hook(b"nat\0", 0, -105)));
+        table.chain(batch, FORWARD, Some(hook(b"filter\0", 2, -5)));
         let counts: BTreeSet<usize> = living.values().map(|places| places.len()).collect();
         for count in counts {
-            rule(
-                batch,
-                of,
-                PREROUTING,
-                &self.to_living(u32::try_from(count).unwrap_or(1)),
-            );
+            table.rule(batch, PREROUTING, &self.to_living(u32::try_from(count).unwrap_or(1)));
         }
-        rule(batch, of, FORWARD, &self.reset());
-        rule(batch, of, FORWARD, &self.drop_new());
-    }
-
-    fn set(&self, batch: &mut Batch, name: &[u8], key: (u32, u32), data: Option<(u32, u32)>, number: u32) {
-        let milliseconds = u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX);
-        let flags = TIMEOUT | data.map_or(0, |_| MAP);
-        let mut parts = vec![attribute(1, TABLE), attribute(2, name), be32(3, flags)];
-        parts.extend([be32(4, key.0), be32(5, key.1)]);
-        parts.extend(
-            data.into_iter()
-                .flat_map(|(type_, length)| [be32(6, type_), be32(7, length)]),
-        );
-        parts.extend([be32(10, number), attribute(11, &milliseconds.to_be_bytes())]);
-        batch.add(NEW_SET, CREATE, protocol(self.family), &parts);
-    }
-
-    fn elements(&self, batch: &mut Batch, name: &[u8], elements: impl Iterator<Item = Vec<u8>>) {
-        let elements: Vec<Vec<u8>> = elements.collect();
-        for elements in elements.chunks(TOGETHER) {
-            let message = [attribute(1, TABLE), attribute(2, name), nested(3, elements)];
-            batch.add(NEW_ELEMENTS, CREATE, protocol(self.family), &message);
-        }
-    }
-
-    /// How many registers an address takes.
-    const fn width(&self) -> u32 {
-        match self.family {
-            Family::V4 => 1,
-            Family::V6 => 4,
-        }
-    }
-
-    /// Loads the destination.
-    fn destination(&self, to: u32) -> Vec<u8> {
-        match self.family {
-            Family::V4 => payload(to, 1, 16, 4),
-            Family::V6 => payload(to, 1, 24, 16),
-        }
+        table.rule(batch, FORWARD, &self.reset());
+        table.rule(batch, FORWARD, &self.drop_new());
     }
 
     /// Translates what is for a VIP that has so many living Pods to one of them.
-    fn to_living(&self, count: u32) -> Vec<u8> {
-        let width = self.width();
+    fn to_living(&self, count: u32) -> [Vec<u8>; 9] {
+        let width = self.table.width();
         let [address, protocol, port, slot] = [0, width, width + 1, width + 2].map(register);
         let (to, mark) = (register(8), register(15));
         let numgen = [be32(1, slot), be32(2, count), be32(3, 1), be32(4, first_slot(count))];
-        let look_up = [attribute(1, LIVING), be32(2, address), be32(3, to)];
-        let set_mark = [be32(3, mark), be32(2, 3)];
         let [keep, set] = [!self.mark, self.mark].map(u32::to_ne_bytes);
         // NFT_NAT_DNAT is 1.
         let nat = [
             be32(1, 1),
-            be32(2, crate::netfilter::protocol(self.family).into()),
+            be32(2, crate::netfilter::protocol(self.table.family).into()),
             be32(3, to),
             be32(5, to + width),
         ];
         [
-            self.destination(address),
+            self.table.destination(address),
             meta(protocol, 16),
-            payload(port, 2, 2, 2),
+            payload(port, TRANSPORT, 2, 2),
             expression(b"numgen\0", &numgen),
-            expression(b"lookup\0", &look_up),
+            look_up(LIVING, address, to),
             meta(mark, 3),
-            bitwise(mark, keep, set),
-            expression(b"meta\0", &set_mark),
+            bitwise(mark, &keep, &set),
+            set_mark(mark),
             expression(b"nat\0", &nat),
         ]
-        .concat()
     }
 
     /// Whether what was for a VIP goes to one of these Pods.
     fn is_to(&self, set: &[u8]) -> Vec<u8> {
         // NFT_CT_DST_IP and NFT_CT_DST_IP6 in the original direction.
-        let key = match self.family {
+        let key = match self.table.family {
             Family::V4 => 20,
             Family::V6 => 22,
         };
         let original = [be32(1, register(0)), be32(2, key), attribute(3, &[0])];
-        let look_up = [attribute(1, set), be32(2, register(0))];
         [
             expression(b"ct\0", &original),
-            self.destination(register(self.width())),
-            expression(b"lookup\0", &look_up),
+            self.table.destination(register(self.table.width())),
+            is_in(set, register(0)),
         ]
         .concat()
     }
 
-    fn drop_new(&self) -> Vec<u8> {
-        // NFT_CT_STATE, of which the bit for IP_CT_NEW is wanted.
-        let state = [be32(1, register(0)), be32(2, 0)];
-        let drop = nested(2, &[nested(2, &[be32(1, 0)])]);
-        [
-            expression(b"ct\0", &state),
-            bitwise(register(0), 8_u32.to_ne_bytes(), [0; 4]),
-            compare(1, &[0; 4]),
-            self.is_to(DEAD),
-            expression(b"counter\0", &[]),
-            expression(b"immediate\0", &[be32(1, VERDICT), drop]),
-        ]
-        .concat()
+    fn drop_new(&self) -> [Vec<u8>; 4] {
+        [has_state(NEW), self.is_to(DEAD), count_here(), drop_it()]
     }
 
-    fn reset(&self) -> Vec<u8> {
+    fn reset(&self) -> [Vec<u8>; 4] {
         // NFT_REJECT_TCP_RST is 1.
-        [
-            meta(register(0), 16),
-            compare(0, &[TCP]),
-            // The byte of flags: FIN is 1, SYN 2 (RFC 9293).
-            payload(register(0), 2, 13, 1),
-            bitwise(register(0), [SYN], [0]),
-            compare(0, &[0]),
-            self.is_to(GONE),
-            expression(b"counter\0", &[]),
-            expression(b"reject\0", &[be32(1, 1), attribute(2, &[0])]),
-        ]
-        .concat()
+        let reject = expression(b"reject\0", &[be32(1, 1), attribute(2, &[0])]);
+        [continues(), self.is_to(GONE), count_here(), reject]
     }
 }
 
@@ -301,76 +223,12 @@ const fn first_slot(count: u32) -> u32 {
 }
 
 /// The living Pods behind a port of a VIP, as elements of the map.
-fn elements(port: &Port, places: &[Place]) -> impl Iterator<Item = Vec<u8>> {
+fn elements(of: &Port, places: &[Place]) -> impl Iterator<Item = Vec<u8>> {
     debug_assert!(places.len() <= MOST_LIVING, "more than a rule is made for");
     let first = first_slot(u32::try_from(places.len()).unwrap_or(0));
-    let key = [
-        octets(port.vip),
-        vec![port.protocol, 0, 0, 0],
-        [port.port.to_be_bytes(), [0; 2]].concat(),
-    ]
-    .concat();
-    places.iter().zip(first..).map(move |((pod, port), slot)| {
+    let key = [&octets(of.vip)[..], &[of.protocol, 0, 0, 0], &port(of.port)].concat();
+    places.iter().zip(first..).map(move |((pod, number), slot)| {
         let key = [key.as_slice(), &slot.to_ne_bytes()].concat();
-        let data = [octets(*pod), [port.to_be_bytes(), [0; 2]].concat()].concat();
-        nested(
-            1,
-            &[nested(1, &[attribute(1, &key)]), nested(2, &[attribute(1, &data)])],
-        )
+        element(&key, Some(&[&octets(*pod)[..], &port(*number)].concat()))
     })
-}
-
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    }
-}
-
-fn chain(batch: &mut Batch, of: u8, name: &[u8], type_: &[u8], hook: u32, priority: i32) {
-    let hook = [be32(1, hook), attribute(2, &priority.to_be_bytes())];
-    let parts = [
-        attribute(1, TABLE),
-        attribute(3, name),
-        nested(4, &hook),
-        attribute(7, type_),
-    ];
-    batch.add(NEW_CHAIN, CREATE, of, &parts);
-}
-
-fn rule(batch: &mut Batch, of: u8, chain: &[u8], expressions: &[u8]) {
-    let parts = [
-        attribute(1, TABLE),
-        attribute(2, chain),
-        nested(4, &[expressions.to_vec()]),
-    ];
-    batch.add(NEW_RULE, CREATE | APPEND, of, &parts);
-}
-
-/// Loads a part of a header: 1 is the network's, 2 the transport's.
-fn payload(to: u32, base: u32, offset: u32, length: u32) -> Vec<u8> {
-    let parts = [be32(1, to), be32(2, base), be32(3, offset), be32(4, length)];
-    expression(b"payload\0", &parts)
-}
-
-/// Loads something about a packet: `NFT_META_MARK` is 3, `NFT_META_L4PROTO` 16.
-fn meta(to: u32, key: u32) -> Vec<u8> {
-    expression(b"meta\0", &[be32(1, to), be32(2, key)])
-}
-
-fn bitwise<const N: usize>(what: u32, and: [u8; N], xor: [u8; N]) -> Vec<u8> {
-    let parts = [
-        be32(1, what),
-        be32(2, what),
-        be32(3, u32::try_from(N).unwrap_or(0)),
-        nested(4, &[attribute(1, &and)]),
-        nested(5, &[attribute(1, &xor)]),
-    ];
-    expression(b"bitwise\0", &parts)
-}
-
-/// Goes on where the first register is this (0), or anything else (1).
-fn compare(how: u32, with: &[u8]) -> Vec<u8> {
-    let parts = [be32(1, register(0)), be32(2, how), nested(3, &[attribute(1, with)])];
-    expression(b"cmp\0", &parts)
 }

@@ -24,6 +24,9 @@ impl Agent<'_> {
     pub(super) fn bypass_dead_pods(&mut self, living: &Living, is_about_all: bool) {
         let moved = self.cluster.moved();
         if !self.settings.bypasses {
+            if is_about_all && self.is_settled {
+                self.look_for_dead_nodes(living);
+            }
             // What a process before this one has told the kernel, which was to do it.
             self.have_bypassed(Arc::default());
             return;
@@ -66,7 +69,7 @@ impl Agent<'_> {
             self.wake_in(wait);
         }
         let is_news = self.bypass.take(dead);
-        if is_news {
+        if is_news && self.settings.bypasses {
             let dead: Vec<&str> = self.nodes.names(self.bypass.dead()).collect();
             tracing::info!(?dead, "dead nodes whose Pods are to be bypassed");
             self.links

@@ -23,14 +23,20 @@ use std::time::Duration;
 
 use crds::Family;
 
-use crate::netfilter::{
-    APPEND, Batch, CREATE, DELETE_TABLE, NEW_CHAIN, NEW_ELEMENTS, NEW_RULE, NEW_SET, NEW_TABLE, TOGETHER, attribute,
-    expression, nested, protocol,
+use crate::netfilter::Batch;
+use crate::netfilter::register;
+use crate::netfilter::table::{
+    EQUAL, Hook, MORE, Set, TRANSPORT, Table, bitwise, compare, copy_to, count_here, drop_it, element, has_state,
+    is_protocol, look_up, octets, payload,
 };
 
 const TABLE: &[u8] = b"purelb\0";
 const CHAIN: &[u8] = b"prerouting\0";
 const MAP: &[u8] = b"former\0";
+const TCP: u8 = 6;
+const SYN: u8 = 0x2;
+/// The states of a segment whose connection is not known.
+const INVALID_OR_NEW: u32 = 0x1 | 0x8;
 
 /// Replaces the table by one that sends what belongs to foreign connections of an address (key) to the node that has them
 /// (value), for as long as `timeout` without being asked again; or removes it, where there is none. All of it or nothing.
@@ -41,140 +47,55 @@ pub fn replace(former: &BTreeMap<IpAddr, IpAddr>, timeout: Duration) -> io::Resu
     let mut batch = Batch::new();
     for family in [Family::V4, Family::V6] {
         let of_family = former.iter().filter(|(vip, _)| Family::of(**vip) == family);
-        let elements: Vec<Vec<u8>> = of_family.map(|(vip, node)| element(*vip, *node)).collect();
-        table(&mut batch, family, &elements, timeout);
+        let elements = of_family.map(|(vip, node)| element(&octets(*vip), Some(&octets(*node))));
+        let table = Table { name: TABLE, family };
+        make(&mut batch, table, elements.collect(), timeout);
     }
     batch.commit()
 }
 
 /// A table that there may be already, from the start.
-fn table(batch: &mut Batch, family: Family, elements: &[Vec<u8>], timeout: Duration) {
-    let of = protocol(family);
-    let table = |kind| attribute(kind, TABLE);
-    // Deleting what is not there would fail all of it.
-    batch.add(NEW_TABLE, CREATE, of, &[table(1)]);
-    batch.add(DELETE_TABLE, 0, of, &[table(1)]);
+fn make(batch: &mut Batch, table: Table, elements: Vec<Vec<u8>>, timeout: Duration) {
+    table.delete(batch);
     if elements.is_empty() {
         return;
     }
-    batch.add(NEW_TABLE, CREATE, of, &[table(1)]);
-    let (length, type_) = match family {
-        Family::V4 => (4, 7),
-        Family::V6 => (16, 8),
+    table.create(batch);
+    let map = Set {
+        name: MAP,
+        number: 1,
+        key: table.address(),
+        value: Some(table.address()),
+        timeout,
+        room: None,
     };
-    let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-    // A map whose elements have timeouts.
-    let flags = 0x8 | 0x10;
-    let map = [
-        table(1),
-        attribute(2, MAP),
-        attribute(3, &u32::to_be_bytes(flags)),
-        attribute(4, &u32::to_be_bytes(type_)),
-        attribute(5, &u32::to_be_bytes(length)),
-        attribute(6, &u32::to_be_bytes(type_)),
-        attribute(7, &u32::to_be_bytes(length)),
-        attribute(10, &u32::to_be_bytes(1)),
-        attribute(11, &milliseconds.to_be_bytes()),
+    table.set(batch, &map);
+    table.add(batch, MAP, elements);
+    // Mangle: after connection tracking (-200), before addresses are translated (-100).
+    let hook = Hook {
+        kind: b"filter\0",
+        number: 0,
+        priority: -150,
+    };
+    table.chain(batch, CHAIN, Some(hook));
+    let (address, to, scratch) = (register(0), register(table.width()), register(15));
+    let continues = [
+        payload(scratch, TRANSPORT, 13, 1),
+        bitwise(scratch, &[SYN], &[0]),
+        compare(scratch, EQUAL, &[0]),
     ];
-    batch.add(NEW_SET, CREATE, of, &map);
-    for elements in elements.chunks(TOGETHER) {
-        let elements = nested(3, elements);
-        let message = [table(1), attribute(2, MAP), elements];
-        batch.add(NEW_ELEMENTS, CREATE, of, &message);
-    }
-    // Hook 0 is prerouting. Priority -150, mangle: after connection tracking (-200), before addresses are translated (-100).
-    let hook = [
-        attribute(1, &u32::to_be_bytes(0)),
-        attribute(2, &i32::to_be_bytes(-150)),
+    let rule = [
+        is_protocol(TCP),
+        has_state(INVALID_OR_NEW),
+        continues.concat(),
+        // With none left it would begin again at 255.
+        table.hops(scratch),
+        compare(scratch, MORE, &[1]),
+        table.destination(address),
+        look_up(MAP, address, to),
+        copy_to(to),
+        count_here(),
+        drop_it(),
     ];
-    let chain = [
-        table(1),
-        attribute(3, CHAIN),
-        nested(4, &hook),
-        attribute(7, b"filter\0"),
-    ];
-    batch.add(NEW_CHAIN, CREATE, of, &chain);
-    let rule = [table(1), attribute(2, CHAIN), nested(4, &rule(family))];
-    batch.add(NEW_RULE, CREATE | APPEND, of, &rule);
-}
-
-/// An address and the node to send to, as an element of the map.
-fn element(vip: IpAddr, node: IpAddr) -> Vec<u8> {
-    let value = |ip: IpAddr| match ip {
-        IpAddr::V4(ip) => attribute(1, &ip.octets()),
-        IpAddr::V6(ip) => attribute(1, &ip.octets()),
-    };
-    nested(1, &[nested(1, &[value(vip)]), nested(2, &[value(node)])])
-}
-
-/// Registers: 0 takes verdicts, these addresses and numbers.
-const VERDICT: [u8; 4] = 0_u32.to_be_bytes();
-const REGISTER: [u8; 4] = 1_u32.to_be_bytes();
-const REGISTER_2: [u8; 4] = 2_u32.to_be_bytes();
-
-/// The rule's expressions, each of which has the next ones left out where it does not match.
-fn rule(family: Family) -> [Vec<u8>; 12] {
-    // Where in its header the destination is, how long, and where the number of hops left.
-    let (offset, length, hops): (u32, u32, u32) = match family {
-        Family::V4 => (16, 4, 8),
-        Family::V6 => (24, 16, 7),
-    };
-    let (network, transport) = (1_u32, 2_u32);
-    let load = |base: u32, offset: u32, length: u32| {
-        let place = [base, offset, length].map(u32::to_be_bytes);
-        let [base, offset, length] = place;
-        let parts = [
-            attribute(1, &REGISTER),
-            attribute(2, &base),
-            attribute(3, &offset),
-            attribute(4, &length),
-        ];
-        expression(b"payload\0", &parts)
-    };
-    // NFT_CMP_EQ is 0, NFT_CMP_NEQ 1.
-    let compare = |how: u32, with: &[u8]| {
-        let parts = [
-            attribute(1, &REGISTER),
-            attribute(2, &how.to_be_bytes()),
-            nested(3, &[attribute(1, with)]),
-        ];
-        expression(b"cmp\0", &parts)
-    };
-    let mask = |with: &[u8]| {
-        let length = u32::try_from(with.len()).unwrap_or(0);
-        let nothing = vec![0; with.len()];
-        let parts = [
-            attribute(1, &REGISTER),
-            attribute(2, &REGISTER),
-            attribute(3, &length.to_be_bytes()),
-            nested(4, &[attribute(1, with)]),
-            nested(5, &[attribute(1, &nothing)]),
-        ];
-        expression(b"bitwise\0", &parts)
-    };
-    // NFT_META_L4PROTO, and NFT_CT_STATE of which NF_CT_STATE_INVALID_BIT and the one for IP_CT_NEW are wanted.
-    let protocol = [attribute(1, &REGISTER), attribute(2, &16_u32.to_be_bytes())];
-    let state = [attribute(1, &REGISTER), attribute(2, &0_u32.to_be_bytes())];
-    let (unknown, syn, tcp) = (0x1_u32 | 0x8, 0x2, 6);
-    let look_up = [attribute(1, MAP), attribute(2, &REGISTER), attribute(3, &REGISTER_2)];
-    let drop = nested(2, &[nested(2, &[attribute(1, &0_u32.to_be_bytes())])]);
-    [
-        expression(b"meta\0", &protocol),
-        compare(0, &[tcp]),
-        expression(b"ct\0", &state),
-        mask(&unknown.to_ne_bytes()),
-        compare(1, &0_u32.to_ne_bytes()),
-        load(transport, 13, 1),
-        mask(&[syn]),
-        compare(0, &[0]),
-        // NFT_CMP_GT: with none left it would begin again at 255.
-        [load(network, hops, 1), compare(4, &[1])].concat(),
-        [load(network, offset, length), expression(b"lookup\0", &look_up)].concat(),
-        [
-            expression(b"dup\0", &[attribute(1, &REGISTER_2)]),
-            expression(b"counter\0", &[]),
-        ]
-        .concat(),
-        expression(b"immediate\0", &[attribute(1, &VERDICT), drop]),
-    ]
+    table.rule(batch, CHAIN, &rule);
 }

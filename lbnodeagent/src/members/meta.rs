@@ -18,6 +18,7 @@ const HEADER_LEN: usize = 10;
 const LEAVING: u8 = 0x01;
 const DRAINED: u8 = 0x02;
 const STARTING: u8 = 0x04;
+const ANSWERING: u8 = 0x08;
 /// Added to the prefix length of an IPv6 subnet, so that one byte tells the family too.
 const V6_OFFSET: u8 = 64;
 /// In the place of a prefix length: an Ethernet address follows, and whose it is.
@@ -25,13 +26,14 @@ const MAC: u8 = 255;
 
 /// What a node says about itself.
 ///
-/// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained, bit 2 starting; the others are
+/// Encoded as: version (1), flags (bit 0 leaving, bit 1 drained, bit 2 starting, bit 3 answering; the others are
 /// ignored), instance generation (8, big
 /// endian), then each subnet as its prefix length (1; 0 to 32 is IPv4, 64 to 192 is IPv6) and this node's own address
 /// there (4 or 16). An IPv4 subnet takes 5 bytes, an IPv6 one 17. Behind them, for each Ethernet address that they are
 /// reached at: 255 (1), the address (6), how many subnets there are (1), and which, counted from 0 (1 each). A dual-stack
 /// interface takes 32 bytes: 15 of them fit. Where there is no room, Ethernet addresses are left out before subnets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // What it says of itself, each by itself.
 pub struct Meta {
     /// The agent is about to stop and hands over what it announces.
     pub is_leaving: bool,
@@ -40,6 +42,8 @@ pub struct Meta {
     /// The agent has just started: it stands for election among others that do, and holds nothing yet for which another
     /// should let go.
     pub is_starting: bool,
+    /// Its kernel answers who asks for connections by routed addresses.
+    pub is_answering: bool,
     /// Grows with every start of the agent on this node; 0 when not said.
     pub generation: u64,
     /// The subnets its interfaces offer, each as the node's own address there and the length of its prefix.
@@ -78,6 +82,7 @@ impl Meta {
             (self.is_leaving, LEAVING),
             (self.is_drained, DRAINED),
             (self.is_starting, STARTING),
+            (self.is_answering, ANSWERING),
         ];
         let flags = flags
             .into_iter()
@@ -140,6 +145,7 @@ impl Meta {
             is_leaving: flags & LEAVING != 0,
             is_drained: flags & DRAINED != 0,
             is_starting: flags & STARTING != 0,
+            is_answering: flags & ANSWERING != 0,
             generation: u64::from_be_bytes(generation),
             subnets: subnets.into_iter().collect(),
             macs,
@@ -202,10 +208,11 @@ mod tests {
                     is_leaving: true,
                     is_drained: true,
                     is_starting: true,
+                    is_answering: true,
                     generation: 0x0102,
                     ..Meta::default()
                 },
-                &[1, 7, 0, 0, 0, 0, 0, 0, 1, 2],
+                &[1, 15, 0, 0, 0, 0, 0, 0, 1, 2],
             ),
             (
                 "the node's own addresses",
@@ -269,7 +276,7 @@ mod tests {
 
     #[test]
     fn unknown_flags_are_ignored() {
-        let bytes = [1, 0xf8, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 128, 0, 1];
+        let bytes = [1, 0xf0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 10, 128, 0, 1];
         assert_eq!(Meta::decode(&bytes), Ok(meta(&["10.128.0.1/9"])));
     }
 
@@ -301,13 +308,14 @@ mod tests {
             is_leaving: bool,
             is_drained: bool,
             is_starting: bool,
+            is_answering: bool,
             generation: u64,
             subnets in proptest::collection::btree_set(any_subnet(), 0..80),
             links in 1..5_u8,
         ) {
             let mac = |(subnet, index): (&IpNet, u8)| (subnet.addr(), [2, 0, 0, 0, 0, index % links]);
             let macs = subnets.iter().zip(0..).map(mac).collect();
-            let meta = Meta { is_leaving, is_drained, is_starting, generation, subnets, macs };
+            let meta = Meta { is_leaving, is_drained, is_starting, is_answering, generation, subnets, macs };
             let encoded = meta.encode();
             prop_assert!(encoded.bytes.len() <= MAX_META_LEN);
             let read = Meta::decode(&encoded.bytes).unwrap();

@@ -1,0 +1,275 @@
+//! Connections by routed addresses when next hops come and go: they go on through the node that has them.
+//!
+//! A routed address is on every node, and routers spread connections over these by a hash. When a next hop comes or goes the hash
+//! leads many connections to other nodes than before, whose connection tracking does not know them: kube-proxy would give their next
+//! segment to any endpoint, and the client would be told off. So a node that gets a segment of a connection that is not its own asks
+//! its peers once, by copying the segment to them. Who has the connection passes the segment on, and says so; from then on all that
+//! comes of it is sent there. Where all peers say that they do not have it kube-proxy gets the segment after all, and the client is
+//! told at once.
+//!
+//! Packets are handled by the kernel alone, whatever becomes of the agent. Who is a peer, for which addresses, and who is forgotten is
+//! decided here; time is given. [`nft`] tells the kernel, and [`run`] counts what it does.
+
+pub mod nft;
+pub mod run;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crds::Family;
+use ipnet::IpNet;
+
+use crate::members::{Living, Member};
+use crate::neighbor::frame::Mac;
+use crate::picture::slice;
+use crate::plan::{Reason, Verdict};
+use crate::scope::Scope;
+
+/// How long the kernel goes on without being told again.
+pub const TIMEOUT: Duration = Duration::from_mins(10);
+/// How often it is told again.
+const REFRESH: Duration = Duration::from_mins(2);
+/// Wait before the kernel is told again what it has refused.
+const RETRY: Duration = Duration::from_secs(20);
+/// How long a node without an agent is a peer: for less than its kernel goes on, since one that has forgotten answers with resets.
+const ABSENCE: Duration = Duration::from_mins(5);
+/// Peers that are asked. On larger segments some connections break as they do without.
+pub const MOST_PEERS: usize = 128;
+/// Questions a second that a node asks.
+const MOST_QUESTIONS: u64 = 2_000;
+/// Copies a second that it makes of them, and questions that it answers.
+const MOST_COPIES: u64 = 20_000;
+/// How long the kernel knows who has a flow without asking again.
+const LEARNED: Duration = Duration::from_mins(2);
+/// The port of HTTP/3.
+const HTTPS: u16 = 443;
+const UDP: u8 = 17;
+
+/// A node on the same segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its address there, of each family that it has.
+    pub addresses: BTreeMap<Family, IpAddr>,
+    /// Where its packets come from.
+    pub macs: BTreeSet<Mac>,
+    /// Its kernel answers.
+    pub is_asked: bool,
+}
+
+/// What the kernel is to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// For these addresses; for none, nothing.
+    pub vips: BTreeSet<IpAddr>,
+    /// The ports of them that are QUIC's.
+    pub quic: BTreeSet<(IpAddr, u16)>,
+    /// With these.
+    pub peers: Vec<Peer>,
+    /// What was sent to these, who are dead, is nobody's any more.
+    pub gone: BTreeSet<IpAddr>,
+}
+
+#[derive(Debug)]
+struct Known {
+    peer: Peer,
+    /// Since when it is no member, or has nothing to say.
+    missed: Option<Duration>,
+}
+
+/// What the kernel is to be told.
+#[derive(Debug)]
+pub struct News<'a> {
+    /// What it is to do.
+    pub wanted: Wanted,
+    /// What it was told last. None: it is not known what it does.
+    pub before: Option<&'a Wanted>,
+    /// What it knows is about to be forgotten.
+    pub is_refresh: bool,
+}
+
+/// The peers, and the addresses.
+#[derive(Debug, Default)]
+pub struct Flows {
+    known: BTreeMap<String, Known>,
+    /// Addresses of those that are dead, and since when.
+    gone: BTreeMap<IpAddr, Duration>,
+    vips: BTreeSet<IpAddr>,
+    quic: BTreeSet<(IpAddr, u16)>,
+    told: Option<Wanted>,
+    told_at: Duration,
+    failed_at: Option<Duration>,
+}
+
+impl Flows {
+    /// Takes note of who is there. `own` are this node's subnets.
+    pub fn meet(&mut self, now: Duration, this: &str, own: &BTreeSet<IpNet>, living: &Living) {
+        for (name, member) in living.iter().filter(|(name, _)| *name != this) {
+            // One that has just started, or speaks another version, says nothing yet.
+            if member.meta.generation == 0 {
+                continue;
+            }
+            let (addresses, macs) = near(own, member);
+            let known = self.known.remove(name);
+            if addresses.is_empty() {
+                continue;
+            }
+            // Until it tells its kernel anew that one does what the process before has told it.
+            let was_asked = known.is_some_and(|known| known.peer.is_asked);
+            let peer = Peer {
+                addresses,
+                macs,
+                is_asked: member.meta.is_answering || (member.meta.is_starting && was_asked),
+            };
+            self.known.insert(name.clone(), Known { peer, missed: None });
+        }
+        for (name, known) in &mut self.known {
+            let is_there = living.get(name).is_some_and(|member| member.meta.generation > 0);
+            known.missed = (!is_there).then(|| known.missed.unwrap_or(now));
+        }
+        self.known
+            .retain(|_, known| known.missed.is_none_or(|at| now.saturating_sub(at) < ABSENCE));
+    }
+
+    /// Forgets peers that are dead: the clients whose connections they had are told so, and nobody waits for their answers.
+    pub fn forget(&mut self, now: Duration, is_dead: impl Fn(&str) -> bool) {
+        self.known.retain(|name, known| {
+            let is_dead = is_dead(name);
+            if is_dead {
+                self.gone.extend(known.peer.addresses.values().map(|address| (*address, now)));
+            }
+            !is_dead
+        });
+        let peers = self.known.values().flat_map(|known| known.peer.addresses.values());
+        let back: BTreeSet<&IpAddr> = peers.collect();
+        self.gone
+            .retain(|address, at| !back.contains(address) && now.saturating_sub(*at) < LEARNED);
+    }
+
+    /// Takes note of the addresses looked at: what was decided of each, and which ports it has.
+    pub fn decided<'a>(
+        &mut self,
+        scope: &Scope,
+        verdicts: &BTreeMap<IpAddr, Verdict>,
+        ports: impl Fn(IpAddr) -> Vec<&'a slice::Port>,
+    ) {
+        match scope {
+            Scope::All => {
+                self.vips.clear();
+                self.quic.clear();
+            }
+            Scope::Vips(vips) => {
+                self.vips.retain(|vip| !vips.contains(vip));
+                self.quic.retain(|(vip, _)| !vips.contains(vip));
+            }
+        }
+        for (vip, _) in verdicts.iter().filter(|(_, verdict)| is_routed(verdict)) {
+            self.vips.insert(*vip);
+            let quic = ports(*vip).into_iter().filter(|port| is_quic(port));
+            self.quic.extend(quic.map(|port| (*vip, port.port)));
+        }
+    }
+
+    /// No address is announced any more.
+    pub fn clear(&mut self) {
+        self.vips.clear();
+        self.quic.clear();
+    }
+
+    /// Whether the kernel answers peers.
+    pub fn is_answering(&self) -> bool {
+        self.told.as_ref().is_some_and(|told| !told.vips.is_empty())
+    }
+
+    /// What the kernel is to be told, if anything. What a process before this one has told it, it is told anew.
+    pub fn news(&self, now: Duration) -> Option<News<'_>> {
+        if self.failed_at.is_some_and(|at| now.saturating_sub(at) < RETRY) {
+            return None;
+        }
+        let wanted = self.wanted();
+        let is_refresh = !wanted.vips.is_empty() && now.saturating_sub(self.told_at) >= REFRESH;
+        let before = self.told.as_ref();
+        (is_refresh || before != Some(&wanted)).then_some(News {
+            wanted,
+            before,
+            is_refresh,
+        })
+    }
+
+    fn wanted(&self) -> Wanted {
+        if self.vips.is_empty() {
+            return Wanted::default();
+        }
+        let peers = self.known.values().map(|known| known.peer.clone());
+        Wanted {
+            vips: self.vips.clone(),
+            quic: self.quic.clone(),
+            peers: peers.take(MOST_PEERS).collect(),
+            gone: self.gone.keys().copied().collect(),
+        }
+    }
+
+    /// The kernel does it.
+    pub fn told(&mut self, now: Duration, wanted: Wanted) {
+        self.told = Some(wanted);
+        self.told_at = now;
+        self.failed_at = None;
+    }
+
+    /// The kernel refused. Whether that is news.
+    pub fn failed(&mut self, now: Duration) -> bool {
+        self.told = None;
+        self.failed_at.replace(now).is_none()
+    }
+
+    /// When to look again.
+    pub fn wake_in(&self, now: Duration) -> Option<Duration> {
+        let retry = self.failed_at.map(|at| at + RETRY);
+        let refresh = self.is_answering().then(|| self.told_at + REFRESH);
+        let missed = self.known.values().filter_map(|known| known.missed);
+        let ends = missed.map(|at| at + ABSENCE);
+        let ends = ends.chain(self.gone.values().map(|at| *at + LEARNED));
+        let ends = ends.filter(|_| self.is_answering());
+        let all = retry.into_iter().chain(refresh).chain(ends);
+        all.map(|at| at.saturating_sub(now)).min()
+    }
+}
+
+/// A member's addresses on segments of this node, and where its packets come from there.
+fn near(own: &BTreeSet<IpNet>, member: &Member) -> (BTreeMap<Family, IpAddr>, BTreeSet<Mac>) {
+    let mut addresses = BTreeMap::new();
+    let mut macs = BTreeSet::new();
+    let is_near = |net: &&IpNet| own.iter().any(|own| own.trunc() == net.trunc() && own.addr() != net.addr());
+    for address in member.meta.subnets.iter().filter(is_near).map(IpNet::addr) {
+        if let Some(mac) = member.meta.macs.get(&address) {
+            addresses.entry(Family::of(address)).or_insert(address);
+            macs.insert(*mac);
+        }
+    }
+    (addresses, macs)
+}
+
+/// Whether an address is routed by any node, be it this one or not: one that does so no more has the connections that it had.
+fn is_routed(verdict: &Verdict) -> bool {
+    match verdict {
+        Verdict::Routed(_) => true,
+        Verdict::Nobody(reason) => matches!(
+            reason,
+            Reason::Withdrawn | Reason::EndpointElsewhere | Reason::NoEndpoint | Reason::NoDummy
+        ),
+        _ => false,
+    }
+}
+
+/// Whether a port's datagrams tell by their first byte that they are not the first ones: HTTP/3's, and those of a port whose name says
+/// so. Of other protocols any datagram may look like that.
+fn is_quic(port: &slice::Port) -> bool {
+    let is_named = port
+        .name
+        .split('-')
+        .any(|word| matches!(word, "quic" | "http3" | "h3"));
+    port.protocol == UDP && (port.port == HTTPS || is_named)
+}
+
+#[cfg(test)]
+mod tests;
