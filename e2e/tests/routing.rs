@@ -5,6 +5,7 @@
 mod advertised;
 mod calico;
 mod docs;
+mod flows;
 mod leaving;
 mod measured;
 mod sites;

@@ -105,7 +105,7 @@ async fn keep_pods_on_the_first_node(lab: &Lab) -> Result<()> {
 
 impl Stage {
     /// Waits until these nodes are the next hops of the addresses of the Service `exact`.
-    async fn next_hops_are(&self, nodes: &[&str]) -> Result<()> {
+    pub(crate) async fn next_hops_are(&self, nodes: &[&str]) -> Result<()> {
         let expected: Names = names(nodes);
         wait_until(&format!("{nodes:?} are the next hops"), SOON, async || {
             let routes = self.routes("router").await?;
