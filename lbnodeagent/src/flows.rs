@@ -15,6 +15,7 @@ pub mod run;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crds::Family;
@@ -70,7 +71,7 @@ pub struct Wanted {
     pub gone: BTreeSet<IpAddr>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct Known {
     peer: Peer,
     /// Since when it is no member, or has nothing to say.
@@ -78,12 +79,12 @@ struct Known {
 }
 
 /// What the kernel is to be told.
-#[derive(Debug)]
-pub struct News<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
     /// What it is to do.
-    pub wanted: Wanted,
+    pub wanted: Arc<Wanted>,
     /// What it was told last. None: it is not known what it does.
-    pub before: Option<&'a Wanted>,
+    pub before: Option<Arc<Wanted>>,
     /// What it knows is about to be forgotten.
     pub is_refresh: bool,
 }
@@ -96,7 +97,9 @@ pub struct Flows {
     gone: BTreeMap<IpAddr, Duration>,
     vips: BTreeSet<IpAddr>,
     quic: BTreeSet<(IpAddr, u16)>,
-    told: Option<Wanted>,
+    /// Something of this is otherwise than the kernel was told.
+    is_news: bool,
+    told: Option<Arc<Wanted>>,
     told_at: Duration,
     failed_at: Option<Duration>,
 }
@@ -112,27 +115,32 @@ impl Flows {
             let (addresses, macs) = near(own, member);
             let known = self.known.remove(name);
             if addresses.is_empty() {
+                self.is_news |= known.is_some();
                 continue;
             }
             // Until it tells its kernel anew that one does what the process before has told it.
-            let was_asked = known.is_some_and(|known| known.peer.is_asked);
+            let was_asked = known.as_ref().is_some_and(|known| known.peer.is_asked);
             let peer = Peer {
                 addresses,
                 macs,
                 is_asked: member.meta.is_answering || (member.meta.is_starting && was_asked),
             };
+            self.is_news |= known.is_none_or(|known| known.peer != peer);
             self.known.insert(name.clone(), Known { peer, missed: None });
         }
         for (name, known) in &mut self.known {
             let is_there = living.get(name).is_some_and(|member| member.meta.generation > 0);
             known.missed = (!is_there).then(|| known.missed.unwrap_or(now));
         }
+        let count = self.known.len();
         self.known
             .retain(|_, known| known.missed.is_none_or(|at| now.saturating_sub(at) < ABSENCE));
+        self.is_news |= self.known.len() != count;
     }
 
     /// Forgets peers that are dead: the clients whose connections they had are told so, and nobody waits for their answers.
     pub fn forget(&mut self, now: Duration, is_dead: impl Fn(&str) -> bool) {
+        let counts = (self.known.len(), self.gone.len());
         self.known.retain(|name, known| {
             let is_dead = is_dead(name);
             if is_dead {
@@ -144,6 +152,7 @@ impl Flows {
         let back: BTreeSet<&IpAddr> = peers.collect();
         self.gone
             .retain(|address, at| !back.contains(address) && now.saturating_sub(*at) < LEARNED);
+        self.is_news |= (self.known.len(), self.gone.len()) != counts;
     }
 
     /// Takes note of the addresses looked at: what was decided of each, and which ports it has.
@@ -153,25 +162,38 @@ impl Flows {
         verdicts: &BTreeMap<IpAddr, Verdict>,
         ports: impl Fn(IpAddr) -> Vec<&'a slice::Port>,
     ) {
+        let mut vips = BTreeSet::new();
+        let mut quic = BTreeSet::new();
+        for (vip, _) in verdicts.iter().filter(|(_, verdict)| is_routed(verdict)) {
+            vips.insert(*vip);
+            let of_quic = ports(*vip).into_iter().filter(|port| is_quic(port));
+            quic.extend(of_quic.map(|port| (*vip, port.port)));
+        }
         match scope {
             Scope::All => {
-                self.vips.clear();
-                self.quic.clear();
+                self.is_news |= self.vips != vips || self.quic != quic;
+                (self.vips, self.quic) = (vips, quic);
             }
-            Scope::Vips(vips) => {
-                self.vips.retain(|vip| !vips.contains(vip));
-                self.quic.retain(|(vip, _)| !vips.contains(vip));
+            Scope::Vips(looked_at) => {
+                for vip in looked_at {
+                    let ports = (*vip, 0)..=(*vip, u16::MAX);
+                    let known = self.quic.range(ports.clone()).copied();
+                    let ended: Vec<_> = known.filter(|port| !quic.contains(port)).collect();
+                    self.is_news |= !ended.is_empty();
+                    self.quic.retain(|port| !ended.contains(port));
+                    self.is_news |= !vips.contains(vip) && self.vips.remove(vip);
+                }
+                let count = (self.vips.len(), self.quic.len());
+                self.vips.extend(vips);
+                self.quic.extend(quic);
+                self.is_news |= (self.vips.len(), self.quic.len()) != count;
             }
-        }
-        for (vip, _) in verdicts.iter().filter(|(_, verdict)| is_routed(verdict)) {
-            self.vips.insert(*vip);
-            let quic = ports(*vip).into_iter().filter(|port| is_quic(port));
-            self.quic.extend(quic.map(|port| (*vip, port.port)));
         }
     }
 
     /// No address is announced any more.
     pub fn clear(&mut self) {
+        self.is_news |= !self.vips.is_empty();
         self.vips.clear();
         self.quic.clear();
     }
@@ -182,16 +204,22 @@ impl Flows {
     }
 
     /// What the kernel is to be told, if anything. What a process before this one has told it, it is told anew.
-    pub fn news(&self, now: Duration) -> Option<News<'_>> {
+    pub fn news(&mut self, now: Duration) -> Option<News> {
         if self.failed_at.is_some_and(|at| now.saturating_sub(at) < RETRY) {
             return None;
         }
+        let is_refresh = self.is_answering() && now.saturating_sub(self.told_at) >= REFRESH;
+        if !is_refresh && !self.is_news && self.told.is_some() {
+            return None;
+        }
+        self.is_news = false;
         let wanted = self.wanted();
-        let is_refresh = !wanted.vips.is_empty() && now.saturating_sub(self.told_at) >= REFRESH;
-        let before = self.told.as_ref();
-        (is_refresh || before != Some(&wanted)).then_some(News {
-            wanted,
-            before,
+        if !is_refresh && self.told.as_deref() == Some(&wanted) {
+            return None;
+        }
+        Some(News {
+            wanted: Arc::new(wanted),
+            before: self.told.clone(),
             is_refresh,
         })
     }
@@ -210,7 +238,7 @@ impl Flows {
     }
 
     /// The kernel does it.
-    pub fn told(&mut self, now: Duration, wanted: Wanted) {
+    pub fn told(&mut self, now: Duration, wanted: Arc<Wanted>) {
         self.told = Some(wanted);
         self.told_at = now;
         self.failed_at = None;

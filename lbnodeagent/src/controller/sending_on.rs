@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use super::Agent;
-use crate::flows::{self, Wanted, nft, run};
+use crate::flows::{self, News, nft, run};
 use crate::handover;
 use crate::members::{Living, Meta};
 use crate::plan::Plan;
@@ -55,12 +55,12 @@ impl Agent<'_> {
         let Some(news) = self.flows.news(now) else {
             return self.look_at_flows_again(now);
         };
-        let is_new = news.before.is_none_or(|before| before.vips.is_empty());
-        let (wanted, before, is_refresh) = (news.wanted, news.before.cloned(), news.is_refresh);
+        let wanted = news.wanted.clone();
+        let is_new = news.before.as_ref().is_none_or(|before| before.vips.is_empty());
         if !handover::is_tracking() && !wanted.vips.is_empty() {
             return;
         }
-        match tell_kernel(wanted.clone(), before, is_refresh).await {
+        match tell_kernel(news).await {
             Ok(()) => {
                 if is_new && !wanted.vips.is_empty() {
                     let peers = wanted.peers.len();
@@ -100,7 +100,8 @@ impl Agent<'_> {
     }
 }
 
-async fn tell_kernel(wanted: Wanted, before: Option<Wanted>, is_refresh: bool) -> io::Result<()> {
+async fn tell_kernel(news: News) -> io::Result<()> {
     // Some milliseconds, in which the standby watch goes on.
-    tokio::task::spawn_blocking(move || nft::tell(&wanted, before.as_ref(), is_refresh, flows::TIMEOUT)).await?
+    let tell = move || nft::tell(&news.wanted, news.before.as_deref(), news.is_refresh, flows::TIMEOUT);
+    tokio::task::spawn_blocking(tell).await?
 }
