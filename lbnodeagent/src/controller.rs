@@ -228,7 +228,7 @@ pub async fn run(
         agent.reconcile(&members_now, scope).await?;
         // After the addresses: where one has no owner, all of its connections fail.
         agent.bypass_dead_pods(&members_now, is_all);
-        agent.forget_dead_peers(&members_now).await;
+        agent.forget_dead_peers(&members_now, is_all).await;
     }
     agent.leave(writing).await;
     members.leave().await;

@@ -93,7 +93,9 @@ pub struct News {
 #[derive(Debug, Default)]
 pub struct Flows {
     known: BTreeMap<String, Known>,
-    /// Addresses of those that are dead, and since when.
+    /// Those of them that are dead, though gossip may not know that yet.
+    dead: BTreeSet<String>,
+    /// Their addresses, and since when.
     gone: BTreeMap<IpAddr, Duration>,
     vips: BTreeSet<IpAddr>,
     quic: BTreeSet<(IpAddr, u16)>,
@@ -109,7 +111,7 @@ impl Flows {
     pub fn meet(&mut self, now: Duration, this: &str, own: &BTreeSet<IpNet>, living: &Living) {
         for (name, member) in living.iter().filter(|(name, _)| *name != this) {
             // One that has just started, or speaks another version, says nothing yet.
-            if member.meta.generation == 0 {
+            if member.meta.generation == 0 || self.dead.contains(name) {
                 continue;
             }
             let (addresses, macs) = near(own, member);
@@ -136,23 +138,29 @@ impl Flows {
         self.known
             .retain(|_, known| known.missed.is_none_or(|at| now.saturating_sub(at) < ABSENCE));
         self.is_news |= self.known.len() != count;
-    }
-
-    /// Forgets peers that are dead: the clients whose connections they had are told so, and nobody waits for their answers.
-    pub fn forget(&mut self, now: Duration, is_dead: impl Fn(&str) -> bool) {
-        let counts = (self.known.len(), self.gone.len());
-        self.known.retain(|name, known| {
-            let is_dead = is_dead(name);
-            if is_dead {
-                self.gone.extend(known.peer.addresses.values().map(|address| (*address, now)));
-            }
-            !is_dead
-        });
+        // What was learned from one that is dead is over at some time, and one that is back has what it had.
+        let count = self.gone.len();
         let peers = self.known.values().flat_map(|known| known.peer.addresses.values());
         let back: BTreeSet<&IpAddr> = peers.collect();
         self.gone
             .retain(|address, at| !back.contains(address) && now.saturating_sub(*at) < LEARNED);
-        self.is_news |= (self.known.len(), self.gone.len()) != counts;
+        self.is_news |= self.gone.len() != count;
+    }
+
+    /// Forgets peers that are dead: the clients whose connections they had are told so, and nobody waits for their answers.
+    pub fn forget(&mut self, now: Duration, is_dead: impl Fn(&str) -> bool) {
+        self.dead.retain(|name| is_dead(name));
+        let (dead, known) = std::mem::take(&mut self.known)
+            .into_iter()
+            .partition(|(name, _)| is_dead(name));
+        self.known = known;
+        let dead: BTreeMap<String, Known> = dead;
+        self.is_news |= !dead.is_empty();
+        for (name, known) in dead {
+            self.dead.insert(name);
+            let addresses = known.peer.addresses.into_values();
+            self.gone.extend(addresses.map(|address| (address, now)));
+        }
     }
 
     /// Takes note of the addresses looked at: what was decided of each, and which ports it has.

@@ -199,6 +199,11 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
+/// Whether kube-proxy translates by IPVS here.
+pub(crate) fn is_ipvs() -> bool {
+    std::path::Path::new("/sys/class/net/kube-ipvs0").exists()
+}
+
 /// The value of the first attribute of a kind, within that of another, and so on.
 pub(crate) fn find<'a>(bytes: &'a [u8], path: &[u16]) -> Option<&'a [u8]> {
     path.iter().try_fold(bytes, |bytes, wanted| {

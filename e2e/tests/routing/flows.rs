@@ -55,10 +55,9 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A connection of the outside, and what was answered at first: who the Pod took for its client, and which Pod it was.
+/// A connection of the outside, and the Pod that answered at first.
 struct Connection<S> {
     socket: S,
-    client: String,
     pod: String,
 }
 
@@ -81,32 +80,15 @@ impl Flows {
         })?
     }
 
-    /// Those that came in by this client's address, as the Pods see it, and the others.
-    fn split(self, client: &str) -> (Self, Self) {
-        let is_by = |address: &str| address.rsplit_once(':').is_some_and(|(host, _)| host.trim_matches(['[', ']']) == client);
-        let (streams, other_streams) = self.streams.into_iter().partition(|flow| is_by(&flow.client));
-        let (datagrams, other_datagrams) = self.datagrams.into_iter().partition(|flow| is_by(&flow.client));
-        (
-            Self { streams, datagrams },
-            Self {
-                streams: other_streams,
-                datagrams: other_datagrams,
-            },
-        )
-    }
-
-    /// Those whose Pod is on a node, and the others.
-    fn split_by_pod(self, pods: &[String]) -> (Self, Self) {
-        let is_of = |pod: &str| pods.iter().any(|known| pod.ends_with(known));
-        let (streams, other_streams) = self.streams.into_iter().partition(|flow| is_of(&flow.pod));
-        let (datagrams, other_datagrams) = self.datagrams.into_iter().partition(|flow| is_of(&flow.pod));
-        (
-            Self { streams, datagrams },
-            Self {
-                streams: other_streams,
-                datagrams: other_datagrams,
-            },
-        )
+    /// Those whose Pod is this one, and the others.
+    fn split(self, pod: &str) -> (Self, Self) {
+        let (streams, other_streams) = self.streams.into_iter().partition(|flow| flow.pod == pod);
+        let (datagrams, other_datagrams) = self.datagrams.into_iter().partition(|flow| flow.pod == pod);
+        let others = Self {
+            streams: other_streams,
+            datagrams: other_datagrams,
+        };
+        (Self { streams, datagrams }, others)
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -125,7 +107,7 @@ impl Flows {
         }
         for flow in &self.datagrams {
             match ask_datagram(&flow.socket, SHORT_HEADER) {
-                Ok((_, pod)) if pod == flow.pod => outcome.alive += 1,
+                Ok(pod) if pod == flow.pod => outcome.alive += 1,
                 Ok(_) => outcome.moved += 1,
                 Err(error) if is_silence(&error) => outcome.silent += 1,
                 Err(_) => outcome.reset += 1,
@@ -142,12 +124,12 @@ fn is_silence(error: &io::Error) -> bool {
 fn open_stream(server: SocketAddr) -> Result<Connection<TcpStream>> {
     let mut socket = TcpStream::connect_timeout(&server, PATIENCE)?;
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (client, pod) = ask_stream(&mut socket)?;
-    Ok(Connection { socket, client, pod })
+    let pod = ask_stream(&mut socket)?;
+    Ok(Connection { socket, pod })
 }
 
-/// Asks for a page, and returns who asked and who answered.
-fn ask_stream(stream: &mut TcpStream) -> io::Result<(String, String)> {
+/// Asks for a page, and returns which Pod answered.
+fn ask_stream(stream: &mut TcpStream) -> io::Result<String> {
     stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
     let mut answer = Vec::new();
     let mut buffer = [0; 2048];
@@ -163,11 +145,8 @@ fn ask_stream(stream: &mut TcpStream) -> io::Result<(String, String)> {
             break text.into_owned();
         }
     };
-    let header = |name: &str| {
-        let mut values = text.lines().filter_map(|line| line.strip_prefix(name));
-        values.next().unwrap_or_default().trim().to_owned()
-    };
-    Ok((header("x-client:"), header("x-pod:")))
+    let mut pods = text.lines().filter_map(|line| line.strip_prefix("x-pod:"));
+    Ok(pods.next().unwrap_or_default().trim().to_owned())
 }
 
 /// First bytes of QUIC's datagrams, with a long and a short header.
@@ -179,17 +158,16 @@ fn open_datagrams(server: SocketAddr) -> Result<Connection<UdpSocket>> {
     let socket = UdpSocket::bind(any)?;
     socket.connect(server)?;
     socket.set_read_timeout(Some(PATIENCE))?;
-    let (client, pod) = ask_datagram(&socket, LONG_HEADER)?;
-    Ok(Connection { socket, client, pod })
+    let pod = ask_datagram(&socket, LONG_HEADER)?;
+    Ok(Connection { socket, pod })
 }
 
-fn ask_datagram(socket: &UdpSocket, first: u8) -> io::Result<(String, String)> {
+fn ask_datagram(socket: &UdpSocket, first: u8) -> io::Result<String> {
     socket.send(&[first, b'x'])?;
     let mut answer = [0; 512];
     let length = socket.recv(&mut answer)?;
     let text = String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned();
-    let mut words = text.split(' ').map(str::to_owned);
-    Ok((words.next().unwrap_or_default(), words.next().unwrap_or_default()))
+    Ok(text.split(' ').nth(1).unwrap_or_default().to_owned())
 }
 
 /// Connections of both families.
@@ -210,6 +188,34 @@ impl Clients {
                 broken += outcome.broken();
             }
             broken
+        })
+    }
+
+    /// Those with a Pod, and the others.
+    fn split(self, pod: &str) -> (Self, Self) {
+        let split = |(family, flows): (_, Flows)| {
+            let (of, others) = flows.split(pod);
+            ((family, of), (family, others))
+        };
+        let (of, others) = self.0.into_iter().map(split).unzip();
+        (Self(of), Self(others))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.iter().any(|(_, flows)| flows.streams.is_empty())
+    }
+
+    /// Asks, and says how many clients were told that their connection is gone.
+    fn reset(&mut self, what: &str) -> usize {
+        tokio::task::block_in_place(|| {
+            let mut reset = 0;
+            for (family, flows) in &mut self.0 {
+                flows.datagrams.clear();
+                let outcome = flows.ask();
+                println!("{what}, {family}: of {} connections {outcome}", flows.len());
+                reset += outcome.reset;
+            }
+            reset
         })
     }
 
@@ -369,4 +375,48 @@ fn connections_go_on_when_next_hops_come_and_go() -> Result<()> {
 #[test]
 fn they_do_so_with_the_traffic_policy_local_too() -> Result<()> {
     everybody_goes_on("Local")
+}
+
+/// With the traffic policy Local a connection is with the node that its Pod is on.
+#[test]
+fn when_a_node_dies_its_clients_are_told_and_the_others_go_on() -> Result<()> {
+    Lab::run(Options::default(), async |lab| {
+        let mut scene = Scene::start(&lab, "Local").await?;
+        scene.start_agents(true).await?;
+        let pod = format!("web/{}", scene.stage.pod_on("w12").await?);
+        let mut clients = Clients::open(&lab)?;
+        // Some of w12's come in by others when it dies, and some of these are known to have been its own.
+        scene.stop_speaker("w12").await?;
+        scene.stage.next_hops_are(&["m", "w11"]).await?;
+        clients.go_on("w12 is no next hop any more")?;
+        let (mut lost, mut living) = clients.split(&pod);
+        ensure!(!lost.is_empty() && !living.is_empty(), "all have the same Pod");
+        lab.cut("w12").await?;
+        wait_until("it is no peer any more", SOON, async || {
+            for node in ["m", "w11"] {
+                let known = asked_by(&lab, node, "ip").await?;
+                ensure!(known == 1, "{node} asks {known}");
+            }
+            Ok(())
+        })
+        .await?;
+        living.go_on("w12 is dead, those through others")?;
+        let streams = lost.0.iter().map(|(_, flows)| flows.streams.len()).sum::<usize>();
+        let told = lost.reset("w12 is dead, its own");
+        ensure!(told == streams, "{told} of {streams} clients were told");
+
+        // Those that nobody ever had to send on to it: they come in by others only now.
+        lab.uncut("w12").await?;
+        scene.start_speaker("w12").await?;
+        scene.stage.next_hops_are(&NODES).await?;
+        scene.is_sending_on(true).await?;
+        let (mut lost, mut living) = Clients::open(&lab)?.split(&pod);
+        lab.cut("w12").await?;
+        scene.stage.next_hops_are(&["m", "w11"]).await?;
+        living.go_on("w12 is dead again, those through others")?;
+        let streams = lost.0.iter().map(|(_, flows)| flows.streams.len()).sum::<usize>();
+        let told = lost.reset("w12 is dead again, its own");
+        ensure!(told == streams, "{told} of {streams} clients were told");
+        Ok(())
+    })
 }

@@ -38,7 +38,7 @@ use crate::netfilter::table::{
     Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state, is_in,
     joined, look_up, meta, octets, payload, port, set_mark,
 };
-use crate::netfilter::{Batch, GET_RULE, attribute, attributes, be32, expression, find, list, number, protocol, register};
+use crate::netfilter::{Batch, GET_RULE, attribute, attributes, be32, expression, find, is_ipvs, list, number, protocol, register};
 
 const TABLE: &[u8] = b"purelb-bypass\0";
 const LIVING: &[u8] = b"living\0";
@@ -54,7 +54,7 @@ const NEW: u32 = 8;
 /// By which bits of a packet's mark this node's kube-proxy masquerades. None where there is none that translates by `nf_tables` or
 /// iptables, as with IPVS, or with eBPF in its stead.
 pub fn masquerade(family: Family) -> Option<u32> {
-    if std::path::Path::new("/sys/class/net/kube-ipvs0").exists() {
+    if is_ipvs() {
         return None;
     }
     let read = [

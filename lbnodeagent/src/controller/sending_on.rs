@@ -7,6 +7,7 @@ use super::Agent;
 use crate::flows::{self, News, nft, run};
 use crate::handover;
 use crate::members::{Living, Meta};
+use crate::netfilter;
 use crate::plan::Plan;
 use crate::scope::Scope;
 
@@ -31,11 +32,13 @@ impl Agent<'_> {
     }
 
     /// Forgets peers that are dead.
-    pub(super) async fn forget_dead_peers(&mut self, living: &Living) {
+    pub(super) async fn forget_dead_peers(&mut self, living: &Living, is_about_all: bool) {
         // Where nobody is heard it is this node that is cut off, and connections go on when that is over.
-        if living.len() > 1 || self.is_api_reachable {
-            let (nodes, answers) = (&self.nodes, &self.answers);
-            self.flows.forget(self.started.elapsed(), |name| nodes.is_unanswering(name, answers));
+        if is_about_all && (living.len() > 1 || self.is_api_reachable) {
+            let (now, nodes, answers) = (self.started.elapsed(), &self.nodes, &self.answers);
+            self.flows.forget(now, |name| nodes.is_unanswering(name, answers));
+            // Those that are back.
+            self.flows.meet(now, &self.settings.node, &self.meta.subnets, living);
         }
         self.send_flows_on().await;
         self.say_whether_it_answers().await;
@@ -57,7 +60,7 @@ impl Agent<'_> {
         };
         let wanted = news.wanted.clone();
         let is_new = news.before.as_ref().is_none_or(|before| before.vips.is_empty());
-        if !handover::is_tracking() && !wanted.vips.is_empty() {
+        if !wanted.vips.is_empty() && (netfilter::is_ipvs() || !handover::is_tracking()) {
             return;
         }
         match tell_kernel(news).await {
