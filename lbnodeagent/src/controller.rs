@@ -227,8 +227,7 @@ pub async fn run(
         }
         agent.reconcile(&members_now, scope).await?;
         // After the addresses: where one has no owner, all of its connections fail.
-        agent.bypass_dead_pods(&members_now, is_all);
-        agent.forget_dead_peers(&members_now, is_all).await;
+        agent.look_for_the_dead(&members_now, is_all).await;
     }
     agent.leave(writing).await;
     members.leave().await;
@@ -993,6 +992,7 @@ impl<'a> Agent<'a> {
         self.tell_members(Meta {
             subnets: BTreeSet::new(),
             macs: BTreeMap::new(),
+            is_answering: false,
             generation: self.generation,
             ..self.meta.clone()
         })

@@ -28,9 +28,9 @@ use crate::plan::{Reason, Verdict};
 use crate::scope::Scope;
 
 /// How long the kernel goes on without being told again.
-pub const TIMEOUT: Duration = Duration::from_mins(10);
-/// How often it is told again.
-const REFRESH: Duration = Duration::from_mins(2);
+pub const TIMEOUT: Duration = Duration::from_mins(15);
+/// How often it is told again: a little before everything is looked at anyway.
+const REFRESH: Duration = Duration::from_secs(290);
 /// Wait before the kernel is told again what it has refused.
 const RETRY: Duration = Duration::from_secs(20);
 /// How long a node without an agent is a peer: for less than its kernel goes on, since one that has forgotten answers with resets.
@@ -275,7 +275,10 @@ impl Flows {
 fn near(own: &BTreeSet<IpNet>, member: &Member) -> (BTreeMap<Family, IpAddr>, BTreeSet<Mac>) {
     let mut addresses = BTreeMap::new();
     let mut macs = BTreeSet::new();
-    let is_near = |net: &&IpNet| own.iter().any(|own| own.trunc() == net.trunc() && own.addr() != net.addr());
+    let is_near = |net: &&IpNet| {
+        own.iter()
+            .any(|own| own.trunc() == net.trunc() && own.addr() != net.addr())
+    };
     for address in member.meta.subnets.iter().filter(is_near).map(IpNet::addr) {
         if let Some(mac) = member.meta.macs.get(&address) {
             addresses.entry(Family::of(address)).or_insert(address);
@@ -300,10 +303,7 @@ fn is_routed(verdict: &Verdict) -> bool {
 /// Whether a port's datagrams tell by their first byte that they are not the first ones: HTTP/3's, and those of a port whose name says
 /// so. Of other protocols any datagram may look like that.
 fn is_quic(port: &slice::Port) -> bool {
-    let is_named = port
-        .name
-        .split('-')
-        .any(|word| matches!(word, "quic" | "http3" | "h3"));
+    let is_named = port.name.split('-').any(|word| matches!(word, "quic" | "http3" | "h3"));
     port.protocol == UDP && (port.port == HTTPS || is_named)
 }
 

@@ -114,7 +114,9 @@ fn datagram(family: Family, port: u16, first: u8) -> Packet {
 /// The sum of RFC 1071.
 fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let bytes = parts.concat();
-    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)));
     let mut sum: u32 = words.sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -135,7 +137,11 @@ impl Packet {
         let (client, vip) = (octets(client), octets(vip));
         let ports = [self.port.to_be_bytes(), self.to.to_be_bytes()].concat();
         let mut transport = match self.protocol {
-            6 => [&ports[..], &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, self.kind, 0xff, 0xff, 0, 0, 0, 0]].concat(),
+            6 => [
+                &ports[..],
+                &[0, 0, 0, 1, 0, 0, 0, 1, 0x50, self.kind, 0xff, 0xff, 0, 0, 0, 0],
+            ]
+            .concat(),
             _ => [&ports[..], &[0, 9, 0, 0, self.kind]].concat(),
         };
         let length = u16::try_from(transport.len()).unwrap().to_be_bytes();
@@ -203,7 +209,10 @@ impl Node {
             ("2001:db8::2", PEERS[0]),
             ("2001:db8::3", PEERS[1]),
         ] {
-            ip(&format!("neighbour add {address} lladdr {} dev eth0 nud permanent", mac(of)));
+            ip(&format!(
+                "neighbour add {address} lladdr {} dev eth0 nud permanent",
+                mac(of)
+            ));
         }
         let shown: serde_json::Value = serde_json::from_str(&ip("-j link show")).unwrap();
         let link = |name: &str| {
@@ -211,7 +220,10 @@ impl Node {
             links.iter().find(|link| link["ifname"] == name).unwrap().clone()
         };
         let own = link("eth0")["address"].as_str().unwrap().to_owned();
-        let own: Vec<u8> = own.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+        let own: Vec<u8> = own
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+            .collect();
         Self {
             announcer: Announcer::open().unwrap(),
             tap: Tap::open(),
@@ -236,7 +248,12 @@ impl Node {
             };
             matches!(protocol, 6 | 17) && frame[..6] != self.own
         };
-        let mut sent: Vec<_> = self.tap.frames(self.far, is_meant).iter().map(|frame| seen(frame)).collect();
+        let mut sent: Vec<_> = self
+            .tap
+            .frames(self.far, is_meant)
+            .iter()
+            .map(|frame| seen(frame))
+            .collect();
         sent.sort_unstable();
         sent
     }
@@ -257,7 +274,11 @@ fn is_reset(sent: &[(Mac, u8, u8)]) -> bool {
 
 fn total(name: &str) -> u64 {
     let counted = counted();
-    counted.iter().filter(|((known, _), _)| known == name).map(|(_, packets)| packets).sum()
+    counted
+        .iter()
+        .filter(|((known, _), _)| known == name)
+        .map(|(_, packets)| packets)
+        .sum()
 }
 
 #[test]
@@ -293,14 +314,20 @@ fn the_table_is_made_changed_and_gone() {
         second.quic.clear();
         tell(&second, Some(&first), false, MINUTE).unwrap();
         let text = nft("list ruleset");
-        assert!(text.contains("10.200.0.2") && !text.contains(". 443") && !text.contains("ip6 "), "{text}");
+        assert!(
+            text.contains("10.200.0.2") && !text.contains(". 443") && !text.contains("ip6 "),
+            "{text}"
+        );
         let mut third = second.clone();
         third.peers.remove(0);
         third.gone.insert(address("10.31.0.2"));
         tell(&third, Some(&second), true, MINUTE).unwrap();
         let text = nft("list ruleset");
         assert!(text.contains("192.0.2.1 . 1 . 10.200.0.1 . 80"), "{text}");
-        assert!(!text.contains("dup to 10.31.0.2\n") && text.contains("dup to 10.31.0.3\n"), "{text}");
+        assert!(
+            !text.contains("dup to 10.31.0.2\n") && text.contains("dup to 10.31.0.3\n"),
+            "{text}"
+        );
 
         // Somebody has removed it: that is an error, and it is made anew.
         nft("delete table ip purelb-flows");
@@ -351,7 +378,13 @@ fn peers_are_asked_and_who_has_a_connection_gets_it() {
             assert!(is_reset(&node.answer(three).await));
 
             // What begins is none of it, nor is what has hardly any hops left.
-            let [(ROUTER, 0, flags)] = node.answer(Packet { kind: SYN, ..segment(family, 1004) }).await[..] else {
+            let [(ROUTER, 0, flags)] = node
+                .answer(Packet {
+                    kind: SYN,
+                    ..segment(family, 1004)
+                })
+                .await[..]
+            else {
                 panic!("no answer to SYN");
             };
             assert!(flags & RST != 0, "nobody listens");
@@ -383,7 +416,10 @@ fn questions_of_peers_are_answered_and_those_of_strangers_are_not() {
             // Not this node's.
             let other = segment(family, 2002);
             assert_eq!(node.answer(other.by(PEERS[0], ASK)).await, [(PEERS[0], NOT_HERE, ACK)]);
-            assert!(is_reset(&node.answer(other.by(PEERS[0], 0)).await), "sent on to the wrong one");
+            assert!(
+                is_reset(&node.answer(other.by(PEERS[0], 0)).await),
+                "sent on to the wrong one"
+            );
             // Who is no peer is not answered, and what nobody was asked for is not learned.
             for word in [ASK, HERE, NOT_HERE] {
                 assert_eq!(node.answer(other.by(STRANGER, word)).await, []);
@@ -402,7 +438,10 @@ fn questions_of_peers_are_answered_and_those_of_strangers_are_not() {
             // What begins with a short header began elsewhere; that of another port may be anything.
             let asked = PEERS.map(|peer| (peer, ASK, 0x43));
             assert_eq!(node.answer(datagram(family, 2005, 0x43)).await, asked);
-            let text = Packet { to: 53, ..datagram(family, 2006, 0x43) };
+            let text = Packet {
+                to: 53,
+                ..datagram(family, 2006, 0x43)
+            };
             let sent = node.answer(text).await;
             assert!(sent.iter().all(|(mac, _, _)| *mac == ROUTER), "{sent:?}");
         }
@@ -427,7 +466,10 @@ fn what_a_dead_peer_had_is_told_to_its_clients_at_once() {
         without.gone = dead.addresses.into_values().collect();
         tell(&without, Some(&all), false, MINUTE).unwrap();
         for family in [Family::V4, Family::V6] {
-            assert!(is_reset(&node.answer(segment(family, 3001)).await), "it was the dead one's");
+            assert!(
+                is_reset(&node.answer(segment(family, 3001)).await),
+                "it was the dead one's"
+            );
             // What this node has not heard of: the others are asked, and one denial is enough.
             let two = segment(family, 3002);
             assert_eq!(node.answer(two).await, [(PEERS[0], ASK, ACK)]);
@@ -461,13 +503,20 @@ fn a_flood_of_segments_costs_so_many_questions_and_known_connections_go_on() {
         }
         let took = began.elapsed();
         let asked = total("asked") - before;
-        println!("20,000 segments of as many connections in {took:?}: {asked} questions, {} dropped", total("limited"));
+        println!(
+            "20,000 segments of as many connections in {took:?}: {asked} questions, {} dropped",
+            total("limited")
+        );
         // 2,000 at once and 2,000 a second.
         let most = 2_000 + 2_000 * (took.as_secs() + 1);
         assert!(asked <= most && asked >= 2_000, "{asked} questions in {took:?}");
         assert_eq!(total("limited"), 20_000 - asked);
         node.sent().await;
-        assert_eq!(node.answer(known).await, [(PEERS[0], 0, ACK)], "it is sent on as before");
+        assert_eq!(
+            node.answer(known).await,
+            [(PEERS[0], 0, ACK)],
+            "it is sent on as before"
+        );
         // It is over in a moment.
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(node.answer(segment(Family::V4, 40_000)).await, BOTH_ASKED);

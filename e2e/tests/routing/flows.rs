@@ -51,7 +51,10 @@ impl fmt::Display for Outcome {
             silent,
             moved,
         } = self;
-        write!(f, "{alive} alive, {reset} reset, {silent} silent, {moved} with another Pod")
+        write!(
+            f,
+            "{alive} alive, {reset} reset, {silent} silent, {moved} with another Pod"
+        )
     }
 }
 
@@ -141,7 +144,10 @@ fn ask_stream(stream: &mut TcpStream) -> io::Result<String> {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         // The body is one line.
-        if text.split_once("\r\n\r\n").is_some_and(|(_, body)| body.ends_with('\n')) {
+        if text
+            .split_once("\r\n\r\n")
+            .is_some_and(|(_, body)| body.ends_with('\n'))
+        {
             break text.into_owned();
         }
     };
@@ -154,7 +160,11 @@ const LONG_HEADER: u8 = 0xc3;
 const SHORT_HEADER: u8 = 0x43;
 
 fn open_datagrams(server: SocketAddr) -> Result<Connection<UdpSocket>> {
-    let any: SocketAddr = if server.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() };
+    let any: SocketAddr = if server.is_ipv4() {
+        ([0; 4], 0).into()
+    } else {
+        ([0; 16], 0).into()
+    };
     let socket = UdpSocket::bind(any)?;
     socket.connect(server)?;
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -310,6 +320,24 @@ impl Scene {
         .await
     }
 
+    /// The kernel's counters become metrics.
+    async fn is_counted(&self) -> Result<()> {
+        let lab = &self.stage.lab;
+        wait_until("what the kernel does is counted", SOON, async || {
+            let host = lab.node("w11")?.ipv4;
+            let text = lab.get("w11", &format!("http://{host}:7472/metrics")).await?.body;
+            for kind in ["asked", "answered", "learned", "sent"] {
+                let series = format!("purelb_lbnodeagent_flow_segments_total{{kind=\"{kind}\"}} ");
+                let value = text
+                    .lines()
+                    .find_map(|line| line.strip_prefix(&series)?.parse::<u64>().ok());
+                ensure!(value.is_some_and(|value| value > 0), "{kind}: {value:?}");
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn exclude(&self, node: &str, suffix: &str) -> Result<()> {
         let node = &self.stage.lab.node(node)?.name;
         let label = format!("{EXCLUDED}{suffix}");
@@ -318,8 +346,10 @@ impl Scene {
 }
 
 /// How many peers a node's kernel asks.
-async fn asked_by(lab: &Lab, node: &str, family: &str) -> Result<usize> {
-    let shown = lab.try_exec(node, ["nft", "list", "chain", family, "purelb-flows", "ask"]).await?;
+pub(crate) async fn asked_by(lab: &Lab, node: &str, family: &str) -> Result<usize> {
+    let shown = lab
+        .try_exec(node, ["nft", "list", "chain", family, "purelb-flows", "ask"])
+        .await?;
     Ok(shown.stdout.matches("dup to").count())
 }
 
@@ -363,7 +393,8 @@ fn everybody_goes_on(policy: &str) -> Result<()> {
         scene.stage.next_hops_are(&NODES).await?;
         clients.go_on("it is back")?;
         later.go_on("it is back, those opened later")?;
-        scene.is_sending_on(true).await
+        scene.is_sending_on(true).await?;
+        scene.is_counted().await
     })
 }
 

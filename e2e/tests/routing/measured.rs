@@ -1,17 +1,17 @@
 //! What is measured and written in the docs, and asserted loosely: `make bench-routing` prints it.
 //!
-//! A node that dies is noticed by BFD or by the hold timer. A next hop that goes makes a router send other flows elsewhere, too,
-//! unless its next hops are a resilient group.
+//! A node that dies is noticed by BFD or by the hold timer. A next hop that comes or goes makes a router send other flows elsewhere, too,
+//! unless its next hops are a resilient group; what then becomes of them is measured with and without sending them on.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use e2e::{Config, Daemon, Lab, Options, Probe, Protocol};
+use anyhow::{Context, Result, ensure};
+use e2e::{Config, Daemon, Lab, Options, Probe, Process, Protocol, wait_until};
 
-use super::stage::{Stage, VIP, apply_services, router};
+use crate::flows::{Flows, HASH, NODES, asked_by};
+use crate::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 /// Cuts a node while requests come in, and returns for how long some of them were lost.
 async fn losses_of_a_dead_node(stage: &Stage) -> Result<Duration> {
@@ -80,85 +80,176 @@ fn a_dead_node_is_noticed_by_bfd_or_by_the_hold_timer() -> Result<()> {
     Ok(())
 }
 
-/// Connections of the outside to the address, each kept open.
-struct Flows(Vec<TcpStream>);
+/// Connections that are open when a next hop goes, and as many that are opened while it is away.
+const CONNECTIONS: usize = 300;
 
-impl Flows {
-    fn open(lab: &Lab, count: usize) -> Result<Self> {
-        let server: SocketAddr = (VIP.parse::<std::net::IpAddr>()?, 80).into();
-        lab.in_network("outside", || -> Result<Self> {
-            let open = || -> Result<TcpStream> {
-                let stream = TcpStream::connect_timeout(&server, Duration::from_secs(5))?;
-                stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-                Ok(stream)
-            };
-            (0..count).map(|_| open()).collect::<Result<Vec<_>>>().map(Self)
-        })?
+/// How a router picks one of its next hops.
+#[derive(Clone, Copy)]
+enum Router {
+    /// By a group of the kernel's, of this type.
+    Group(&'static str),
+    /// By the hash modulo the number of next hops.
+    Modulo,
+}
+
+impl Router {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Group(kind) => kind,
+            Self::Modulo => "modulo n",
+        }
     }
 
-    /// How many still answer.
-    fn alive(&mut self) -> usize {
-        let ask = |stream: &mut TcpStream| -> std::io::Result<bool> {
-            stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
-            let mut answer = [0; 2048];
-            Ok(stream.read(&mut answer)? > 0)
+    /// Has it use these next hops, each by its number from 1 on.
+    async fn lead_to(self, lab: &Lab, vip: &str, hops: &[usize]) -> Result<()> {
+        let (ip, prefix) = if vip.contains(':') {
+            ("ip -6", "/128")
+        } else {
+            ("ip", "/32")
         };
-        self.0
-            .iter_mut()
-            .map(|stream| ask(stream).unwrap_or(false))
-            .filter(|is_alive| *is_alive)
-            .count()
+        let script = match self {
+            Self::Group(kind) => {
+                let group: Vec<String> = hops.iter().map(ToString::to_string).collect();
+                let group = group.join("/");
+                format!("ip nexthop replace id 10 group {group} {kind}; {ip} route replace {vip}{prefix} nhid 10")
+            }
+            Self::Modulo => {
+                let (family, count) = (if vip.contains(':') { "ip6" } else { "ip" }, hops.len());
+                let slots: Vec<String> = (0..)
+                    .zip(hops)
+                    .map(|(slot, hop): (usize, _)| format!("{slot} : {}", 100 + hop))
+                    .collect();
+                format!(
+                    "nft -f - <<'END'\ntable {family} modulo {{}}\ndelete table {family} modulo\ntable {family} modulo {{ chain prerouting {{ \
+                     type filter hook prerouting priority mangle; {family} daddr {vip} meta mark set \
+                     jhash {family} saddr . tcp sport mod {count} seed 0x1 map {{ {} }}\n}}\n}}\nEND",
+                    slots.join(", ")
+                )
+            }
+        };
+        lab.exec("router", ["sh", "-ec", &script]).await.map(drop)
+    }
+
+    /// The ways to the nodes.
+    async fn prepare(self, lab: &Lab, vip: &str) -> Result<()> {
+        let is_six = vip.contains(':');
+        let ip = if is_six { "ip -6" } else { "ip" };
+        let ways = (1..).zip(lab.nodes()).map(|(number, node)| {
+            let address: IpAddr = if is_six { node.ipv6.into() } else { node.ipv4.into() };
+            let table = 100 + number;
+            match self {
+                Self::Group(_) => format!("ip nexthop replace id {number} via {address} dev eth0"),
+                Self::Modulo => {
+                    format!("{ip} rule add fwmark {table} lookup {table}; {ip} route replace default via {address} table {table}")
+                }
+            }
+        });
+        let script = ways.collect::<Vec<_>>().join("; ");
+        lab.exec("router", ["sh", "-ec", &script]).await.map(drop)
+    }
+
+    async fn clean_up(self, lab: &Lab, vip: &str) -> Result<()> {
+        let (ip, family) = if vip.contains(':') {
+            ("ip -6", "ip6")
+        } else {
+            ("ip", "ip")
+        };
+        let script = match self {
+            Self::Group(_) => format!("{ip} route del {vip}; ip nexthop flush >/dev/null 2>&1"),
+            Self::Modulo => {
+                let tables = 101..=100 + lab.nodes().len();
+                let ways: Vec<String> = tables
+                    .map(|table| format!("{ip} rule del fwmark {table}; {ip} route flush table {table}"))
+                    .collect();
+                format!("nft delete table {family} modulo; {}", ways.join("; "))
+            }
+        };
+        lab.exec("router", ["sh", "-ec", &script]).await.map(drop)
     }
 }
 
-/// Takes one of three next hops away from a router whose next hops are a group of this kind: how many of the flows break.
-async fn broken_by_a_lost_next_hop(stage: &Stage, kind: &str) -> Result<(usize, usize)> {
+/// How many connections break when one of three next hops goes, and when it comes back: of those that were open before, and of those
+/// that were opened while it was away.
+async fn broken(stage: &Stage, router: Router, vip: &str) -> Result<[usize; 3]> {
     let lab = &stage.lab;
-    let hops = lab.nodes().iter().map(|node| node.ipv4);
-    let [first, second, third] = hops
-        .collect::<Vec<_>>()
-        .try_into()
-        .map_err(|_| anyhow!("not three nodes"))?;
-    let run = async |batch: &str| {
-        let script = format!("ip -batch - <<'END'\n{batch}END");
-        lab.exec("router", ["sh", "-c", &script]).await
-    };
-    run(&format!(
-        "nexthop replace id 1 via {first} dev eth0\nnexthop replace id 2 via {second} dev eth0\n\
-         nexthop replace id 3 via {third} dev eth0\n\
-         nexthop add id 10 group 1/2/3 {kind}\nroute replace {VIP}/32 nhid 10\n"
-    ))
+    router.prepare(lab, vip).await?;
+    router.lead_to(lab, vip, &[1, 2, 3]).await?;
+    stage.answers(vip).await?;
+    let mut before = Flows::open(lab, vip, CONNECTIONS, 0)?;
+    let ask = |flows: &mut Flows| tokio::task::block_in_place(|| flows.ask());
+    ensure!(ask(&mut before).alive == CONNECTIONS);
+    router.lead_to(lab, vip, &[1, 2]).await?;
+    let left = ask(&mut before).broken();
+    let mut meanwhile = Flows::open(lab, vip, CONNECTIONS, 0)?;
+    router.lead_to(lab, vip, &[1, 2, 3]).await?;
+    let back = ask(&mut before).broken().saturating_sub(left);
+    let added = ask(&mut meanwhile).broken();
+    router.clean_up(lab, vip).await?;
+    Ok([left, back, added])
+}
+
+/// Starts the agents, and waits until they are at work.
+async fn start_agents(lab: &Lab, sends_on: bool) -> Result<Vec<Process>> {
+    let mut agents = Vec::new();
+    for node in NODES {
+        let environment = [("PURELB_SEND_FLOWS_ON", if sends_on { "true" } else { "false" })];
+        agents.push(lab.start_agent_with(node, &environment).await?);
+    }
+    for vip in [VIP, VIP6] {
+        lab.held_by(vip, Some("kube-lb0"), &NODES, SOON).await?;
+    }
+    wait_until("every node knows its peers", SOON, async || {
+        for node in NODES {
+            let known = asked_by(lab, node, "ip").await?;
+            ensure!(known == if sends_on { 2 } else { 0 }, "{node} asks {known}");
+        }
+        Ok(())
+    })
     .await?;
-    stage.answers(VIP).await?;
-    let mut flows = Flows::open(lab, 300)?;
-    let before = flows.alive();
-    ensure!(before == 300, "{before} of 300 flows");
-    run(&format!("nexthop replace id 10 group 1/2 {kind}\n")).await?;
-    let after = tokio::task::block_in_place(|| flows.alive());
-    run(&format!("route del {VIP}/32\nnexthop del id 10\n")).await?;
-    Ok((before, before - after))
+    Ok(agents)
 }
 
 #[test]
 #[ignore = "a measurement: make bench-routing"]
-fn flows_break_with_a_next_hop_and_fewer_of_them_in_a_resilient_group() -> Result<()> {
+fn flows_break_when_next_hops_come_and_go_unless_they_are_sent_on() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
         lab.install().await?;
-        lab.start_product().await?;
+        lab.start_allocator().await?;
         apply_services(&lab).await?;
-        // By addresses and ports, computed here: a packet that has only crossed veth pairs may bring a hash from its sender, who
-        // changes it when no answer comes.
-        let hash = "echo 3 >/proc/sys/net/ipv4/fib_multipath_hash_policy; echo 0x37 >/proc/sys/net/ipv4/fib_multipath_hash_fields";
-        lab.exec("router", ["sh", "-c", hash]).await?;
+        lab.exec("router", ["sh", "-c", HASH]).await?;
         let stage = Stage::new(&lab, &[], vec![], &[]).await?;
-        let mut broken = BTreeMap::new();
-        for kind in ["type mpath", "type resilient buckets 96 idle_timer 300"] {
-            let (all, lost) = broken_by_a_lost_next_hop(&stage, kind).await?;
-            println!("{kind}: of {all} flows over three next hops {lost} broke when one went");
-            broken.insert(kind, lost);
+        let (plain, resilient) = (
+            Router::Group("type mpath"),
+            Router::Group("type resilient buckets 96 idle_timer 300"),
+        );
+        let mut totals = BTreeMap::<(bool, &str), usize>::new();
+        for sends_on in [false, true] {
+            let agents = start_agents(&lab, sends_on).await?;
+            for policy in ["Cluster", "Local"] {
+                stage.set_policy(policy).await?;
+                for vip in [VIP, VIP6] {
+                    lab.held_by(vip, Some("kube-lb0"), &NODES, SOON).await?;
+                    for router in [plain, Router::Modulo, resilient] {
+                        let [left, back, added] = broken(&stage, router, vip).await?;
+                        let how = if sends_on { "sent on" } else { "not sent on" };
+                        println!(
+                            "{how}, policy {policy}, {vip}, {}: of {CONNECTIONS} connections over three next hops {left} broke when one \
+                             went and {back} more when it came back; of {CONNECTIONS} opened meanwhile {added}",
+                            router.name()
+                        );
+                        *totals.entry((sends_on, router.name())).or_default() += left + back + added;
+                    }
+                }
+            }
+            for agent in agents {
+                agent.stop().await?;
+            }
         }
-        let (plain, resilient) = (broken.values().next(), broken.values().next_back());
-        ensure!(resilient < plain, "{broken:?}");
+        let total = |sends_on, router: Router| totals.get(&(sends_on, router.name())).copied().unwrap_or_default();
+        ensure!(total(false, resilient) < total(false, plain), "{totals:?}");
+        for router in [plain, Router::Modulo, resilient] {
+            ensure!(total(true, router) == 0, "{totals:?}");
+        }
         Ok(())
     })
 }

@@ -38,7 +38,9 @@ use crate::netfilter::table::{
     Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state, is_in,
     joined, look_up, meta, octets, payload, port, set_mark,
 };
-use crate::netfilter::{Batch, GET_RULE, attribute, attributes, be32, expression, find, is_ipvs, list, number, protocol, register};
+use crate::netfilter::{
+    Batch, GET_RULE, attribute, attributes, be32, expression, find, is_ipvs, list, number, protocol, register,
+};
 
 const TABLE: &[u8] = b"purelb-bypass\0";
 const LIVING: &[u8] = b"living\0";

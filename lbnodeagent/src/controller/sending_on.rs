@@ -31,8 +31,9 @@ impl Agent<'_> {
         self.send_flows_on().await;
     }
 
-    /// Forgets peers that are dead.
-    pub(super) async fn forget_dead_peers(&mut self, living: &Living, is_about_all: bool) {
+    /// Has new connections bypass Pods of dead nodes, and forgets peers that are dead.
+    pub(super) async fn look_for_the_dead(&mut self, living: &Living, is_about_all: bool) {
+        self.bypass_dead_pods(living, is_about_all);
         // Where nobody is heard it is this node that is cut off, and connections go on when that is over.
         if is_about_all && (living.len() > 1 || self.is_api_reachable) {
             let (now, nodes, answers) = (self.started.elapsed(), &self.nodes, &self.answers);

@@ -5,9 +5,9 @@
 //!
 //! ```text
 //! table ip purelb-flows {
-//!     set vips { type ipv4_addr; timeout 10m; elements = { 10.200.0.1 } }
-//!     set quic { type ipv4_addr . inet_service; timeout 10m }
-//!     map peers { type ether_addr : ipv4_addr; timeout 11m
+//!     set vips { type ipv4_addr; timeout 15m; elements = { 10.200.0.1 } }
+//!     set quic { type ipv4_addr . inet_service; timeout 15m }
+//!     map peers { type ether_addr : ipv4_addr; timeout 16m
 //!         elements = { 02:00:00:00:00:01 : 10.31.188.1, 02:00:00:00:00:0c : 10.31.188.12 } }
 //!     map flows { type FLOW : ipv4_addr; size 65536; flags dynamic,timeout; timeout 2m }
 //!     set asking { type FLOW; … timeout 100ms }   set asked { type FLOW; … timeout 30s }   set vain { type FLOW; … timeout 30s }
@@ -79,9 +79,9 @@ use crds::Family;
 
 use super::{LEARNED, MOST_COPIES, MOST_QUESTIONS, Peer, Wanted};
 use crate::netfilter::table::{
-    AT_MOST, EQUAL, ETHERNET, Hook, LINK, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare,
-    copy_to, count, drop_it, element, exceeds, go_to, has_state, is_in, is_not_in, is_protocol, joined, keep, load,
-    look_up, meta, octets, payload, port, write,
+    AT_MOST, EQUAL, ETHERNET, Hook, LINK, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare, copy_to,
+    count, drop_it, element, exceeds, go_to, has_state, is_in, is_not_in, is_protocol, joined, keep, load, look_up,
+    meta, octets, payload, port, write,
 };
 use crate::netfilter::{Batch, GET_OBJECT, attribute, find, list, protocol, register};
 
@@ -211,10 +211,7 @@ impl Side<'_> {
         let table = self.table;
         table.create(batch);
         let address = table.address();
-        let flow = (
-            joined(&[address.0, PORT, address.0, PORT]),
-            4 * (2 * table.width() + 2),
-        );
+        let flow = (joined(&[address.0, PORT, address.0, PORT]), 4 * (2 * table.width() + 2));
         let denial = (joined(&[flow.0, address.0]), flow.1 + address.1);
         let of_quic = (joined(&[address.0, PORT]), address.1 + 4);
         let told = |name, key, value, timeout| (name, key, value, timeout, None);
@@ -410,11 +407,7 @@ impl Side<'_> {
             bitwise(second, &[SYN], &[0]),
             compare(second, EQUAL, &[0]),
         ];
-        table.rule(
-            batch,
-            SEGMENTS,
-            &[is_protocol(TCP), continues.concat(), go_to(FOREIGN)],
-        );
+        table.rule(batch, SEGMENTS, &[is_protocol(TCP), continues.concat(), go_to(FOREIGN)]);
         let to_quic = [
             table.destination(first),
             payload(register(table.width()), TRANSPORT, 2, 2),
@@ -442,11 +435,7 @@ impl Side<'_> {
         let table = self.table;
         let (flow, address, scratch) = (register(0), self.address(), register(15));
         let mut rule = |expressions: &[Vec<u8>]| table.rule(batch, FOREIGN, expressions);
-        rule(&[
-            table.hops(scratch),
-            compare(scratch, AT_MOST, &[FEW_HOPS]),
-            accept(),
-        ]);
+        rule(&[table.hops(scratch), compare(scratch, AT_MOST, &[FEW_HOPS]), accept()]);
         let (bits, mask) = ANY_WORD;
         rule(&[self.says(bits, mask), drop_it()]);
         let who = [self.flow(), look_up(FLOWS, flow, address)].concat();
@@ -458,17 +447,12 @@ impl Side<'_> {
         rule(&[self.flow(), is_in(ASKING, flow), drop_it()]);
         rule(&[self.flow(), is_in(VAIN, flow), count(COUNT_GIVEN), accept()]);
         let peers = u64::try_from(self.asked().count()).unwrap_or(u64::MAX);
-        if peers > 0 {
-            let most = MOST_QUESTIONS.min(MOST_COPIES / peers).max(1);
+        if let Some(copies) = MOST_COPIES.checked_div(peers) {
+            let most = copies.clamp(1, MOST_QUESTIONS);
             let burst = u32::try_from(most).unwrap_or(u32::MAX);
             rule(&[exceeds(most, burst), count(COUNT_LIMITED), drop_it()]);
             let ask = [keep(ASKING, flow, None), count(COUNT_ASKED), go_to(ASK)].concat();
-            rule(&[
-                self.flow(),
-                is_in(ASKED, flow),
-                keep(VAIN, flow, None),
-                ask.clone(),
-            ]);
+            rule(&[self.flow(), is_in(ASKED, flow), keep(VAIN, flow, None), ask.clone()]);
             rule(&[self.flow(), keep(ASKED, flow, None), ask]);
         }
         rule(&[count(COUNT_GIVEN), accept()]);
@@ -488,16 +472,8 @@ impl Side<'_> {
         let (flow, address) = (register(0), self.address());
         let mut rule = |expressions: &[Vec<u8>]| table.rule(batch, COPIES, expressions);
         let is_of_question = [self.flow(), is_in(ASKED, flow)].concat();
-        rule(&[
-            self.says_word(Word::Here),
-            is_of_question.clone(),
-            go_to(LEARN),
-        ]);
-        rule(&[
-            self.says_word(Word::NotHere),
-            is_of_question,
-            go_to(DENIED),
-        ]);
+        rule(&[self.says_word(Word::Here), is_of_question.clone(), go_to(LEARN)]);
+        rule(&[self.says_word(Word::NotHere), is_of_question, go_to(DENIED)]);
         let burst = u32::try_from(MOST_COPIES).unwrap_or(u32::MAX);
         rule(&[
             self.says_word(Word::Ask),
