@@ -162,9 +162,10 @@ soak: kubernetes ## Watch for false take-overs with all processors busy (MINUTES
 	@cargo build --quiet --locked --workspace --bins
 	@target/debug/soak $(MINUTES)
 
-bench-routing: kubernetes ## What a node's death and a lost next hop cost, measured
+bench-routing: kubernetes ## What a node's death and next hops that come and go cost, measured
 	cargo build --quiet --locked --workspace --bins
 	cargo test --quiet --locked --workspace --test labs -- --ignored --nocapture --test-threads 1 routing::measured
+	cargo test --quiet --locked --workspace --test flows -- --ignored --nocapture measured
 
 docs: ## Build the book in target/book (and mdBook itself, once: some minutes); unit tests check its links
 	"$$(docs/mdbook | tail -n 1)" build docs

@@ -533,3 +533,52 @@ fn a_flood_of_segments_costs_so_many_questions_and_known_connections_go_on() {
         assert!(sent.iter().all(|sent| *sent == (PEERS[1], NOT_HERE, ACK)));
     });
 }
+
+/// What a packet of a connection that this node has costs more than without the table: the time in which this process sends it, which
+/// is that in which the kernel receives it. A look at a noisy machine is enough to see that it is little, and no more.
+#[test]
+#[ignore = "a measurement: make bench-routing"]
+fn measured_a_packet_of_a_connection_of_this_node() {
+    const ROUNDS: usize = 31;
+    const PACKETS: u32 = 20_000;
+    in_namespace(async || {
+        let node = Node::new();
+        let socket = UdpSocket::bind("10.200.0.1:443").unwrap();
+        // Connection tracking is there in either case, as with kube-proxy.
+        nft("add table ip tracked");
+        nft("add chain ip tracked prerouting { type filter hook prerouting priority 0 ; }");
+        nft("add rule ip tracked prerouting ct state invalid drop");
+        let packet = datagram(Family::V4, 5001, 0xc3);
+        node.send(packet).await;
+        let (_, client) = socket.recv_from(&mut [0; 9]).unwrap();
+        socket.send_to(b"x", client).unwrap();
+        let all = wanted();
+        let elsewhere = Wanted {
+            vips: [address("10.200.0.2")].into(),
+            ..wanted()
+        };
+        let mut times = BTreeMap::<&str, Vec<Duration>>::new();
+        for _ in 0..ROUNDS {
+            for (name, wanted) in [
+                ("without a table", &Wanted::default()),
+                ("to another address", &elsewhere),
+                ("to the address", &all),
+            ] {
+                tell(wanted, None, false, MINUTE).unwrap();
+                let began = Instant::now();
+                for _ in 0..PACKETS {
+                    node.send(packet).await;
+                }
+                times.entry(name).or_default().push(began.elapsed() / PACKETS);
+            }
+        }
+        for (name, mut times) in times {
+            times.sort_unstable();
+            println!(
+                "{name}: {:?} at the median of {ROUNDS} rounds, {:?} at best",
+                times[ROUNDS / 2],
+                times[0]
+            );
+        }
+    });
+}

@@ -114,15 +114,15 @@ impl Router {
                 format!("ip nexthop replace id 10 group {group} {kind}; {ip} route replace {vip}{prefix} nhid 10")
             }
             Self::Modulo => {
-                let (family, count) = (if vip.contains(':') { "ip6" } else { "ip" }, hops.len());
-                let slots: Vec<String> = (0..)
-                    .zip(hops)
-                    .map(|(slot, hop): (usize, _)| format!("{slot} : {}", 100 + hop))
-                    .collect();
+                let family = if vip.contains(':') { "ip6" } else { "ip" };
+                // nf_tables scales the hash to the number of slots, as thresholds do: with six of them that number modulo two or three is as
+                // good as the hash's.
+                let slots = (0..6).zip(hops.iter().cycle());
+                let slots: Vec<String> = slots.map(|(slot, hop)| format!("{slot} : {}", 100 + hop)).collect();
                 format!(
                     "nft -f - <<'END'\ntable {family} modulo {{}}\ndelete table {family} modulo\ntable {family} modulo {{ chain prerouting {{ \
                      type filter hook prerouting priority mangle; {family} daddr {vip} meta mark set \
-                     jhash {family} saddr . tcp sport mod {count} seed 0x1 map {{ {} }}\n}}\n}}\nEND",
+                     jhash {family} saddr . tcp sport mod 6 seed 0x1 map {{ {} }}\n}}\n}}\nEND",
                     slots.join(", ")
                 )
             }
