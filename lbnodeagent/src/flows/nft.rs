@@ -18,6 +18,7 @@
 //!     }
 //!     chain segments {
 //!         meta iiftype ether SENDER goto copies
+//!         tcp flags fin,syn,psh / psh ct state established ct expiration <= 121s goto foreign   # data of one that is closed here
 //!         ct state established,related accept                              # this node's own
 //!         tcp flags ! syn goto foreign
 //!         meta l4proto udp ip daddr . th dport @quic @th,64,2 1 goto foreign   # QUIC, with a short header
@@ -41,15 +42,33 @@
 //!     }
 //!     chain copies {
 //!         ip dscp HERE FLOW @asked goto learn
+//!         ip dscp NOT HERE FLOW @flows goto wrong
 //!         ip dscp NOT HERE FLOW @asked goto denied
-//!         ip dscp ASK limit rate over 20000/second drop
-//!         ip dscp ASK ct state established,related ip dscp set HERE dup to SENDER ip dscp set cs0 counter name answered accept
-//!         ip dscp ASK ct state new ip dscp set NOT HERE dup to SENDER drop
+//!         ip dscp ASK goto questions
 //!         ip dscp { ASK, HERE, NOT HERE } drop
+//!         ct state invalid,new tcp flags ! syn goto mistaken               # sent on, and not here; the same for QUIC
+//!     }
+//!     chain questions {
+//!         limit rate over 20000/second counter name limited drop
+//!         meta l4proto udp ct state established,related goto here
+//!         ct state established,related ct expiration > 121s goto here      # one that is closed may be another one by now
+//!         ct state established,related,new ip dscp set NOT HERE dup to SENDER drop
+//!         drop
+//!     }
+//!     chain here { ip dscp set HERE dup to SENDER ip dscp set cs0 counter name answered accept }
+//!     chain mistaken {
+//!         limit rate over 20000/second accept
+//!         ip dscp set NOT HERE dup to SENDER drop
+//!     }
+//!     chain wrong {
+//!         ether saddr 02:00:00:00:00:01 FLOW map @flows 10.31.188.1 delete @flows { FLOW } ip dscp set cs0 goto foreign
+//!         …
+//!         drop
 //!     }
 //!     chain learn {
-//!         ether saddr 02:00:00:00:00:01 update @flows { FLOW : 10.31.188.1 } counter name learned drop
-//!         ether saddr 02:00:00:00:00:0c update @flows { FLOW : 10.31.188.12 } counter name learned drop
+//!         ether saddr 02:00:00:00:00:01 update @flows { FLOW : 10.31.188.1 } delete @asked { FLOW } delete @vain { FLOW }
+//!             counter name learned drop
+//!         …
 //!         drop
 //!     }
 //!     chain denied {
@@ -68,6 +87,10 @@
 //! The question is the segment itself: who has the connection passes it on and says so, and who has not sends it back. It comes after
 //! connection tracking, and before kube-proxy gives a connection that is none of this node's an endpoint of its choice. What
 //! begins has SYN, or a long header, and is never asked about. What a peer has sent is never sent on, so nothing goes in circles.
+//!
+//! A client may use a port again, and the connection may be another node's than the one before. So a connection that is closed is not
+//! claimed, and a node that does not have what was sent to it sends it back, upon which all are asked anew.
+//!
 //! Elements go by themselves when nobody says them again, whatever becomes of the agent.
 
 use std::collections::BTreeMap;
@@ -79,9 +102,9 @@ use crds::Family;
 
 use super::{LEARNED, MOST_COPIES, MOST_QUESTIONS, Peer, Wanted};
 use crate::netfilter::table::{
-    AT_MOST, EQUAL, ETHERNET, Hook, LINK, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare, copy_to,
-    count, drop_it, element, exceeds, go_to, has_state, is_in, is_not_in, is_protocol, joined, keep, load, look_up,
-    meta, octets, payload, port, write,
+    AT_MOST, EQUAL, ETHERNET, Hook, LINK, MORE, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare,
+    copy_to, count, drop_it, element, exceeds, forget, go_to, has_state, is_in, is_kept_for, is_not_in, is_protocol,
+    joined, keep, load, look_up, meta, octets, payload, port, write,
 };
 use crate::netfilter::{Batch, GET_OBJECT, attribute, find, list, protocol, register};
 
@@ -100,10 +123,16 @@ const FOREIGN: &[u8] = b"foreign\0";
 const ASK: &[u8] = b"ask\0";
 const COPIES: &[u8] = b"copies\0";
 const LEARN: &[u8] = b"learn\0";
+const QUESTIONS: &[u8] = b"questions\0";
+const HERE: &[u8] = b"here\0";
+const WRONG: &[u8] = b"wrong\0";
+const MISTAKEN: &[u8] = b"mistaken\0";
 const DENIED: &[u8] = b"denied\0";
 const UNANIMOUS: &[u8] = b"unanimous\0";
 /// Chains, those first that others go to.
-const CHAINS: [&[u8]; 7] = [UNANIMOUS, DENIED, LEARN, ASK, COPIES, FOREIGN, SEGMENTS];
+const CHAINS: [&[u8]; 11] = [
+    UNANIMOUS, DENIED, LEARN, MISTAKEN, HERE, QUESTIONS, ASK, FOREIGN, WRONG, COPIES, SEGMENTS,
+];
 
 const COUNT_ASKED: &[u8] = b"asked\0";
 const COUNT_ANSWERED: &[u8] = b"answered\0";
@@ -135,11 +164,18 @@ const FEW_HOPS: u8 = 3;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const FIN: u8 = 0x1;
 const SYN: u8 = 0x2;
+const PUSH: u8 = 0x8;
 /// `ARPHRD_ETHER`.
 const IS_ETHERNET: u16 = 1;
-const ESTABLISHED_OR_RELATED: u32 = 0x2 | 0x4;
+const INVALID: u32 = 0x1;
+const ESTABLISHED: u32 = 0x2;
+const ESTABLISHED_OR_RELATED: u32 = ESTABLISHED | 0x4;
 const NEW: u32 = 0x8;
+/// Connection tracking keeps an open connection for longer than so many milliseconds, and one that is being closed, or has been, no longer
+/// (`nf_conntrack_tcp_timeout_time_wait`).
+const CLOSING: u32 = 121_000;
 
 /// What agents' kernels say to each other, in the DSCP of the copied segment: code points of pool 2, for local use (RFC 2474 section
 /// 6), that differ in two bits.
@@ -330,8 +366,17 @@ impl Side<'_> {
         self.ask(batch);
         self.copies(batch);
         let flow = register(0);
-        let learn = [keep(FLOWS, flow, Some(self.address())), count(COUNT_LEARNED), drop_it()];
+        let over = [forget(ASKED, flow, None), forget(VAIN, flow, None)].concat();
+        let learn = [
+            keep(FLOWS, flow, Some(self.address())),
+            over,
+            count(COUNT_LEARNED),
+            drop_it(),
+        ];
         self.said(batch, LEARN, &learn);
+        self.questions(batch);
+        self.wrong(batch);
+        self.mistaken(batch);
         self.said(batch, DENIED, &[keep(DENIALS, flow, None), go_to(UNANIMOUS)]);
         self.unanimous(batch);
     }
@@ -398,16 +443,35 @@ impl Side<'_> {
 
     fn segments(&self, batch: &mut Batch) {
         let table = self.table;
-        let (first, second) = (register(0), register(15));
+        let second = register(15);
         let is_ethernet = [meta(second, 8), compare(second, EQUAL, &IS_ETHERNET.to_ne_bytes())].concat();
         table.rule(batch, SEGMENTS, &[is_ethernet, self.sender(), go_to(COPIES)]);
-        table.rule(batch, SEGMENTS, &[has_state(ESTABLISHED_OR_RELATED), accept()]);
-        let continues = [
+        // Data of a connection that is closed here: it may be another one by the same ports, which is somewhere else.
+        let is_data = [
+            is_protocol(TCP),
             payload(second, TRANSPORT, 13, 1),
-            bitwise(second, &[SYN], &[0]),
-            compare(second, EQUAL, &[0]),
-        ];
-        table.rule(batch, SEGMENTS, &[is_protocol(TCP), continues.concat(), go_to(FOREIGN)]);
+            bitwise(second, &[FIN | SYN | PUSH], &[0]),
+            compare(second, EQUAL, &[PUSH]),
+        ]
+        .concat();
+        table.rule(
+            batch,
+            SEGMENTS,
+            &[
+                is_data,
+                has_state(ESTABLISHED),
+                is_kept_for(AT_MOST, CLOSING),
+                go_to(FOREIGN),
+            ],
+        );
+        table.rule(batch, SEGMENTS, &[has_state(ESTABLISHED_OR_RELATED), accept()]);
+        table.rule(batch, SEGMENTS, &[continues(), go_to(FOREIGN)]);
+        table.rule(batch, SEGMENTS, &[self.continues_quic(), go_to(FOREIGN)]);
+    }
+
+    /// Goes on where a datagram is QUIC's and not the first one.
+    fn continues_quic(&self) -> Vec<u8> {
+        let (table, first, second) = (self.table, register(0), register(15));
         let to_quic = [
             table.destination(first),
             payload(register(table.width()), TRANSPORT, 2, 2),
@@ -419,16 +483,7 @@ impl Side<'_> {
             bitwise(second, &[0xc0], &[0]),
             compare(second, EQUAL, &[0x40]),
         ];
-        table.rule(
-            batch,
-            SEGMENTS,
-            &[
-                is_protocol(UDP),
-                to_quic.concat(),
-                has_short_header.concat(),
-                go_to(FOREIGN),
-            ],
-        );
+        [is_protocol(UDP), to_quic.concat(), has_short_header.concat()].concat()
     }
 
     fn foreign(&self, batch: &mut Batch) {
@@ -472,34 +527,76 @@ impl Side<'_> {
         let (flow, address) = (register(0), self.address());
         let mut rule = |expressions: &[Vec<u8>]| table.rule(batch, COPIES, expressions);
         let is_of_question = [self.flow(), is_in(ASKED, flow)].concat();
+        let is_known = [self.flow(), look_up(FLOWS, flow, address)].concat();
         rule(&[self.says_word(Word::Here), is_of_question.clone(), go_to(LEARN)]);
+        rule(&[self.says_word(Word::NotHere), is_known, go_to(WRONG)]);
         rule(&[self.says_word(Word::NotHere), is_of_question, go_to(DENIED)]);
-        let burst = u32::try_from(MOST_COPIES).unwrap_or(u32::MAX);
-        rule(&[
-            self.says_word(Word::Ask),
-            exceeds(MOST_COPIES, burst),
-            count(COUNT_LIMITED),
-            drop_it(),
-        ]);
-        let to_sender = [self.sender(), copy_to(address)].concat();
-        rule(&[
-            self.says_word(Word::Ask),
-            has_state(ESTABLISHED_OR_RELATED),
-            self.say(Word::Here as u8),
-            to_sender.clone(),
-            self.say(0),
-            count(COUNT_ANSWERED),
-            accept(),
-        ]);
-        rule(&[
-            self.says_word(Word::Ask),
-            has_state(NEW),
-            self.say(Word::NotHere as u8),
-            to_sender,
-            drop_it(),
-        ]);
+        rule(&[self.says_word(Word::Ask), go_to(QUESTIONS)]);
         let (bits, mask) = ANY_WORD;
         rule(&[self.says(bits, mask), drop_it()]);
+        // What was sent on to this node, and is not here.
+        rule(&[has_state(INVALID | NEW), continues(), go_to(MISTAKEN)]);
+        rule(&[has_state(NEW), self.continues_quic(), go_to(MISTAKEN)]);
+    }
+
+    fn questions(&self, batch: &mut Batch) {
+        let table = self.table;
+        let mut rule = |chain: &[u8], expressions: &[Vec<u8>]| table.rule(batch, chain, expressions);
+        rule(QUESTIONS, &[self.is_too_much(), count(COUNT_LIMITED), drop_it()]);
+        rule(
+            QUESTIONS,
+            &[is_protocol(UDP), has_state(ESTABLISHED_OR_RELATED), go_to(HERE)],
+        );
+        // One that is closed may be another one by the same ports.
+        rule(
+            QUESTIONS,
+            &[
+                has_state(ESTABLISHED_OR_RELATED),
+                is_kept_for(MORE, CLOSING),
+                go_to(HERE),
+            ],
+        );
+        rule(QUESTIONS, &[has_state(ESTABLISHED_OR_RELATED | NEW), self.deny()]);
+        // Nothing that connection tracking takes for a part of a connection that is here.
+        rule(QUESTIONS, &[drop_it()]);
+        let affirm = [self.say(Word::Here as u8), self.sender(), copy_to(self.address())];
+        rule(HERE, &[affirm.concat(), self.say(0), count(COUNT_ANSWERED), accept()]);
+    }
+
+    /// Sends a packet back to who has sent it: it is not here.
+    fn deny(&self) -> Vec<u8> {
+        let back = [self.say(Word::NotHere as u8), self.sender(), copy_to(self.address())];
+        [back.concat(), drop_it()].concat()
+    }
+
+    /// Goes on where peers ask more than is answered.
+    fn is_too_much(&self) -> Vec<u8> {
+        exceeds(MOST_COPIES, u32::try_from(MOST_COPIES).unwrap_or(u32::MAX))
+    }
+
+    fn mistaken(&self, batch: &mut Batch) {
+        self.table.rule(batch, MISTAKEN, &[self.is_too_much(), accept()]);
+        self.table.rule(batch, MISTAKEN, &[self.deny()]);
+    }
+
+    /// Who was believed to have a flow says that it has not: it may be another one by the same ports. All are asked.
+    fn wrong(&self, batch: &mut Batch) {
+        let (flow, at) = (register(0), self.address());
+        for (peer, address) in self.asked() {
+            let believed = [
+                self.flow(),
+                look_up(FLOWS, flow, at),
+                compare(at, EQUAL, &octets(address)),
+            ]
+            .concat();
+            for mac in &peer.macs {
+                let is_sender = [payload(at, LINK, 6, 6), compare(at, EQUAL, mac)].concat();
+                let over = [load(at, &octets(address)), forget(FLOWS, flow, Some(at))].concat();
+                let anew = [over, self.say(0), go_to(FOREIGN)].concat();
+                self.table.rule(batch, WRONG, &[is_sender, believed.clone(), anew]);
+            }
+        }
+        self.table.rule(batch, WRONG, &[drop_it()]);
     }
 
     /// What a peer says of a flow. Not by looking its address up: `nft` 1.0.6 fails to list that as a part of a key or as a value.
@@ -526,6 +623,18 @@ impl Side<'_> {
         // There was no room to remember it.
         table.rule(batch, UNANIMOUS, &[accept()]);
     }
+}
+
+/// Goes on where a segment of TCP begins no connection.
+fn continues() -> Vec<u8> {
+    let at = register(15);
+    [
+        is_protocol(TCP),
+        payload(at, TRANSPORT, 13, 1),
+        bitwise(at, &[SYN], &[0]),
+        compare(at, EQUAL, &[0]),
+    ]
+    .concat()
 }
 
 /// The DSCP in the first two bytes of an IPv6 header.

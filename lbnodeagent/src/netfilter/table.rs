@@ -275,6 +275,20 @@ pub(crate) fn has_state(bits: u32) -> Vec<u8> {
     .concat()
 }
 
+/// Goes on where connection tracking keeps the connection for longer (`MORE`), or no longer (`AT_MOST`), than so many milliseconds.
+pub(crate) fn is_kept_for(how: u32, milliseconds: u32) -> Vec<u8> {
+    let at = register(15);
+    // NFT_CT_EXPIRATION, a number of this machine's, which is compared in the order of the network: NFT_BYTEORDER_HTON is 1.
+    let kept = [be32(1, at), be32(2, 5)];
+    let order = [be32(1, at), be32(2, at), be32(3, 1), be32(4, 4), be32(5, 4)];
+    [
+        expression(b"ct\0", &kept),
+        expression(b"byteorder\0", &order),
+        compare(at, how, &milliseconds.to_be_bytes()),
+    ]
+    .concat()
+}
+
 pub(crate) fn bitwise(what: u32, and: &[u8], xor: &[u8]) -> Vec<u8> {
     let parts = [
         be32(1, what),
@@ -312,6 +326,14 @@ pub(crate) fn look_up(map: &[u8], key: u32, to: u32) -> Vec<u8> {
 pub(crate) fn keep(set: &[u8], key: u32, value: Option<u32>) -> Vec<u8> {
     // NFT_DYNSET_OP_UPDATE is 1.
     let mut parts = vec![attribute(1, set), be32(3, 1), be32(4, key)];
+    parts.extend(value.map(|value| be32(5, value)));
+    expression(b"dynset\0", &parts)
+}
+
+/// Takes what the register holds out of a set; out of a map with any value in another one. Goes on though it was not there.
+pub(crate) fn forget(set: &[u8], key: u32, value: Option<u32>) -> Vec<u8> {
+    // NFT_DYNSET_OP_DELETE is 2.
+    let mut parts = vec![attribute(1, set), be32(3, 2), be32(4, key)];
     parts.extend(value.map(|value| be32(5, value)));
     expression(b"dynset\0", &parts)
 }
