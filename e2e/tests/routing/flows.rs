@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, Process, Speaker, wait_until};
 
-use crate::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
+use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 pub(crate) const NODES: [&str; 3] = ["m", "w11", "w12"];
 /// The port whose name says that it is QUIC's.

@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, Probe, Process, Protocol, wait_until};
 
-use crate::flows::{Flows, HASH, NODES, asked_by};
-use crate::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
+use super::flows::{Flows, HASH, NODES, asked_by};
+use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 /// Cuts a node while requests come in, and returns for how long some of them were lost.
 async fn losses_of_a_dead_node(stage: &Stage) -> Result<Duration> {

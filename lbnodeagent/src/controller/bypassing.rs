@@ -25,7 +25,7 @@ impl Agent<'_> {
         let moved = self.cluster.moved();
         if !self.settings.bypasses {
             if is_about_all && self.is_settled {
-                self.look_for_dead_nodes(living);
+                self.suspect(living);
             }
             // What a process before this one has told the kernel, which was to do it.
             self.have_bypassed(Arc::default());
@@ -51,8 +51,8 @@ impl Agent<'_> {
         }
     }
 
-    /// Whether other nodes are dead than before.
-    fn look_for_dead_nodes(&mut self, living: &Living) -> bool {
+    /// Has those asked that may be dead.
+    fn suspect(&mut self, living: &Living) {
         let now = self.started.elapsed();
         let is_node = |name: &str| self.cluster.node(name).is_some();
         self.nodes.look(now, &self.settings.node, living, &self.heard, is_node);
@@ -61,6 +61,12 @@ impl Agent<'_> {
             known.clone_from(self.nodes.suspects());
             is_news
         });
+    }
+
+    /// Whether other nodes are dead than before.
+    fn look_for_dead_nodes(&mut self, living: &Living) -> bool {
+        self.suspect(living);
+        let now = self.started.elapsed();
         // Where nobody is heard it is this node that is cut off, and connections go on when that is over.
         let is_connected = living.len() > 1 || self.is_api_reachable;
         let reset_after = self.settings.reset_after.filter(|_| is_connected);
@@ -69,7 +75,7 @@ impl Agent<'_> {
             self.wake_in(wait);
         }
         let is_news = self.bypass.take(dead);
-        if is_news && self.settings.bypasses {
+        if is_news {
             let dead: Vec<&str> = self.nodes.names(self.bypass.dead()).collect();
             tracing::info!(?dead, "dead nodes whose Pods are to be bypassed");
             self.links

@@ -542,7 +542,7 @@ impl Side<'_> {
     fn questions(&self, batch: &mut Batch) {
         let table = self.table;
         let mut rule = |chain: &[u8], expressions: &[Vec<u8>]| table.rule(batch, chain, expressions);
-        rule(QUESTIONS, &[self.is_too_much(), count(COUNT_LIMITED), drop_it()]);
+        rule(QUESTIONS, &[is_too_much(), count(COUNT_LIMITED), drop_it()]);
         rule(
             QUESTIONS,
             &[is_protocol(UDP), has_state(ESTABLISHED_OR_RELATED), go_to(HERE)],
@@ -569,13 +569,8 @@ impl Side<'_> {
         [back.concat(), drop_it()].concat()
     }
 
-    /// Goes on where peers ask more than is answered.
-    fn is_too_much(&self) -> Vec<u8> {
-        exceeds(MOST_COPIES, u32::try_from(MOST_COPIES).unwrap_or(u32::MAX))
-    }
-
     fn mistaken(&self, batch: &mut Batch) {
-        self.table.rule(batch, MISTAKEN, &[self.is_too_much(), accept()]);
+        self.table.rule(batch, MISTAKEN, &[is_too_much(), accept()]);
         self.table.rule(batch, MISTAKEN, &[self.deny()]);
     }
 
@@ -623,6 +618,11 @@ impl Side<'_> {
         // There was no room to remember it.
         table.rule(batch, UNANIMOUS, &[accept()]);
     }
+}
+
+/// Goes on where peers ask more than is answered.
+fn is_too_much() -> Vec<u8> {
+    exceeds(MOST_COPIES, u32::try_from(MOST_COPIES).unwrap_or(u32::MAX))
 }
 
 /// Goes on where a segment of TCP begins no connection.
