@@ -345,6 +345,15 @@ impl Scene {
     }
 }
 
+/// Has all nodes forget connections, after some have broken: a node that believes to have one may be asked for another by the same
+/// ports.
+pub(crate) async fn forget_connections(lab: &Lab) -> Result<()> {
+    for node in NODES {
+        lab.exec(node, ["conntrack", "--flush"]).await?;
+    }
+    Ok(())
+}
+
 /// How many peers a node's kernel asks.
 pub(crate) async fn asked_by(lab: &Lab, node: &str, family: &str) -> Result<usize> {
     let shown = lab
@@ -363,6 +372,8 @@ fn everybody_goes_on(policy: &str) -> Result<()> {
         scene.stage.next_hops_are(&["m", "w11"]).await?;
         let without = clients.ask("without, w12 is no next hop any more");
         ensure!(without > 0, "nothing breaks as it is: there is nothing to compare with");
+        drop(clients);
+        forget_connections(&lab).await?;
 
         scene.start_speaker("w12").await?;
         scene.start_agents(true).await?;
@@ -435,12 +446,14 @@ fn when_a_node_dies_its_clients_are_told_and_the_others_go_on() -> Result<()> {
         let streams = lost.0.iter().map(|(_, flows)| flows.streams.len()).sum::<usize>();
         let told = lost.reset("w12 is dead, its own");
         ensure!(told == streams, "{told} of {streams} clients were told");
+        drop((lost, living));
 
         // Those that nobody ever had to send on to it: they come in by others only now.
         lab.uncut("w12").await?;
         scene.start_speaker("w12").await?;
         scene.stage.next_hops_are(&NODES).await?;
         scene.is_sending_on(true).await?;
+        forget_connections(&lab).await?;
         let (mut lost, mut living) = Clients::open(&lab)?.split(&pod);
         lab.cut("w12").await?;
         scene.stage.next_hops_are(&["m", "w11"]).await?;

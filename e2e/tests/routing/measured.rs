@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e::{Config, Daemon, Lab, Options, Probe, Process, Protocol, wait_until};
 
-use super::flows::{Flows, HASH, NODES, asked_by};
+use super::flows::{Flows, HASH, NODES, Outcome, asked_by, forget_connections};
 use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 /// Cuts a node while requests come in, and returns for how long some of them were lost.
@@ -168,10 +168,11 @@ impl Router {
     }
 }
 
-/// How many connections break when one of three next hops goes, and when it comes back: of those that were open before, and of those
+/// What becomes of connections when one of three next hops goes, and when it comes back: of those that were open before, and of those
 /// that were opened while it was away.
-async fn broken(stage: &Stage, router: Router, vip: &str) -> Result<[usize; 3]> {
+async fn outcomes(stage: &Stage, router: Router, vip: &str) -> Result<[Outcome; 3]> {
     let lab = &stage.lab;
+    forget_connections(lab).await?;
     router.prepare(lab, vip).await?;
     router.lead_to(lab, vip, &[1, 2, 3]).await?;
     stage.answers(vip).await?;
@@ -179,13 +180,14 @@ async fn broken(stage: &Stage, router: Router, vip: &str) -> Result<[usize; 3]> 
     let ask = |flows: &mut Flows| tokio::task::block_in_place(|| flows.ask());
     ensure!(ask(&mut before).alive == CONNECTIONS);
     router.lead_to(lab, vip, &[1, 2]).await?;
-    let left = ask(&mut before).broken();
+    let gone = ask(&mut before);
     let mut meanwhile = Flows::open(lab, vip, CONNECTIONS, 0)?;
     router.lead_to(lab, vip, &[1, 2, 3]).await?;
-    let back = ask(&mut before).broken().saturating_sub(left);
-    let added = ask(&mut meanwhile).broken();
+    let back = ask(&mut before);
+    let of_meanwhile = ask(&mut meanwhile);
+    drop((before, meanwhile));
     router.clean_up(lab, vip).await?;
-    Ok([left, back, added])
+    Ok([gone, back, of_meanwhile])
 }
 
 /// Starts the agents, and waits until they are at work.
@@ -230,14 +232,16 @@ fn flows_break_when_next_hops_come_and_go_unless_they_are_sent_on() -> Result<()
                 for vip in [VIP, VIP6] {
                     lab.held_by(vip, Some("kube-lb0"), &NODES, SOON).await?;
                     for router in [plain, Router::Modulo, resilient] {
-                        let [left, back, added] = broken(&stage, router, vip).await?;
+                        let outcomes = outcomes(&stage, router, vip).await?;
                         let how = if sends_on { "sent on" } else { "not sent on" };
+                        let [gone, back, meanwhile] = outcomes;
                         println!(
-                            "{how}, policy {policy}, {vip}, {}: of {CONNECTIONS} connections over three next hops {left} broke when one \
-                             went and {back} more when it came back; of {CONNECTIONS} opened meanwhile {added}",
+                            "{how}, policy {policy}, {vip}, {}: of {CONNECTIONS} connections over three next hops, when one had gone: \
+                             {gone}; when it was back: {back}; of {CONNECTIONS} opened meanwhile: {meanwhile}",
                             router.name()
                         );
-                        *totals.entry((sends_on, router.name())).or_default() += left + back + added;
+                        let broken: usize = outcomes.iter().map(Outcome::broken).sum();
+                        *totals.entry((sends_on, router.name())).or_default() += broken;
                     }
                 }
             }
