@@ -405,7 +405,16 @@ fn everybody_goes_on(policy: &str) -> Result<()> {
         clients.go_on("it is back")?;
         later.go_on("it is back, those opened later")?;
         scene.is_sending_on(true).await?;
-        scene.is_counted().await
+        scene.is_counted().await?;
+
+        // Kernels do it, whatever becomes of the agents.
+        for agent in scene.agents.values() {
+            agent.kill().await?;
+        }
+        scene.stop_speaker("m").await?;
+        scene.stage.next_hops_are(&["w11", "w12"]).await?;
+        clients.go_on("all agents were killed, and m is no next hop any more")?;
+        later.go_on("all agents were killed, those opened later")
     })
 }
 

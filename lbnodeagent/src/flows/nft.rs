@@ -178,7 +178,7 @@ const NEW: u32 = 0x8;
 const CLOSING: u32 = 121_000;
 
 /// What agents' kernels say to each other, in the DSCP of the copied segment: code points of pool 2, for local use (RFC 2474 section
-/// 6), that differ in two bits.
+/// 6), that differ from each other in the same two bits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Word {
     Ask = 0b10_0011,
