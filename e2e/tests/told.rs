@@ -22,12 +22,12 @@
 //! | an agent that is not there, though its node is | the LBNode's event `AgentSilent`, its column `RENEWED`, the Pod | 150 s | `allocator`'s `troubles` |
 //! | kube-proxy in IPVS mode without `strictARP` | the LBNode's event `NodeProblem`, column `PROBLEM` | 11 s | `a_node_that_answers_for_all_is_told` |
 //! | only UDP port 7935 closed | event `NodeProblem` of the LBNode of the node that asks, column `PROBLEM` | 21 s | `a_standby_says_who_does_not_answer_its_watch` |
-//! | kube-proxy dead, or not working, where it answered at its health port | event `NodeProblem` of the LBNode, column `PROBLEM` | 46 s | `a_node_whose_kube_proxy_is_dead_says_so` |
+//! | kube-proxy dead, or not working, where it answered at its health port, or left its rules in the kernel | event `NodeProblem` of the LBNode, column `PROBLEM` | 46 s | `a_node_whose_kube_proxy_is_dead_says_so` |
 //!
 //! Two times are no test's: the alert waits for two minutes, and `AgentSilent` for two and a half, on virtual time.
 //!
-//! What cannot be seen: that kube-proxy is dead on a node where nobody has answered at that port since the agent's start, as it
-//! may be turned off there, or another program may stand in for it that has no such port. That port 7935 is closed between nodes of
+//! What cannot be seen: that what stands in for kube-proxy is dead on a node where nobody has answered at that port since the agent's
+//! start: it may have no such port. That port 7935 is closed between nodes of
 //! which none watches the other: whoever watches a node says so, and they are three.
 
 use std::time::{Duration, Instant};
@@ -36,6 +36,7 @@ use anyhow::{Result, ensure};
 use e2e::{Lab, Options, Protocol, Scene, scene, stays, wait_until};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, ListParams};
+use tokio::time::sleep;
 
 const SOON: Duration = Duration::from_mins(1);
 const NAMESPACE: &str = "purelb";
@@ -466,10 +467,10 @@ async fn cut(lab: &Lab, scene: &Scene<'_>, how: &str) -> Result<()> {
 #[test]
 fn a_node_whose_kube_proxy_is_dead_says_so() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
-        Scene::start(&lab).await?;
+        let scene = Scene::start(&lab).await?;
         let name = &lab.node("w11")?.name;
         // It was asked once.
-        tokio::time::sleep(Duration::from_secs(11)).await;
+        sleep(Duration::from_secs(11)).await;
         let killed = Instant::now();
         lab.kill_proxy("w11").await?;
         let words = [
@@ -481,6 +482,21 @@ fn a_node_whose_kube_proxy_is_dead_says_so() -> Result<()> {
         ensure!(columns.contains("kube-proxy of this node"), "{columns}");
         // It is no matter of the LBNodeAgent.
         shows(&lab, ["lbna", "default", "-n", NAMESPACE], "{.status.problem}", "").await?;
+        // An agent that starts again finds the rules that it left.
+        scene.agent("w11")?.stop().await?;
+        lab.start_agent("w11").await?;
+        sleep(Duration::from_secs(5)).await;
+        stays("it goes on saying so", Duration::from_secs(15), async || {
+            let columns = lab.kubectl(["get", "lbnodes", "-n", NAMESPACE]).await?;
+            ensure!(
+                columns.contains("kube-proxy of this node has left its rules"),
+                "{columns}"
+            );
+            let events = lab.kubectl(["get", "events", "-n", NAMESPACE]).await?;
+            ensure!(!events.contains("NodeRight"), "{events}");
+            Ok(())
+        })
+        .await?;
         lab.start_proxy("w11")?;
         let started = Instant::now();
         let over = ["finds nothing wrong with itself any more"];

@@ -149,12 +149,6 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
     let interfaces = state
         .config
         .map_or_else(BTreeMap::new, |config| plan::offered(state.kernel, config));
-    let problems = [
-        state.problem.clone().or_else(|| missing_interface(state)),
-        ipvs_answers(state),
-        proxy_fails(state),
-        state.closed.clone(),
-    ];
     LBNodeStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         renewed: None,
@@ -166,7 +160,7 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
             .map(|node| (*node).to_owned())
             .collect(),
         configuration: state.configuration.map(ToOwned::to_owned),
-        problem: crds::lbnode::join_problems(problems.into_iter().flatten()),
+        problem: crds::lbnode::join_problems(problems(state).into_values().flatten()),
         withdrawn: state.is_withdrawn,
         interfaces: interfaces
             .into_iter()
@@ -189,6 +183,44 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
         unadvertised,
         routing_daemon: state.routing.cloned(),
         moves: state.memory.moves.iter().cloned().collect(),
+    }
+}
+
+/// What is wrong with the node, by kinds that do not end.
+pub fn problems(state: &State<'_>) -> BTreeMap<Problem, Option<String>> {
+    BTreeMap::from([
+        (
+            Problem::Configuration,
+            state.problem.clone().or_else(|| missing_interface(state)),
+        ),
+        (Problem::Ipvs, ipvs_answers(state)),
+        (Problem::KubeProxy, proxy_fails(state)),
+        (Problem::ClosedPort, state.closed.clone()),
+    ])
+}
+
+/// Kinds of what may be wrong with a node, in the order in which they are said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Problem {
+    /// The LBNodeAgent that is to apply, or the interfaces that it names.
+    Configuration,
+    /// kube-proxy in IPVS mode has the node answer for all addresses.
+    Ipvs,
+    /// kube-proxy does not work.
+    KubeProxy,
+    /// Other agents do not answer on UDP port 7935.
+    ClosedPort,
+}
+
+impl Problem {
+    /// As a label's value.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Configuration => "configuration",
+            Self::Ipvs => "ipvs",
+            Self::KubeProxy => "kube-proxy",
+            Self::ClosedPort => "closed-port",
+        }
     }
 }
 

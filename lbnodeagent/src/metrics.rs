@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::lbnode::Problem;
 use crate::members::Traffic;
 use crate::neighbor::Sent;
 use crate::standby::Counters;
@@ -140,6 +141,7 @@ pub struct Metrics {
     winner_changes: Family<OfService, Counter>,
     selector: Family<State, Gauge>,
     configuration_problem: Gauge,
+    problems: Family<OfKind, Gauge>,
     takeovers: Takeovers,
     corrections: Family<OfKind, Counter>,
     flow_segments: Family<OfKind, Counter>,
@@ -249,6 +251,11 @@ impl Metrics {
             "configuration_problem",
             "1 while something is wrong with the LBNodeAgent that is to apply here",
             self.configuration_problem.clone(),
+        );
+        agent.register(
+            "problem",
+            "1 for each kind of what is wrong with this node",
+            self.problems.clone(),
         );
         agent.register(
             "takeovers",
@@ -373,6 +380,14 @@ impl Metrics {
     /// Whether something is wrong with the LBNodeAgent that is to apply here.
     pub fn configured(&self, has_problem: bool) {
         self.configuration_problem.set(has_problem.into());
+    }
+
+    /// What is wrong with the node, by kinds.
+    pub fn problems(&self, now: &BTreeMap<Problem, Option<String>>) {
+        for (kind, problem) in now {
+            let gauge = self.problems.get_or_create(&OfKind { kind: kind.name() });
+            gauge.set(problem.is_some().into());
+        }
     }
 
     /// Which LBNodeAgent applies.

@@ -1,17 +1,20 @@
 //! Whether kube-proxy, or what stands in for it, works on this node: without it an address that the node announces leads nowhere.
 //!
 //! It is asked at its health port (`healthzBindAddress` of kube-proxy, `kubeProxyReplacementHealthzBindAddr` of Cilium). Whether there
-//! is to be any cannot be known: nothing is said of a node where nobody has answered since the agent's start. [`Health`] is the
-//! decision, on injected time.
+//! is to be any is known by its rules in the kernel, which outlive it: nothing is said of a node that has none and where nobody has
+//! answered since the agent's start. [`Health`] is the decision, on injected time.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use crds::Family;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
+
+use crate::bypass::nft::masquerade;
 
 /// Its health port as it comes.
 pub const PORT: u16 = 10256;
@@ -42,6 +45,8 @@ enum Answer {
 pub enum Ailment {
     /// It answered before, and does not any more.
     Silent,
+    /// Its rules are in the kernel, and it has not answered since the agent's start.
+    Absent,
     /// It says that it does not work.
     Ill,
 }
@@ -51,11 +56,18 @@ impl Ailment {
     pub fn sentence(self, node: &str, port: u16) -> String {
         let what = match self {
             Self::Silent => format!("does not answer on port {port} any more"),
+            Self::Absent => format!("has left its rules in the kernel and does not answer on port {port}"),
             Self::Ill => format!("says on port {port} that it does not work (503)"),
+        };
+        let port_elsewhere = match self {
+            Self::Absent => {
+                ". If its health port is another one, or none, set kubeProxyHealthPort of the chart to that, or to 0"
+            }
+            Self::Silent | Self::Ill => "",
         };
         format!(
             "{WORDS} {what}: addresses that this node announces may be answered by nobody. Look at its Pod and its log: kubectl get pods \
-             -n kube-system -o wide --field-selector spec.nodeName={node}"
+             -n kube-system -o wide --field-selector spec.nodeName={node}{port_elsewhere}"
         )
     }
 }
@@ -66,6 +78,8 @@ pub const WORDS: &str = "kube-proxy of this node";
 /// What is known of it.
 #[derive(Debug, Default)]
 struct Health {
+    /// Its rules were in the kernel when the agent started.
+    has_run: bool,
     has_answered: bool,
     /// Since when it does not work.
     since: Option<Duration>,
@@ -76,7 +90,8 @@ impl Health {
         let ailment = match answer {
             Answer::Well => None,
             Answer::Ill => Some(Ailment::Ill),
-            Answer::Silence => self.has_answered.then_some(Ailment::Silent),
+            Answer::Silence if self.has_answered => Some(Ailment::Silent),
+            Answer::Silence => self.has_run.then_some(Ailment::Absent),
             Answer::Stranger => {
                 *self = Self::default();
                 return None;
@@ -86,20 +101,34 @@ impl Health {
         if ailment.is_none() {
             self.since = None;
         }
-        ailment.filter(|_| now.saturating_sub(*self.since.get_or_insert(now)) >= PATIENCE)
+        // An agent that starts again says at once what the one before it said, so that nobody is told meanwhile that all is well.
+        ailment.filter(|ailment| {
+            let lasts = now.saturating_sub(*self.since.get_or_insert(now));
+            *ailment == Ailment::Absent || lasts >= PATIENCE
+        })
     }
 }
 
 /// Asks again and again, and publishes what is wrong when that becomes something else. Never returns.
 pub async fn keep_asking(port: u16, ailment: watch::Sender<Option<Ailment>>) {
     let started = Instant::now();
-    let mut health = Health::default();
+    let mut health = Health {
+        has_run: tokio::task::spawn_blocking(has_rules).await.unwrap_or(false),
+        ..Health::default()
+    };
     loop {
         let answer = ask(port).await;
         let now = health.hear(started.elapsed(), answer);
         ailment.send_if_modified(|known| std::mem::replace(known, now) != now);
         sleep(INTERVAL).await;
     }
+}
+
+/// Whether rules of kube-proxy are in the kernel.
+fn has_rules() -> bool {
+    [Family::V4, Family::V6]
+        .into_iter()
+        .any(|family| masquerade(family).is_some())
 }
 
 /// Asks it once.
@@ -157,8 +186,11 @@ mod tests {
     use tokio::net::TcpListener;
 
     /// Seconds in which what is wrong becomes something else, when the answers change in these seconds.
-    fn told(changes: &[(u64, Answer)]) -> Vec<(u64, Option<Ailment>)> {
-        let mut health = Health::default();
+    fn told(has_run: bool, changes: &[(u64, Answer)]) -> Vec<(u64, Option<Ailment>)> {
+        let mut health = Health {
+            has_run,
+            ..Health::default()
+        };
         let (mut answer, mut before) = (Answer::Silence, None);
         let mut told = Vec::new();
         for now in (0..200).step_by(10) {
@@ -210,7 +242,24 @@ mod tests {
                 vec![(50, silent), (100, None)],
             ),
         ] {
-            assert_eq!(told(&changes), expected, "{name}");
+            assert_eq!(told(false, &changes), expected, "{name}");
+        }
+        let absent = Some(Ailment::Absent);
+        for (name, changes, expected) in [
+            ("it died before the agent started", vec![], vec![(0, absent)]),
+            ("and is back", vec![(100, Well)], vec![(0, absent), (100, None)]),
+            (
+                "it starts with the agent",
+                vec![(20, Well), (60, Silence)],
+                vec![(0, absent), (20, None), (90, silent)],
+            ),
+            (
+                "something else listens there",
+                vec![(0, Stranger), (40, Silence)],
+                vec![],
+            ),
+        ] {
+            assert_eq!(told(true, &changes), expected, "{name}");
         }
     }
 

@@ -49,7 +49,8 @@ impl Agent<'_> {
         let node = self.settings.node.as_str();
         let heard = living.keys().map(String::as_str);
         let heard = heard.filter(|member| *member == node || !self.ear.is_deaf());
-        let status = lbnode::status(&State {
+        let sessions = self.sessions.borrow();
+        let state = State {
             node: &self.settings.node,
             members: heard.collect(),
             dead: self.nodes.names(self.bypass.dead()).collect(),
@@ -66,9 +67,11 @@ impl Agent<'_> {
             failed: &failed,
             unadvertised: &self.unadvertised,
             daemon: self.settings.routing_daemon.as_ref(),
-            routing: self.sessions.borrow().as_ref(),
+            routing: sessions.as_ref(),
             memory: &self.memory,
-        });
+        };
+        self.links.metrics.problems(&lbnode::problems(&state));
+        let status = lbnode::status(&state);
         self.saying.send_if_modified(|said| {
             let is_news = said.as_ref() != Some(&status);
             *said = Some(status);
