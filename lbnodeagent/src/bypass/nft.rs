@@ -35,8 +35,8 @@ use crds::Family;
 
 use super::{MOST_LIVING, Pair, Place, Port, Wanted};
 use crate::netfilter::table::{
-    Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state, is_in,
-    joined, look_up, meta, octets, payload, port, set_mark,
+    Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state,
+    is_in, joined, look_up, meta, octets, payload, port, set_mark,
 };
 use crate::netfilter::{
     Batch, GET_RULE, attribute, attributes, be32, expression, find, is_ipvs, list, number, protocol, register,

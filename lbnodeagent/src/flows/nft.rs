@@ -103,8 +103,8 @@ use crds::Family;
 use super::{LEARNED, MOST_COPIES, MOST_QUESTIONS, Peer, Wanted};
 use crate::netfilter::table::{
     AT_MOST, EQUAL, ETHERNET, Hook, LINK, MORE, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare,
-    copy_to, count, drop_it, element, exceeds, forget, go_to, has_state, is_in, is_kept_for, is_not_in, is_protocol,
-    joined, keep, load, look_up, meta, octets, payload, port, write,
+    continues, copy_to, count, drop_it, element, exceeds, forget, go_to, has_state, is_in, is_kept_for, is_not_in,
+    is_protocol, joined, keep, load, look_up, meta, octets, payload, port, write,
 };
 use crate::netfilter::{Batch, GET_OBJECT, attribute, find, list, protocol, register};
 
@@ -623,18 +623,6 @@ impl Side<'_> {
 /// Goes on where peers ask more than is answered.
 fn is_too_much() -> Vec<u8> {
     exceeds(MOST_COPIES, u32::try_from(MOST_COPIES).unwrap_or(u32::MAX))
-}
-
-/// Goes on where a segment of TCP begins no connection.
-fn continues() -> Vec<u8> {
-    let at = register(15);
-    [
-        is_protocol(TCP),
-        payload(at, TRANSPORT, 13, 1),
-        bitwise(at, &[SYN], &[0]),
-        compare(at, EQUAL, &[0]),
-    ]
-    .concat()
 }
 
 /// The DSCP in the first two bytes of an IPv6 header.

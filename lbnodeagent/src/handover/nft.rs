@@ -23,18 +23,14 @@ use std::time::Duration;
 
 use crds::Family;
 
-use crate::netfilter::Batch;
-use crate::netfilter::register;
 use crate::netfilter::table::{
-    EQUAL, Hook, MORE, Set, TRANSPORT, Table, bitwise, compare, copy_to, count_here, drop_it, element, has_state,
-    is_protocol, look_up, octets, payload,
+    Hook, MORE, Set, Table, compare, continues, copy_to, count_here, drop_it, element, has_state, look_up, octets,
 };
+use crate::netfilter::{Batch, register};
 
 const TABLE: &[u8] = b"purelb\0";
 const CHAIN: &[u8] = b"prerouting\0";
 const MAP: &[u8] = b"former\0";
-const TCP: u8 = 6;
-const SYN: u8 = 0x2;
 /// The states of a segment whose connection is not known.
 const INVALID_OR_NEW: u32 = 0x1 | 0x8;
 
@@ -79,15 +75,9 @@ fn make(batch: &mut Batch, table: Table, elements: Vec<Vec<u8>>, timeout: Durati
     };
     table.chain(batch, CHAIN, Some(hook));
     let (address, to, scratch) = (register(0), register(table.width()), register(15));
-    let continues = [
-        payload(scratch, TRANSPORT, 13, 1),
-        bitwise(scratch, &[SYN], &[0]),
-        compare(scratch, EQUAL, &[0]),
-    ];
     let rule = [
-        is_protocol(TCP),
         has_state(INVALID_OR_NEW),
-        continues.concat(),
+        continues(),
         // With none left it would begin again at 255.
         table.hops(scratch),
         compare(scratch, MORE, &[1]),
