@@ -40,7 +40,7 @@ struct Flags {
     #[arg(long, env = "PURELB_AGENTS", default_value_t = true, action = clap::ArgAction::Set)]
     agents: bool,
     /// Mark Pods of dead nodes not ready, when more than half of the agents say that a node is dead: then all Services stop sending to
-    /// them within a second or two, by cluster IPs too. It needs the rights that the chart gives with allocator.markPodsOfDeadNodes.
+    /// them within a second or two, by cluster IPs too. It needs the rights that the chart gives with `allocator.markPodsOfDeadNodes`.
     #[arg(long, env = "PURELB_MARK_PODS_OF_DEAD_NODES", default_value_t = false, action = clap::ArgAction::Set)]
     mark_pods_of_dead_nodes: bool,
     #[command(subcommand)]
