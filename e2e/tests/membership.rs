@@ -116,7 +116,7 @@ fn nodes_with_ipv6_addresses_only_fail_over_alike() -> Result<()> {
         scene.settled("w11").await?;
         // They started at once, and agreed before any of them took it.
         let logs: Vec<String> = agents.iter().map(e2e::Process::log).collect();
-        let since_start = logs.iter().filter_map(|log| log.rsplit(" starting version=").next());
+        let since_start = logs.iter().filter_map(|log| log.rsplit(" starts version=").next());
         let announced = since_start.filter(|log| log.contains("announcing service=default/web"));
         ensure!(announced.count() == 1, "{}", logs.join("\n"));
         holds_and_fails_over(&lab, &scene).await
