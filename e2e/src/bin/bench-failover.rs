@@ -252,7 +252,7 @@ impl Bench<'_> {
         self.agents[0] = self.lab.start_agent("w11").await?;
         wait_until("the agent is ready again", SOON, async || {
             let log = self.agents[0].log();
-            let start = log.rfind("lbnodeagent: starting").context("not started")?;
+            let start = log.rfind(" starts version=").context("not started")?;
             ensure!(log[start..].contains("telling the members"), "not yet");
             Ok(())
         })
