@@ -10,25 +10,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crds::lbnode::RENEW_SECONDS;
+use daemon::{Turn, WriteError, Writes};
 
 /// How long the word of an agent counts that says nothing more. It renews what it says more often than that.
 const HOLDS_FOR: Duration = Duration::from_secs(RENEW_SECONDS * 5 / 2);
-/// Wait before Pods that could not be marked are marked again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// What an agent said last.
 #[derive(Debug, Default)]
 struct Word {
     dead: BTreeSet<String>,
     said: Duration,
-}
-
-/// How far a dead node's Pods are marked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Marking {
-    UnderWay,
-    Failed { again: Duration },
-    Done,
 }
 
 /// A dead node, and how many agents of how many say so.
@@ -46,7 +37,9 @@ pub struct Death {
 #[derive(Debug, Default)]
 pub struct Deaths {
     words: BTreeMap<String, Word>,
-    markings: BTreeMap<String, Marking>,
+    /// Those of the dead that were told of.
+    told: BTreeSet<String>,
+    writes: Writes<String>,
 }
 
 impl Deaths {
@@ -61,49 +54,44 @@ impl Deaths {
         self.words.remove(node);
     }
 
-    /// The nodes whose Pods are to be marked now, and when to look again. Each is told of once, until [`Deaths::marked`] says what came
-    /// of it. `is_node` says whether there is a Node of a name: an agent can write any.
+    /// The nodes whose Pods are to be marked now, and when to look again. Each is told of once, unless [`Deaths::done`] says that it
+    /// could not be done. `is_node` says whether there is a Node of a name: an agent can write any.
     pub fn look(&mut self, now: Duration, is_node: impl Fn(&str) -> bool) -> (Vec<Death>, Option<Duration>) {
         let of = self.words.len();
-        let mut votes: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut votes: BTreeMap<&String, usize> = BTreeMap::new();
         for word in self.words.values().filter(|word| word.said + HOLDS_FOR > now) {
             for node in &word.dead {
                 *votes.entry(node).or_default() += 1;
             }
         }
         votes.retain(|node, by| 2 * *by > of && is_node(node));
-        self.markings.retain(|node, _| votes.contains_key(node.as_str()));
+        self.told.retain(|node| votes.contains_key(node));
         let (mut deaths, mut again) = (Vec::new(), None::<Duration>);
         for (node, by) in votes {
-            match self.markings.get(node) {
-                Some(Marking::UnderWay | Marking::Done) => continue,
-                Some(Marking::Failed { again: at }) if *at > now => {
-                    let wait = at.saturating_sub(now);
-                    again = Some(again.map_or(wait, |known| known.min(wait)));
-                    continue;
-                }
-                Some(Marking::Failed { .. }) | None => {}
+            if self.told.contains(node) {
+                continue;
             }
-            self.markings.insert(node.to_owned(), Marking::UnderWay);
-            deaths.push(Death {
-                node: node.to_owned(),
-                by,
-                of,
-            });
+            match self.writes.turn(node, now) {
+                Turn::Now => {
+                    self.writes.begin(node.clone());
+                    self.told.insert(node.clone());
+                    let node = node.clone();
+                    deaths.push(Death { node, by, of });
+                }
+                Turn::In(wait) => again = Some(again.map_or(wait, |known| known.min(wait))),
+                Turn::Later => {}
+            }
         }
         (deaths, again)
     }
 
-    /// Takes note that the Pods of a dead node were marked, or that they could not be.
-    pub fn marked(&mut self, now: Duration, node: &str, is_done: bool) {
-        // Gone meanwhile: it lives.
-        if let Some(marking) = self.markings.get_mut(node) {
-            *marking = if is_done {
-                Marking::Done
-            } else {
-                Marking::Failed { again: now + RETRY }
-            };
+    /// Takes note that the Pods of a dead node were marked, or why they could not be: then they are marked again, at the pace of writes
+    /// that fail. Returns whether that is worth a line in the log.
+    pub fn done(&mut self, now: Duration, node: &String, failure: Option<&WriteError>) -> bool {
+        if failure.is_some() {
+            self.told.remove(node);
         }
+        self.writes.done(node, failure, now)
     }
 }
 
@@ -113,6 +101,20 @@ mod tests {
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
+    }
+
+    const NANOSECOND: Duration = Duration::from_nanos(1);
+
+    fn forbidden() -> WriteError {
+        WriteError::Refused {
+            code: 403,
+            message: "pods is forbidden".into(),
+            retry_after: None,
+        }
+    }
+
+    fn done(deaths: &mut Deaths, now: Duration, failure: Option<&WriteError>) -> bool {
+        deaths.done(now, &"z".to_owned(), failure)
     }
 
     fn all_say(deaths: &mut Deaths, now: Duration, speakers: &[&str], dead: &[&str]) {
@@ -166,7 +168,7 @@ mod tests {
         };
         assert_eq!(look(&mut deaths, at(1)), (vec![death], None));
         assert_eq!(look(&mut deaths, at(1)), (Vec::new(), None), "under way");
-        deaths.marked(at(2), "z", true);
+        done(&mut deaths, at(2), None);
         assert_eq!(
             look(&mut deaths, at(60)),
             (Vec::new(), None),
@@ -184,13 +186,43 @@ mod tests {
         all_say(&mut deaths, at(0), &["a", "b"], &["z"]);
         deaths.hear(at(0), "z", []);
         assert_eq!(names(&look(&mut deaths, at(0))), ["z"]);
-        deaths.marked(at(1), "z", false);
-        assert_eq!(look(&mut deaths, at(1)), (Vec::new(), Some(RETRY)));
-        assert_eq!(names(&look(&mut deaths, at(1) + RETRY)), ["z"]);
-        all_say(&mut deaths, at(3), &["a", "b"], &[]);
-        assert_eq!(look(&mut deaths, at(3)), (Vec::new(), None));
-        deaths.marked(at(4), "z", false);
-        assert_eq!(look(&mut deaths, at(60)), (Vec::new(), None), "it came back meanwhile");
+        let (mut now, mut attempts, mut lines) = (at(1), 1, 0);
+        while now < at(120) {
+            lines += usize::from(done(&mut deaths, now, Some(&forbidden())));
+            let (none, wait) = look(&mut deaths, now);
+            assert_eq!(none, Vec::new());
+            let wait = wait.expect("it is looked again");
+            assert_eq!(
+                names(&look(&mut deaths, (now + wait).saturating_sub(NANOSECOND))),
+                Vec::<&str>::new()
+            );
+            now += wait;
+            assert_eq!(names(&look(&mut deaths, now)), ["z"]);
+            attempts += 1;
+        }
+        assert!(attempts < 15, "{attempts} in two minutes");
+        assert_eq!(lines, 1, "in the log");
+        all_say(&mut deaths, now, &["a", "b"], &[]);
+        assert_eq!(look(&mut deaths, now), (Vec::new(), None));
+        done(&mut deaths, now, Some(&forbidden()));
+        assert_eq!(
+            look(&mut deaths, now + at(60)),
+            (Vec::new(), None),
+            "it came back meanwhile"
+        );
+    }
+
+    #[test]
+    fn a_death_that_comes_while_the_one_before_is_written_is_told_of_as_well() {
+        let mut deaths = Deaths::default();
+        all_say(&mut deaths, at(0), &["a", "b"], &["z"]);
+        assert_eq!(names(&look(&mut deaths, at(0))), ["z"]);
+        all_say(&mut deaths, at(1), &["a", "b"], &[]);
+        assert_eq!(look(&mut deaths, at(1)), (Vec::new(), None));
+        all_say(&mut deaths, at(2), &["a", "b"], &["z"]);
+        assert_eq!(look(&mut deaths, at(2)), (Vec::new(), None), "under way");
+        done(&mut deaths, at(3), None);
+        assert_eq!(names(&look(&mut deaths, at(3))), ["z"]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crds::event::Notice;
 use crds::{LBNode, LBNodeAgent, LBNodeAgentStatus, LBNodeSpec};
 use daemon::{Change, Mirror, Turn, WriteError, Writes};
 use kube::Client;
@@ -37,11 +38,6 @@ impl Agents {
     /// Whether there is a Node of this name.
     pub(super) fn is_node(&self, name: &str) -> bool {
         self.labels.contains_key(name)
-    }
-
-    /// The uid of a node's LBNode.
-    pub(super) fn uid(&self, node: &str) -> Option<String> {
-        self.uids.get(node).cloned()
     }
 }
 
@@ -111,10 +107,7 @@ impl Controller {
         let now = self.began.elapsed();
         for (node, notice) in self.agents.troubles.look(now) {
             tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
-            let mut object = LBNode::new(&node, LBNodeSpec {});
-            object.metadata.namespace = Some(self.settings.namespace.clone());
-            object.metadata.uid = self.agents.uid(&node);
-            self.reporter.tell(&object, &notice);
+            self.tell_of_node(&node, &notice);
         }
         let Some(next) = self.agents.troubles.next(now) else {
             return;
@@ -132,6 +125,14 @@ impl Controller {
                 let _ = sender.send(Input::LookAtTroubles);
             });
         }
+    }
+
+    /// Tells whoever looks at a node's LBNode.
+    pub(super) fn tell_of_node(&self, node: &str, notice: &Notice) {
+        let mut object = LBNode::new(node, LBNodeSpec {});
+        object.metadata.namespace = Some(self.settings.namespace.clone());
+        object.metadata.uid = self.agents.uids.get(node).cloned();
+        self.reporter.tell(&object, notice);
     }
 
     /// Writes what has become of the LBNodeAgents, where that is news. Returns when to try those whose turn it is not.

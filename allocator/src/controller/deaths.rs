@@ -1,7 +1,6 @@
 //! Pods of dead nodes are marked not ready, where that is asked for: the acting part of [`crate::deaths`].
 
 use crds::event::ALLOCATOR;
-use crds::{LBNode, LBNodeSpec};
 use daemon::WriteError;
 use futures::{TryStreamExt, stream};
 use k8s_openapi::api::core::v1::Pod;
@@ -71,22 +70,22 @@ impl Controller {
 
     pub(super) fn pods_marked(&mut self, marked: &Marked) {
         let Marked { death, result } = marked;
-        self.deaths.marked(self.began.elapsed(), &death.node, result.is_ok());
+        let node = &death.node;
+        let is_news = self.deaths.done(self.began.elapsed(), node, result.as_ref().err());
         match result {
             Ok(0) => {}
             Ok(pods) => {
                 self.metrics
                     .pods_marked
                     .inc_by(u64::try_from(*pods).unwrap_or(u64::MAX));
-                let notice = notices::pods_marked(death, *pods);
-                tracing::warn!(node = death.node, pods, "the Pods of a dead node were marked not ready");
-                let mut object = LBNode::new(&death.node, LBNodeSpec {});
-                object.metadata.namespace = Some(self.settings.namespace.clone());
-                object.metadata.uid = self.agents.uid(&death.node);
-                self.reporter.tell(&object, &notice);
+                tracing::warn!(node, pods, "the Pods of a dead node were marked not ready");
+                self.tell_of_node(node, &notices::pods_marked(death, *pods));
             }
             Err(error) => {
-                tracing::warn!(node = death.node, %error, "Pods of a dead node not marked, will try again");
+                self.metrics.client.update_errors.inc();
+                if is_news {
+                    tracing::warn!(node, %error, "Pods of a dead node not marked, will try again");
+                }
             }
         }
         self.look_at_deaths();
