@@ -23,6 +23,7 @@ use ipnet::IpNet;
 
 use crate::members::{Living, Member};
 use crate::neighbor::frame::Mac;
+use crate::netfilter::table::UDP;
 use crate::picture::slice;
 use crate::plan::{Reason, Verdict};
 use crate::scope::Scope;
@@ -45,7 +46,6 @@ const MOST_COPIES: u64 = 20_000;
 const LEARNED: Duration = Duration::from_mins(2);
 /// The port of HTTP/3.
 const HTTPS: u16 = 443;
-const UDP: u8 = 17;
 
 /// A node on the same segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -211,15 +211,27 @@ impl Flows {
         self.told.as_ref().is_some_and(|told| !told.vips.is_empty())
     }
 
+    /// Whether there are any addresses.
+    pub fn has_vips(&self) -> bool {
+        !self.vips.is_empty()
+    }
+
+    /// Whether the kernel may have to be told something: [`Flows::news`] looks at all addresses then.
+    pub fn has_news(&self, now: Duration) -> bool {
+        let is_pausing = self.failed_at.is_some_and(|at| now.saturating_sub(at) < RETRY);
+        !is_pausing && (self.is_news || self.told.is_none() || self.is_refresh_due(now))
+    }
+
+    fn is_refresh_due(&self, now: Duration) -> bool {
+        self.is_answering() && now.saturating_sub(self.told_at) >= REFRESH
+    }
+
     /// What the kernel is to be told, if anything. What a process before this one has told it, it is told anew.
     pub fn news(&mut self, now: Duration) -> Option<News> {
-        if self.failed_at.is_some_and(|at| now.saturating_sub(at) < RETRY) {
+        if !self.has_news(now) {
             return None;
         }
-        let is_refresh = self.is_answering() && now.saturating_sub(self.told_at) >= REFRESH;
-        if !is_refresh && !self.is_news && self.told.is_some() {
-            return None;
-        }
+        let is_refresh = self.is_refresh_due(now);
         self.is_news = false;
         let wanted = self.wanted();
         if !is_refresh && self.told.as_deref() == Some(&wanted) {

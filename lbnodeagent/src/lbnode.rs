@@ -20,6 +20,7 @@ use crate::config::{Choice, NodeConfig};
 use crate::election;
 use crate::kernel::Snapshot;
 use crate::neighbor::frame;
+use crate::netfilter::IPVS_INTERFACE;
 use crate::notices;
 use crate::plan::{self, Plan, Reason, Services, Verdict};
 use crate::proxy::Ailment;
@@ -97,8 +98,8 @@ pub struct State<'a> {
     pub memory: &'a Memory,
 }
 
-/// What the LBNode is to say; the time of its writing is left open.
-pub fn status(state: &State<'_>) -> LBNodeStatus {
+/// What the LBNode is to say, `problems` among it; the time of its writing is left open.
+pub fn status(state: &State<'_>, problems: BTreeMap<Problem, Option<String>>) -> LBNodeStatus {
     let mut announcing: BTreeMap<&str, Vec<Held>> = BTreeMap::new();
     let (mut local, mut routed, mut listed) = (0, 0, 0);
     let (mut conflicts, mut unannounced, mut unadvertised) = (Vec::new(), Vec::new(), Vec::new());
@@ -160,7 +161,7 @@ pub fn status(state: &State<'_>) -> LBNodeStatus {
             .map(|node| (*node).to_owned())
             .collect(),
         configuration: state.configuration.map(ToOwned::to_owned),
-        problem: crds::lbnode::join_problems(problems(state).into_values().flatten()),
+        problem: crds::lbnode::join_problems(problems.into_values().flatten()),
         withdrawn: state.is_withdrawn,
         interfaces: interfaces
             .into_iter()
@@ -292,9 +293,6 @@ fn missing_interface(state: &State<'_>) -> Option<String> {
         ),
     })
 }
-
-/// Where kube-proxy keeps the addresses of all Services in IPVS mode.
-pub const IPVS_INTERFACE: &str = "kube-ipvs0";
 
 /// Why this node answers for addresses that other nodes announce.
 fn ipvs_answers(state: &State<'_>) -> Option<String> {
@@ -472,7 +470,7 @@ mod tests {
             memory: &memory,
         };
         change(&mut state);
-        status(&state)
+        status(&state, problems(&state))
     }
 
     #[test]

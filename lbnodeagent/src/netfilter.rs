@@ -199,9 +199,12 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
+/// Where kube-proxy keeps the addresses of all Services in IPVS mode.
+pub(crate) const IPVS_INTERFACE: &str = "kube-ipvs0";
+
 /// Whether kube-proxy translates by IPVS here.
 pub(crate) fn is_ipvs() -> bool {
-    std::path::Path::new("/sys/class/net/kube-ipvs0").exists()
+    std::path::Path::new("/sys/class/net").join(IPVS_INTERFACE).exists()
 }
 
 /// The value of the first attribute of a kind, within that of another, and so on.

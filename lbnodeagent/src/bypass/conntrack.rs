@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use crds::Family;
 
 use super::Pair;
+use crate::netfilter::table::TCP;
 use crate::netfilter::{DELETE_CONNECTION, GET_CONNECTION, attribute, find, list, protocol, request};
 
 /// Attributes of an entry: how it came, how answers come, its status, its number, and its zone.
@@ -19,7 +20,6 @@ const ID: u16 = 12;
 const ZONE: u16 = 18;
 /// `IPS_SEEN_REPLY`.
 const ANSWERED: u32 = 0x2;
-const TCP: u8 = 6;
 
 /// Forgets what goes to these Pods by these VIPs: to dead ones what was not answered, or needs no answer, and to those that are given up
 /// everything. Returns how much that was.

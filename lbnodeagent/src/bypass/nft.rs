@@ -35,8 +35,8 @@ use crds::Family;
 
 use super::{MOST_LIVING, Pair, Place, Port, Wanted};
 use crate::netfilter::table::{
-    Hook, MARK, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element, has_state,
-    is_in, joined, look_up, meta, octets, payload, port, set_mark,
+    Hook, MARK, NEW, PORT, PROTOCOL, Set, TRANSPORT, Table, bitwise, continues, count_here, drop_it, element,
+    has_state, is_in, joined, look_up, meta, octets, payload, port, set_mark,
 };
 use crate::netfilter::{
     Batch, GET_RULE, attribute, attributes, be32, expression, find, is_ipvs, list, number, protocol, register,
@@ -50,8 +50,6 @@ const PREROUTING: &[u8] = b"prerouting\0";
 const FORWARD: &[u8] = b"forward\0";
 /// The bit by which kube-proxy knows what to masquerade, unless it is told another one (`--iptables-masquerade-bit`).
 const MASQUERADE: u32 = 0x4000;
-/// The state of a connection that begins.
-const NEW: u32 = 8;
 
 /// By which bits of a packet's mark this node's kube-proxy masquerades. None where there is none that translates by `nf_tables` or
 /// iptables, as with IPVS, or with eBPF in its stead.

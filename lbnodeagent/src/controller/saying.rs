@@ -12,6 +12,7 @@ use crate::config::NodeConfig;
 use crate::kernel::Snapshot;
 use crate::lbnode::{self, State};
 use crate::members::Living;
+use crate::netfilter::IPVS_INTERFACE;
 use crate::plan::Verdict;
 
 /// Whether the kernel answers ARP for the addresses of all interfaces (ip-sysctl, `arp_ignore`).
@@ -59,7 +60,7 @@ impl Agent<'_> {
             is_withdrawn: self.cluster.is_excluded(&self.settings.node),
             proxy: self.proxy.zip(self.settings.proxy_port),
             closed: self.closed.problem(),
-            answers_for_all: kernel.link_named(lbnode::IPVS_INTERFACE).is_some() && answers_for_all(),
+            answers_for_all: kernel.link_named(IPVS_INTERFACE).is_some() && answers_for_all(),
             config,
             kernel,
             plan,
@@ -70,8 +71,9 @@ impl Agent<'_> {
             routing: sessions.as_ref(),
             memory: &self.memory,
         };
-        self.links.metrics.problems(&lbnode::problems(&state));
-        let status = lbnode::status(&state);
+        let problems = lbnode::problems(&state);
+        self.links.metrics.problems(&problems);
+        let status = lbnode::status(&state, problems);
         self.saying.send_if_modified(|said| {
             let is_news = said.as_ref() != Some(&status);
             *said = Some(status);

@@ -56,14 +56,17 @@ impl Agent<'_> {
             }
             self.flows.clear();
         }
+        if !self.flows.has_news(now) {
+            return self.look_at_flows_again(now);
+        }
+        if self.flows.has_vips() && (netfilter::is_ipvs() || !handover::is_tracking()) {
+            return;
+        }
         let Some(news) = self.flows.news(now) else {
             return self.look_at_flows_again(now);
         };
         let wanted = news.wanted.clone();
         let is_new = news.before.as_ref().is_none_or(|before| before.vips.is_empty());
-        if !wanted.vips.is_empty() && (netfilter::is_ipvs() || !handover::is_tracking()) {
-            return;
-        }
         match tell_kernel(news).await {
             Ok(()) => {
                 if is_new && !wanted.vips.is_empty() {

@@ -102,9 +102,9 @@ use crds::Family;
 
 use super::{LEARNED, MOST_COPIES, MOST_QUESTIONS, Peer, Wanted};
 use crate::netfilter::table::{
-    AT_MOST, EQUAL, ETHERNET, Hook, LINK, MORE, NETWORK, PORT, Set, TRANSPORT, Table, accept, bitwise, compare,
-    continues, copy_to, count, drop_it, element, exceeds, forget, go_to, has_state, is_in, is_kept_for, is_not_in,
-    is_protocol, joined, keep, load, look_up, meta, octets, payload, port, write,
+    AT_MOST, EQUAL, ETHERNET, Hook, LINK, MORE, NETWORK, NEW, PORT, SYN, Set, TCP, TRANSPORT, Table, UDP, accept,
+    bitwise, compare, continues, copy_to, count, drop_it, element, exceeds, forget, go_to, has_state, is_in,
+    is_kept_for, is_not_in, is_protocol, joined, keep, load, look_up, meta, octets, payload, port, write,
 };
 use crate::netfilter::{Batch, GET_OBJECT, attribute, find, list, protocol, register};
 
@@ -162,17 +162,13 @@ const ROOM: u32 = 1 << 16;
 /// A segment that has fewer hops left is left alone: a question and what is sent on take one each, and 0 would begin anew at 255.
 const FEW_HOPS: u8 = 3;
 
-const TCP: u8 = 6;
-const UDP: u8 = 17;
 const FIN: u8 = 0x1;
-const SYN: u8 = 0x2;
 const PUSH: u8 = 0x8;
 /// `ARPHRD_ETHER`.
 const IS_ETHERNET: u16 = 1;
 const INVALID: u32 = 0x1;
 const ESTABLISHED: u32 = 0x2;
 const ESTABLISHED_OR_RELATED: u32 = ESTABLISHED | 0x4;
-const NEW: u32 = 0x8;
 /// Connection tracking keeps an open connection for longer than so many milliseconds, and one that is being closed, or has been, no longer
 /// (`nf_conntrack_tcp_timeout_time_wait`).
 const CLOSING: u32 = 121_000;

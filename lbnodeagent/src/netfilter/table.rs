@@ -35,8 +35,14 @@ pub(crate) const OTHER: u32 = 1;
 pub(crate) const AT_MOST: u32 = 3;
 pub(crate) const MORE: u32 = 4;
 
-const TCP: u8 = 6;
-const SYN: u8 = 0x2;
+/// Numbers of protocols.
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+/// A flag of TCP.
+pub(crate) const SYN: u8 = 0x2;
+
+/// A state of a connection for [`has_state`]: it begins.
+pub(crate) const NEW: u32 = 0x8;
 
 /// A table of one family. Names end with a zero byte.
 #[derive(Clone, Copy, Debug)]
