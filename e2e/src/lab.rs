@@ -39,6 +39,9 @@ pub enum ProxyMode {
     None,
 }
 
+/// The namespaces of the nodes of a lab that has three, as it has unless told otherwise.
+pub const NODES: [&str; 3] = ["m", "w11", "w12"];
+
 /// What a lab is to be like.
 #[derive(Debug, Clone)]
 pub struct Options {

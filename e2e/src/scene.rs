@@ -1,7 +1,7 @@
 //! What the failover tests and their benchmark start from: the product on three nodes, and one Service whose address has
 //! a known owner and a known standby.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -17,6 +17,29 @@ use crate::wait::wait_until;
 /// The Service's address. By the election w11 announces it and w12 stands by; m, with the API server and the Pods, is
 /// last.
 pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 31, 188, 64);
+
+/// The address of [`IPV6_SERVICE`].
+pub const VIP6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x31, 0, 0, 0, 0xc8, 1);
+
+/// A Service `six` of the Pods `app: web`, with a local IPv6 address.
+pub const IPV6_SERVICE: &str = "
+apiVersion: purelb.io/v2
+kind: ServiceGroup
+metadata: {name: six, namespace: purelb}
+spec:
+  local:
+    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: six, namespace: default, annotations: {purelb.io/service-group: six}}
+spec:
+  type: LoadBalancer
+  ipFamilyPolicy: SingleStack
+  ipFamilies: [IPv6]
+  selector: {app: web}
+  ports: [{port: 80}]
+";
 
 const SOON: Duration = Duration::from_secs(30);
 

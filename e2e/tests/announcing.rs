@@ -4,10 +4,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, Probe, Product, Protocol, wait_until};
+use e2e::{Lab, NODES, Options, Probe, Product, Protocol, wait_until};
 
 const SOON: Duration = Duration::from_secs(30);
-const NODES: [&str; 3] = ["m", "w11", "w12"];
 
 const V4: &str = "10.31.200.1";
 const V6: &str = "fd00:10:31::c8:1";

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, Probe, Process, Protocol, ProxyMode, Report, scene, scene::VIP, stays, wait_until};
+use e2e::{Lab, NODES, Options, Probe, Process, Protocol, ProxyMode, Report, scene, scene::VIP, stays, wait_until};
 use futures::future::join_all;
 use tokio::time::{MissedTickBehavior, interval, sleep};
 
@@ -21,7 +21,6 @@ const BETWEEN: Duration = Duration::from_millis(20);
 const LATE: Duration = Duration::from_millis(900);
 const FLOWS: usize = 6;
 const TABLE: &str = "purelb-bypass";
-const NODES: [&str; 3] = ["m", "w11", "w12"];
 
 /// w11 announces the address; the lab puts a Pod on every node.
 const OBJECTS: &str = "

@@ -6,12 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use crds::lbnode::{LBNode, LBNodeStatus};
-use e2e::{Lab, Options, Process, Scene, scene, wait_until};
+use e2e::{Lab, NODES, Options, Process, Scene, scene, wait_until};
 use kube::Api;
 use kube::api::DeleteParams;
 
 const SOON: Duration = Duration::from_secs(30);
-const NODES: [&str; 3] = ["m", "w11", "w12"];
 const NAMESPACE: &str = "purelb";
 
 fn lbnodes(lab: &Lab) -> Api<LBNode> {

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use e2e::scene::{IPV6_SERVICE, VIP6};
 use e2e::{Lab, Options, Probe, Protocol, Scene, stays, wait_until};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -153,49 +154,29 @@ fn a_node_that_comes_back_takes_its_address_back_and_nothing_is_lost() -> Result
     })
 }
 
-const DUAL_STACK: &str = "
-apiVersion: purelb.io/v2
-kind: ServiceGroup
-metadata: {name: six, namespace: purelb}
-spec:
-  local:
-    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
----
-apiVersion: v1
-kind: Service
-metadata: {name: six, namespace: default, annotations: {purelb.io/service-group: six}}
-spec:
-  type: LoadBalancer
-  ipFamilyPolicy: SingleStack
-  ipFamilies: [IPv6]
-  selector: {app: web}
-  ports: [{port: 80}]
-";
-const V6: &str = "fd00:10:31::c8:1";
-
 #[test]
 fn open_connections_of_an_ipv6_address_go_on_too() -> Result<()> {
     Lab::run(Options::default(), async |lab| {
         let scene = Scene::start(&lab).await?;
-        lab.apply(DUAL_STACK).await?;
+        lab.apply(IPV6_SERVICE).await?;
         wait_until("the client is served", SOON, async || {
-            lab.get("client", &format!("http://[{V6}]/")).await
+            lab.get("client", &format!("http://[{VIP6}]/")).await
         })
         .await?;
-        let before = lab.holders(V6, Some("eth0")).await?;
+        let before = lab.holders(&VIP6.to_string(), Some("eth0")).await?;
         ensure!(before.len() == 1, "{before:?}");
         let sessions = Probe::start(
             &lab,
             "client",
             Protocol::Sessions,
-            V6.parse()?,
+            VIP6.into(),
             80,
             Duration::from_millis(10),
         )?;
         tokio::time::sleep(AROUND).await;
         scene.agent(&before[0])?.stop().await?;
         wait_until("another holds it", SOON, async || {
-            let now = lab.holders(V6, Some("eth0")).await?;
+            let now = lab.holders(&VIP6.to_string(), Some("eth0")).await?;
             ensure!(now.len() == 1 && now != before, "{now:?}");
             Ok(())
         })

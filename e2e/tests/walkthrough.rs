@@ -8,14 +8,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Bird, Frr, Lab, Options, Product, wait_until};
+use e2e::{Bird, Frr, Lab, NODES, Options, Product, wait_until};
 
 /// Far more than anything here takes: the machine may be busy.
 const SOON: Duration = Duration::from_secs(30);
 
 const MASTER: &str = "tiny-cilium-master-188-1.k8s.tcinternal";
 const W11: &str = "tiny-cilium-worker-188-11.k8s.tcinternal";
-const NODES: [&str; 3] = ["m", "w11", "w12"];
 const NAMESPACE: &str = "nginx-quic";
 
 /// The local Services of T13: name, address, winner of the election, and its short name.

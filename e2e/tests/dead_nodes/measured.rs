@@ -3,12 +3,11 @@
 //! A client opens 100 connections a second to a VIP with a Pod on each of three nodes, of which one that does not announce it is cut off
 //! for 12 s, without the bypass and with it. Thirty connections are open all the time, a request over each of them every second.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, scene, scene::VIP};
+use e2e::{Lab, Options, Session, scene, scene::VIP};
 use tokio::time::sleep;
 
 use super::{OBJECTS, Seen, connections, settled, start_agents};
@@ -18,34 +17,7 @@ const CUT: Duration = Duration::from_secs(12);
 const BETWEEN: Duration = Duration::from_millis(10);
 const OPEN: usize = 30;
 /// How long an answer over an open connection may take: what was sent while the node was cut off is repeated more and more seldom.
-const ANSWERED: Duration = Duration::from_secs(30);
-
-/// A connection that stays open, and the node of the Pod at its other end.
-pub(super) struct Open {
-    stream: TcpStream,
-    pub(super) node: String,
-}
-
-impl Open {
-    pub(super) fn to(server: SocketAddr) -> Result<Self> {
-        let stream = TcpStream::connect_timeout(&server, Duration::from_secs(5))?;
-        stream.set_read_timeout(Some(ANSWERED))?;
-        let node = String::new();
-        let mut open = Self { stream, node };
-        open.node = open.ask()?;
-        Ok(open)
-    }
-
-    /// Sends a request and returns the name of the node that answers.
-    pub(super) fn ask(&mut self) -> Result<String> {
-        self.stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
-        let mut answer = [0; 2048];
-        let length = self.stream.read(&mut answer)?;
-        let answer = String::from_utf8_lossy(answer.get(..length).unwrap_or_default()).into_owned();
-        let node = answer.lines().find_map(|line| line.strip_prefix("x-node: "));
-        node.map(ToOwned::to_owned).context("no answer")
-    }
-}
+pub(super) const ANSWERED: Duration = Duration::from_secs(30);
 
 /// How many connections broke, of how many: those to Pods that lived, and those to the Pod of the node that was cut off.
 #[derive(Debug, Default)]
@@ -56,9 +28,8 @@ struct Broken {
 
 async fn round(lab: &Lab) -> Result<(Seen, Broken)> {
     let server = SocketAddr::from((VIP, 80));
-    let open = lab.in_network("client", || {
-        (0..OPEN).map(|_| Open::to(server)).collect::<Result<Vec<_>>>()
-    })??;
+    let open = || Session::open(server, ANSWERED);
+    let open = lab.in_network("client", || (0..OPEN).map(|_| open()).collect::<Result<Vec<_>, _>>())??;
     let dead = &lab.node("w12")?.name;
     let (mut cut, mut living): (Vec<_>, Vec<_>) = open.into_iter().partition(|open| open.node == *dead);
     let mut broken = Broken {
@@ -68,7 +39,7 @@ async fn round(lab: &Lab) -> Result<(Seen, Broken)> {
     lab.cut("w12").await?;
     // Requests over the open ones to the dead Pod, which nobody answers yet.
     for open in &mut cut {
-        open.stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
+        open.request()?;
     }
     let asked = tokio::task::spawn_blocking(move || {
         for _ in 0..CUT.as_secs() {
@@ -81,8 +52,7 @@ async fn round(lab: &Lab) -> Result<(Seen, Broken)> {
     broken.living.0 = broken.living.1 - asked.await?.len();
     lab.uncut("w12").await?;
     let answered = tokio::task::spawn_blocking(move || {
-        let mut buffer = [0; 2048];
-        cut.retain_mut(|open| open.stream.read(&mut buffer).is_ok_and(|length| length > 0) && open.ask().is_ok());
+        cut.retain_mut(|open| open.answer().is_ok() && open.ask().is_ok());
         cut.len()
     });
     broken.cut.0 = broken.cut.1 - answered.await?;

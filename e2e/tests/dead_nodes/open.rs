@@ -1,40 +1,25 @@
 //! Connections that are open to Pods of a dead node, by an IPv6 address: reset once the node has been dead for a while, and an agent that
 //! starts meanwhile goes on with what the one before it began.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Lab, Options, scene, stays, wait_until};
+use e2e::scene::{self, IPV6_SERVICE, VIP6 as VIP};
+use e2e::{Lab, NODES, Options, Session, stays, wait_until};
 
-use super::measured::Open;
-use super::{NODES, SOON, TABLE, no_table};
+use super::measured::ANSWERED;
+use super::{SOON, TABLE, no_table};
 
 /// How long a node is dead until connections are reset.
 const RESET_AFTER: &str = "4";
 const OPEN: usize = 18;
-const VIP: &str = "fd00:10:31::c8:1";
-const OBJECTS: &str = "
-apiVersion: purelb.io/v2
-kind: ServiceGroup
-metadata: {name: six, namespace: purelb}
-spec:
-  local:
-    v6pool: {pool: 'fd00:10:31::c8:1-fd00:10:31::c8:1e', subnet: 'fd00:10:31::/64'}
----
-apiVersion: v1
-kind: Service
-metadata: {name: six, namespace: default, annotations: {purelb.io/service-group: six}}
-spec:
-  type: LoadBalancer
-  ipFamilyPolicy: SingleStack
-  ipFamilies: [IPv6]
-  selector: {app: web}
-  ports: [{port: 80}]
-";
 
-fn open(lab: &Lab, server: SocketAddr) -> Result<Vec<Open>> {
-    lab.in_network("client", || (0..OPEN).map(|_| Open::to(server)).collect())?
+fn open(lab: &Lab, server: SocketAddr) -> Result<Vec<Session>> {
+    let open = || Session::open(server, ANSWERED);
+    Ok(lab.in_network("client", || (0..OPEN).map(|_| open()).collect::<Result<_, _>>())??)
 }
 
 /// New connections work, one after the other. There are thousands of them in all, so that some have the port of one that was reset.
@@ -57,15 +42,15 @@ fn they_are_reset_when_it_has_been_dead_for_long_and_agents_that_restart_go_on()
         lab.install().await?;
         let _allocator = lab.start_allocator().await?;
         let environment = [("PURELB_RESET_AFTER_SECONDS", RESET_AFTER)];
-        let mut agents = std::collections::BTreeMap::new();
+        let mut agents = BTreeMap::new();
         for node in NODES {
             agents.insert(node, lab.start_agent_with(node, &environment).await?);
         }
-        lab.apply(&format!("{}---{OBJECTS}", scene::web("default", 3))).await?;
+        lab.apply(&format!("{}---{IPV6_SERVICE}", scene::web("default", 3)))
+            .await?;
         lab.ready_pods("default", "app=web", 3).await?;
-        let ip: IpAddr = VIP.parse()?;
         let owner = wait_until("it is announced", SOON, async || {
-            let holders = lab.holders(VIP, Some("eth0")).await?;
+            let holders = lab.holders(&VIP.to_string(), Some("eth0")).await?;
             ensure!(holders.len() == 1, "{holders:?}");
             Ok(holders[0].clone())
         })
@@ -73,7 +58,7 @@ fn they_are_reset_when_it_has_been_dead_for_long_and_agents_that_restart_go_on()
         let cut = if owner == "w12" { "w11" } else { "w12" };
         let dead = lab.node(cut)?.name.clone();
         let flows = wait_until("connections are open to all Pods", SOON, async || {
-            let flows = open(&lab, SocketAddr::new(ip, 80))?;
+            let flows = open(&lab, (VIP, 80).into())?;
             let to_dead = flows.iter().filter(|flow| flow.node == dead).count();
             ensure!((1..OPEN).contains(&to_dead), "{to_dead}");
             Ok(flows)
@@ -93,8 +78,7 @@ fn they_are_reset_when_it_has_been_dead_for_long_and_agents_that_restart_go_on()
         let (lost, living) = asked.await?;
         for error in &lost {
             let error = error.as_ref().context("a dead Pod answers")?;
-            let kind = error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
-            ensure!(kind == Some(std::io::ErrorKind::ConnectionReset), "{error:#}");
+            ensure!(error.kind() == ErrorKind::ConnectionReset, "{error:#}");
         }
         ensure!(living.iter().all(Option::is_none), "{living:?}");
 

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::io::{self, ErrorKind};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Config, Daemon, Lab, Options, Process, Speaker, wait_until};
+use e2e::{Config, Daemon, Lab, NODES, Options, Process, Session, Speaker, wait_until};
 
 use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
-pub(crate) const NODES: [&str; 3] = ["m", "w11", "w12"];
 /// The port whose name says that it is QUIC's.
 const QUIC: u16 = 8443;
 /// Connections of each family and protocol that are kept open.
@@ -58,26 +57,26 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// A connection of the outside, and the Pod that answered at first.
-struct Connection<S> {
-    socket: S,
+/// Datagrams of the outside from one socket, and the Pod that answered the first.
+struct Datagrams {
+    socket: UdpSocket,
     pod: String,
 }
 
 /// Connections of the outside to an address, each kept open.
 pub(crate) struct Flows {
-    streams: Vec<Connection<TcpStream>>,
-    datagrams: Vec<Connection<UdpSocket>>,
+    streams: Vec<Session>,
+    datagrams: Vec<Datagrams>,
 }
 
 impl Flows {
     pub(crate) fn open(lab: &Lab, vip: &str, streams: usize, datagrams: usize) -> Result<Self> {
         let vip: IpAddr = vip.parse()?;
         lab.in_network("outside", || -> Result<Self> {
-            let streams = (0..streams).map(|_| open_stream((vip, 80).into()));
+            let streams = (0..streams).map(|_| Session::open((vip, 80).into(), PATIENCE));
             let datagrams = (0..datagrams).map(|_| open_datagrams((vip, QUIC).into()));
             Ok(Self {
-                streams: streams.collect::<Result<_>>()?,
+                streams: streams.collect::<Result<_, _>>()?,
                 datagrams: datagrams.collect::<Result<_>>()?,
             })
         })?
@@ -102,8 +101,8 @@ impl Flows {
     pub(crate) fn ask(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
         for flow in &mut self.streams {
-            match ask_stream(&mut flow.socket) {
-                Ok(_) => outcome.alive += 1,
+            match flow.ask() {
+                Ok(()) => outcome.alive += 1,
                 Err(error) if is_silence(&error) => outcome.silent += 1,
                 Err(_) => outcome.reset += 1,
             }
@@ -124,42 +123,11 @@ fn is_silence(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
-fn open_stream(server: SocketAddr) -> Result<Connection<TcpStream>> {
-    let mut socket = TcpStream::connect_timeout(&server, PATIENCE)?;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    let pod = ask_stream(&mut socket)?;
-    Ok(Connection { socket, pod })
-}
-
-/// Asks for a page, and returns which Pod answered.
-fn ask_stream(stream: &mut TcpStream) -> io::Result<String> {
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: web\r\n\r\n")?;
-    let mut answer = Vec::new();
-    let mut buffer = [0; 2048];
-    let text = loop {
-        let length = stream.read(&mut buffer)?;
-        answer.extend(buffer.get(..length).unwrap_or_default());
-        let text = String::from_utf8_lossy(&answer);
-        if length == 0 {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        // The body is one line.
-        if text
-            .split_once("\r\n\r\n")
-            .is_some_and(|(_, body)| body.ends_with('\n'))
-        {
-            break text.into_owned();
-        }
-    };
-    let mut pods = text.lines().filter_map(|line| line.strip_prefix("x-pod:"));
-    Ok(pods.next().unwrap_or_default().trim().to_owned())
-}
-
 /// First bytes of QUIC's datagrams, with a long and a short header.
 const LONG_HEADER: u8 = 0xc3;
 const SHORT_HEADER: u8 = 0x43;
 
-fn open_datagrams(server: SocketAddr) -> Result<Connection<UdpSocket>> {
+fn open_datagrams(server: SocketAddr) -> Result<Datagrams> {
     let any: SocketAddr = if server.is_ipv4() {
         ([0; 4], 0).into()
     } else {
@@ -169,7 +137,7 @@ fn open_datagrams(server: SocketAddr) -> Result<Connection<UdpSocket>> {
     socket.connect(server)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let pod = ask_datagram(&socket, LONG_HEADER)?;
-    Ok(Connection { socket, pod })
+    Ok(Datagrams { socket, pod })
 }
 
 fn ask_datagram(socket: &UdpSocket, first: u8) -> io::Result<String> {

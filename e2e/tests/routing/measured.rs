@@ -8,9 +8,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::{Config, Daemon, Lab, Options, Probe, Process, Protocol, wait_until};
+use e2e::{Config, Daemon, Lab, NODES, Options, Probe, Process, Protocol, wait_until};
 
-use super::flows::{Flows, HASH, NODES, Outcome, asked_by, forget_connections};
+use super::flows::{Flows, HASH, Outcome, asked_by, forget_connections};
 use super::stage::{SOON, Stage, VIP, VIP6, apply_services, router};
 
 /// Cuts a node while requests come in, and returns for how long some of them were lost.
