@@ -197,6 +197,8 @@ mod tests {
                 Vec::<&str>::new()
             );
             now += wait;
+            // They say so every minute.
+            all_say(&mut deaths, now, &["a", "b"], &["z"]);
             assert_eq!(names(&look(&mut deaths, now)), ["z"]);
             attempts += 1;
         }
