@@ -96,7 +96,11 @@ impl Reporter {
     /// Tells the author of an object. Tried again while the API server is out of reach or has too much to do;
     /// what it refuses is logged, since the objects themselves carry everything that matters.
     pub fn tell<K: Resource<DynamicType = ()>>(&self, object: &K, notice: &Notice) {
-        let regarding: ObjectReference = object.object_ref(&());
+        self.tell_of(object.object_ref(&()), notice);
+    }
+
+    /// The same, of an object that is known by reference.
+    pub fn tell_of(&self, regarding: ObjectReference, notice: &Notice) {
         self.queue.put(notice.event(regarding, self.controller, &self.instance));
     }
 }

@@ -34,6 +34,8 @@ pub const TIMEOUT: Duration = Duration::from_mins(15);
 const REFRESH: Duration = Duration::from_secs(290);
 /// Wait before the kernel is told again what it has refused.
 const RETRY: Duration = Duration::from_secs(20);
+/// What it cannot be told now is left alone for so long, though something happens meanwhile.
+const PUT_OFF: Duration = Duration::from_secs(1);
 /// How long a node without an agent is a peer: for less than its kernel goes on, since one that has forgotten answers with resets.
 const ABSENCE: Duration = Duration::from_mins(5);
 /// Peers that are asked. On larger segments some connections break as they do without.
@@ -104,6 +106,8 @@ pub struct Flows {
     told: Option<Arc<Wanted>>,
     told_at: Duration,
     failed_at: Option<Duration>,
+    /// When the kernel could not be told.
+    put_off_at: Option<Duration>,
 }
 
 impl Flows {
@@ -211,15 +215,11 @@ impl Flows {
         self.told.as_ref().is_some_and(|told| !told.vips.is_empty())
     }
 
-    /// Whether there are any addresses.
-    pub fn has_vips(&self) -> bool {
-        !self.vips.is_empty()
-    }
-
-    /// Whether the kernel may have to be told something: [`Flows::news`] looks at all addresses then.
-    pub fn has_news(&self, now: Duration) -> bool {
+    /// Whether the kernel may have to be told something.
+    fn has_news(&self, now: Duration) -> bool {
         let is_pausing = self.failed_at.is_some_and(|at| now.saturating_sub(at) < RETRY);
-        !is_pausing && (self.is_news || self.told.is_none() || self.is_refresh_due(now))
+        let is_put_off = self.put_off_at.is_some_and(|at| now.saturating_sub(at) < PUT_OFF);
+        !is_pausing && !is_put_off && (self.is_news || self.told.is_none() || self.is_refresh_due(now))
     }
 
     fn is_refresh_due(&self, now: Duration) -> bool {
@@ -262,6 +262,12 @@ impl Flows {
         self.told = Some(wanted);
         self.told_at = now;
         self.failed_at = None;
+    }
+
+    /// The kernel cannot be told now. Nobody waits for that to change: the next turn after a moment tries again.
+    pub const fn not_now(&mut self, now: Duration) {
+        self.is_news = true;
+        self.put_off_at = Some(now);
     }
 
     /// The kernel refused. Whether that is news.

@@ -2,11 +2,11 @@
 //!
 //! The binary only wires; everything it uses is here, so that tests can.
 
+pub mod agent;
 pub mod bypass;
 pub mod closed;
 pub mod config;
 pub mod conflict;
-pub mod controller;
 pub mod election;
 pub mod flows;
 pub mod greeting;
@@ -32,3 +32,4 @@ pub mod standby;
 pub mod steadiness;
 pub mod told;
 pub mod wakes;
+pub mod world;

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use lbnodeagent::controller::{self, Settings};
+use lbnodeagent::agent::Settings;
 use lbnodeagent::members::{Keys, QUIET_DIRECTIVES};
 use lbnodeagent::metrics::Metrics;
 use lbnodeagent::proxy;
 use lbnodeagent::routing::Daemon;
+use lbnodeagent::world;
 
 /// Announces addresses of Services from this node.
 #[derive(Parser)]
@@ -77,12 +78,12 @@ async fn run() -> anyhow::Result<()> {
         .filter(|key| !key.is_empty())
         .map(String::as_bytes);
     let ready = daemon::serve(&flags.common.listen, Some(flags.host), metrics.registry(), &client).await?;
+    let keys = Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?;
     let settings = Settings {
         node: flags.node_name,
         host: flags.host,
         api_server,
         namespace: flags.common.namespace,
-        keys: Keys::new(flags.gossip_key.as_bytes(), second).context("ML_GROUP")?,
         routers_follow_in: Duration::from_secs(flags.routers_follow_seconds.into()),
         routing_daemon: flags.routing_daemon,
         bypasses: flags.bypass_dead_nodes,
@@ -103,5 +104,5 @@ async fn run() -> anyhow::Result<()> {
             Err(error) => tracing::error!(%error, "signals cannot be waited for"),
         }
     };
-    Box::pin(controller::run(client, settings, metrics, ready, stop)).await
+    Box::pin(world::run(client, settings, keys, metrics, ready, stop)).await
 }

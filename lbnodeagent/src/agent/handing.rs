@@ -5,22 +5,20 @@ use std::io;
 use std::net::IpAddr;
 
 use super::counting::Takeover;
-use super::{Agent, Basis};
-use crate::handover::{self, Former, nft};
+use super::{Agent, Basis, Effect};
+use crate::handover::Former;
 use crate::kernel::VipAddress;
-use crate::members::Living;
 use crate::metrics::Cause;
 use crate::scope::Scope;
 use crate::standby::Watched;
 
-impl Agent<'_> {
+impl Agent {
     /// Sees to it that the connections of addresses this node takes over are sent where they are known.
-    pub(super) async fn hand_on(
+    pub(super) fn hand_on(
         &mut self,
         takeovers: &[Takeover],
         basis: &Basis,
         desired: &BTreeSet<VipAddress>,
-        living: &Living,
         scope: &Scope,
     ) {
         let Basis {
@@ -28,7 +26,7 @@ impl Agent<'_> {
             kernel: snapshot,
             ..
         } = basis;
-        let now = self.started.elapsed();
+        let now = self.now.at;
         let this = &self.settings.node;
         for takeover in takeovers {
             if matches!(takeover.cause, Cause::Silent | Cause::Departed) {
@@ -49,40 +47,35 @@ impl Agent<'_> {
                 address,
             };
             let inquiry = candidate.and_then(|node| node.inquiry(snapshot, link, address, address));
-            self.handover.take(takeover.ip, Former { node, inquiry }, living);
+            self.handover
+                .take(takeover.ip, Former { node, inquiry }, &self.facts.living);
         }
         let desired: BTreeSet<IpAddr> = desired.iter().map(|vip| vip.ip).collect();
         let is_held = |ip: &IpAddr| {
             if scope.has(*ip) {
                 desired.contains(ip)
             } else {
-                !self.links.kernel.held([*ip]).is_empty()
+                self.announcing.contains_key(ip) || self.lingering.keys().any(|(_, lingering)| lingering == ip)
             }
         };
-        if let Some(former) = self.handover.news(now, is_held)
-            && handover::is_tracking()
-            && let Err(error) = tell_kernel(former).await
-        {
-            tracing::warn!(%error, "nf_tables sends nothing on: connections that are open when an address moves break");
-            self.handover.give_up();
+        if let Some(former) = self.handover.news(now, is_held) {
+            self.act(Effect::Forward(former));
         }
         if let Some(wait) = self.handover.wake_in(now) {
             self.wake_in(wait);
         }
     }
 
+    /// The kernel forwards nothing.
+    pub(super) fn not_forwarded(&mut self, error: &io::Error) {
+        tracing::warn!(%error, "nf_tables sends nothing on: connections that are open when an address moves break");
+        self.handover.give_up();
+    }
+
     /// This node has no addresses any more.
-    pub(super) async fn let_connections_go(&mut self) {
-        if self.handover.clear()
-            && handover::is_tracking()
-            && let Err(error) = tell_kernel(BTreeMap::new()).await
-        {
-            tracing::debug!(%error, "nf_tables not told");
+    pub(super) fn let_connections_go(&mut self) {
+        if self.handover.clear() {
+            self.act(Effect::Forward(BTreeMap::new()));
         }
     }
-}
-
-async fn tell_kernel(former: BTreeMap<IpAddr, IpAddr>) -> io::Result<()> {
-    // Some milliseconds, in which the standby watch goes on.
-    tokio::task::spawn_blocking(move || nft::replace(&former, handover::TIMEOUT)).await?
 }

@@ -1,31 +1,18 @@
 //! Telling users which routed addresses the routing daemon of this node does not advertise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crds::ServiceKey;
 use crds::event::Notice;
 use smol_str::SmolStr;
-use tokio::sync::watch;
 
-use super::Agent;
+use super::{Agent, Effect, News};
 use crate::plan::{Plan, Verdict};
-use crate::routing::{self as daemons, Cause as Unadvertised};
+use crate::routing::Cause;
 use crate::scope::Scope;
 
-impl Agent<'_> {
-    /// Has the routing daemon asked, if there is one, and returns what it does not advertise.
-    pub(super) fn start_asking_the_daemon(&self) -> watch::Receiver<BTreeMap<IpAddr, Unadvertised>> {
-        let (unadvertised, not_advertised) = watch::channel(BTreeMap::new());
-        if let Some(daemon) = self.settings.routing_daemon.clone() {
-            let (routed, sessions) = (self.routed.subscribe(), self.sessions.clone());
-            let metrics = self.links.metrics.clone();
-            // Beside the loop, which a long answer must not hold up.
-            tokio::spawn(daemons::keep_looking(daemon, routed, unadvertised, sessions, metrics));
-        }
-        not_advertised
-    }
-
+impl Agent {
     /// Says of each routed address that is looked at that routers do not hear of it, once for each cause, and once that they do again.
     pub(super) fn tell_advertising(&mut self, plan: &Plan, scope: &Scope) {
         let Some(daemon) = self.settings.routing_daemon.clone() else {
@@ -40,25 +27,7 @@ impl Agent<'_> {
                 _ => None,
             })
             .collect();
-        self.routed.send_if_modified(|all| match scope {
-            Scope::All => {
-                let now = routed.keys().copied().collect();
-                let is_news = *all != now;
-                *all = now;
-                is_news
-            }
-            Scope::Vips(vips) => {
-                let mut is_news = false;
-                for vip in vips {
-                    is_news |= if routed.contains_key(vip) {
-                        all.insert(*vip)
-                    } else {
-                        all.remove(vip)
-                    };
-                }
-                is_news
-            }
-        });
+        self.route(scope, routed.keys().copied().collect());
         let users = |ip: IpAddr| self.cluster.announced().users(ip).map(|(key, _)| key.clone());
         self.said_unadvertised
             .retain(|(key, ip), _| !scope.has(*ip) || (routed.contains_key(ip) && users(*ip).any(|user| user == *key)));
@@ -66,11 +35,11 @@ impl Agent<'_> {
             .into_iter()
             .flat_map(|(ip, interface)| users(ip).map(move |key| ((key, ip), interface)))
             .collect();
-        let node = &self.settings.node;
+        let node = self.settings.node.clone();
         for (slot, interface) in &routed {
             let (service, ip) = slot;
-            let cause = self.unadvertised.get(ip);
-            let name = cause.map(crate::routing::Cause::name);
+            let cause = self.facts.unadvertised.get(ip);
+            let name = cause.map(Cause::name);
             if self.said_unadvertised.get(slot).copied() == name {
                 continue;
             }
@@ -85,8 +54,25 @@ impl Agent<'_> {
             };
             if let Some(service) = self.cluster.service(service) {
                 tracing::info!(service = %slot.0, vip = %ip, cause = name, "{}", notice.reason);
-                self.reporter.tell(&service, &notice);
+                self.tell(&service, notice);
             }
+        }
+    }
+
+    /// Takes note of which of the addresses that are looked at are routed here.
+    pub(super) fn route(&mut self, scope: &Scope, routed: BTreeSet<IpAddr>) {
+        let all = &mut self.wanted.routed;
+        let before: BTreeSet<IpAddr> = match scope {
+            Scope::All => std::mem::take(all),
+            Scope::Vips(vips) => vips.iter().filter(|vip| all.remove(vip)).copied().collect(),
+        };
+        all.extend(&routed);
+        let news = News {
+            new: routed.difference(&before).copied().collect(),
+            gone: before.difference(&routed).copied().collect(),
+        };
+        if !news.is_empty() {
+            self.act(Effect::Route(news));
         }
     }
 }

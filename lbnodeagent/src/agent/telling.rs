@@ -3,12 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crds::ServiceKey;
-use crds::conflict::Conflict;
-use crds::event::Notice;
-use tokio::time::Instant;
-
-use super::{Agent, Basis, Here, LONGEST_RETRY, RETRY, Refused};
+use super::{Agent, Basis, Effect, Here, LONGEST_RETRY, News, RETRY, Refused};
 use crate::config::NodeConfig;
 use crate::conflict::Finding;
 use crate::election;
@@ -20,8 +15,11 @@ use crate::neighbor::frame::{self, Mac};
 use crate::notices;
 use crate::plan::{Placed, Plan, Reason, Verdict};
 use crate::scope::Scope;
+use crds::ServiceKey;
+use crds::conflict::Conflict;
+use crds::event::Notice;
 
-impl Agent<'_> {
+impl Agent {
     /// Tells neighbours and users what changed of the addresses that are looked at. `is_adopted`: the address was there when this
     /// process started, which is no news.
     pub(super) fn report(
@@ -40,14 +38,8 @@ impl Agent<'_> {
         self.count_elections(plan, &before);
         self.count_announced(plan, &before);
         let held = held(plan, &basis.kernel, config);
-        let mut greeted = BTreeSet::new();
-        self.held.send_modify(|all| {
-            let before = scope.take(all);
-            // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
-            let is_moved = |(ip, target): &(&IpAddr, &Target)| before.get(ip).is_some_and(|known| known != *target);
-            greeted.extend(held.iter().filter(is_moved).map(|(ip, _)| *ip));
-            all.extend(&held);
-        });
+        // Also where an address lives on with another Ethernet address, as on a bond that changed to its other port.
+        let mut greeted = self.hold(scope, held.clone());
         for target in greeted.iter().filter_map(|ip| held.get(ip)) {
             self.greet(config, *target);
         }
@@ -70,7 +62,7 @@ impl Agent<'_> {
                 }
                 Verdict::Nobody(Reason::InUse(user)) => {
                     // All nodes see it: one of them says it.
-                    let members = self.members_before.iter().map(String::as_str);
+                    let members = self.facts.living.keys().map(String::as_str);
                     if election::owner(members, *ip).is_none_or(|first| first == self.settings.node) {
                         for key in &users {
                             self.tell_of_address(key, *ip, &notices::in_use(*ip, *user));
@@ -106,13 +98,30 @@ impl Agent<'_> {
         self.tell_advertising(plan, scope);
     }
 
+    /// Takes note of which local VIPs, of those that are looked at, are held from now on. Returns those that were held elsewhere.
+    pub(super) fn hold(&mut self, scope: &Scope, held: Held) -> BTreeSet<IpAddr> {
+        let before = scope.take(&mut self.wanted.held);
+        let is_news = |(ip, target): &(&IpAddr, &Target)| before.get(ip) != Some(*target);
+        let news = News {
+            new: held.iter().filter(is_news).map(|(_, target)| *target).collect(),
+            gone: before.keys().filter(|ip| !held.contains_key(ip)).copied().collect(),
+        };
+        let moved = news.new.iter().map(|target| target.ip);
+        let moved = moved.filter(|ip| before.contains_key(ip)).collect();
+        self.wanted.held.extend(held);
+        if !news.is_empty() {
+            self.act(Effect::Hold(news));
+        }
+        moved
+    }
+
     /// Takes note of what the kernel refuses, and returns what is there now and was not.
     fn applied(&mut self, applied: &[Applied], scope: &Scope) -> BTreeSet<(u32, IpAddr)> {
         let mut added = BTreeSet::new();
         let refused_before = self.refused.clone();
         // What was not tried this time is refused still.
         let is_tried = |refused: &Refused| applied.iter().any(|step| step.change == refused.change);
-        let now = Instant::now();
+        let now = self.now.at;
         self.refused
             .retain(|ip, refused| !scope.has(*ip) || (refused.until > now && !is_tried(refused)));
         for step in applied {
@@ -139,7 +148,7 @@ impl Agent<'_> {
             }
         }
         for (ip, refused) in self.refused.iter().filter(|(ip, _)| scope.has(**ip)) {
-            self.wakes.set(*ip, refused.until);
+            self.due.vips.set(*ip, refused.until);
         }
         added
     }
@@ -173,26 +182,26 @@ impl Agent<'_> {
             }
             let (before, now) = (services(before), services(now));
             for ended in before.iter().filter(|service| !now.contains(service)) {
-                self.links.metrics.announcing(ended, node, *ip, false);
+                self.metrics.announcing(ended, node, *ip, false);
             }
             for begun in now.iter().filter(|service| !before.contains(service)) {
-                self.links.metrics.announcing(begun, node, *ip, true);
+                self.metrics.announcing(begun, node, *ip, true);
             }
         }
     }
 
     /// Tells the neighbours on a link where an address is now. Before each round it is verified that this node still
     /// holds it there: on that link, which is up, and with that Ethernet address.
-    fn greet(&self, config: &NodeConfig, target: Target) {
+    fn greet(&mut self, config: &NodeConfig, target: Target) {
         let Some(repetition) = config.announcements else { return };
-        let (announcer, held, verifies) = (self.links.announcer.clone(), self.held.subscribe(), config.verifies);
-        tokio::spawn(async move {
-            let holds = || held.borrow().get(&target.ip) == Some(&target);
-            announcer.repeat(target, repetition, || !verifies || holds()).await;
+        self.act(Effect::Greet {
+            target,
+            repetition,
+            verifies: config.verifies,
         });
     }
 
-    fn tell_announcing(&self, key: &ServiceKey, ip: IpAddr, interface: &str, is_local: bool) {
+    fn tell_announcing(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, is_local: bool) {
         let node = &self.settings.node;
         tracing::info!(service = %key, vip = %ip, interface, local = is_local, "announcing");
         let Some(service) = self.cluster.service(key) else {
@@ -205,7 +214,7 @@ impl Agent<'_> {
                 .filter(|other| *other != node);
             if let Some(other) = before {
                 let known = self.cluster.node(other).map(|_| other.as_str());
-                self.links.metrics.stolen(known.unwrap_or(UNKNOWN), node);
+                self.metrics.stolen(known.unwrap_or(UNKNOWN), node);
             }
             notices::local(
                 node,
@@ -216,8 +225,8 @@ impl Agent<'_> {
         } else {
             vec![notices::routed(node, ip, interface)]
         };
-        for notice in &told {
-            self.reporter.tell(&service, notice);
+        for notice in told {
+            self.tell(&service, notice);
         }
     }
 

@@ -4,46 +4,43 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 
-use tokio::time::Instant;
-
-use super::{Agent, Basis, Input};
+use super::{Agent, Basis, Effect};
 use crate::config::NodeConfig;
 use crate::kernel::{Address, Snapshot};
 use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
 use crate::plan::{self, Plan};
-use crate::probe::{self, Question};
+use crate::probe::Question;
 use crate::scope::{Place, Scope};
 
-impl Agent<'_> {
+impl Agent {
     /// Starts to ask about addresses that were never announced, and now and then about those that are. The answer comes as
-    /// an [`Input::Asked`].
+    /// an [`Input::Asked`](super::Input::Asked).
     pub(super) fn ask(&mut self, plan: &Plan, basis: &Basis, scope: &Scope) {
         if !basis.config.detects_conflicts {
             return;
         }
         let (here, unclear) = plan.asked_about();
-        let (due, look_again) = self.findings.due(self.started.elapsed(), scope, &here, &unclear);
-        let now = Instant::now();
+        let (due, look_again) = self.findings.due(self.now.at, scope, &here, &unclear);
         for (vip, wait) in look_again {
-            self.wakes.set(vip, now + wait);
+            self.due.vips.set(vip, self.now.at + wait);
         }
         self.ask_about(due, basis);
     }
 
     /// Starts to ask about the addresses that Services will get next, so that nobody has to wait for the answer then.
     pub(super) fn look_ahead(&mut self, basis: &Basis) {
-        self.ahead_at = None;
+        self.due.ahead = None;
         if !basis.config.detects_conflicts {
             return;
         }
         let upcoming = plan::upcoming(&self.picture(basis));
-        let (due, look_again) = self.findings.ahead(self.started.elapsed(), &upcoming);
-        self.ahead_at = look_again.map(|wait| Instant::now() + wait);
+        let (due, look_again) = self.findings.ahead(self.now.at, &upcoming);
+        self.due.ahead = look_again.map(|wait| self.now.at + wait);
         self.ask_about(due, basis);
     }
 
-    fn ask_about(&self, due: Vec<Place>, basis: &Basis) {
+    fn ask_about(&mut self, due: Vec<Place>, basis: &Basis) {
         if due.is_empty() {
             return;
         }
@@ -60,13 +57,9 @@ impl Agent<'_> {
         let question = Question {
             targets: targets.collect(),
             own: snapshot.links.iter().filter_map(|link| link.mac).collect(),
-            nodes: others.chain(self.peers.borrow().values().flatten().copied()).collect(),
+            nodes: others.chain(self.wanted.peers.values().flatten().copied()).collect(),
         };
-        let (announcer, sender) = (self.links.announcer.clone(), self.sender.clone());
-        tokio::spawn(async move {
-            let answer = probe::ask(&announcer, &question).await;
-            let _ = sender.send(Input::Asked(due, answer));
-        });
+        self.act(Effect::Ask(due, question));
     }
 
     pub(super) fn answered(&mut self, asked: &[Place], answer: io::Result<BTreeMap<IpAddr, Mac>>) {
@@ -74,11 +67,11 @@ impl Agent<'_> {
             tracing::error!(%error, "cannot ask whether addresses are taken: announcing them without");
             BTreeMap::new()
         });
-        self.findings.answered(self.started.elapsed(), asked, &taken);
-        self.touched.add(asked.iter().map(|(_, ip)| *ip));
+        self.findings.answered(self.now.at, asked, &taken);
+        self.due.touched.add(asked.iter().map(|(_, ip)| *ip));
         if self.findings.is_any_taken(asked) {
             // Of these, what is announced here is defended.
-            self.links.again.notify_one();
+            self.act(Effect::GreetAgain);
         }
     }
 

@@ -3,15 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
-use k8s_openapi::jiff::Timestamp;
-use tokio::time::Instant;
 
 use super::{Agent, Here};
 use crate::config::NodeConfig;
 use crate::kernel::{Added, Applied, Change, Snapshot};
-use crate::members::Living;
 use crate::metrics::Cause;
 use crate::notices::Came;
 use crate::plan::{self, Candidate, Picture, Plan, Standing, Verdict};
@@ -19,6 +17,7 @@ use crate::scope::Scope;
 use crate::standby::{Pace, Verdict as Direct, Watched};
 
 /// An address that this node takes over: from whom, by which link, where that node was watched, and why.
+#[derive(Debug)]
 pub(super) struct Takeover {
     pub(super) ip: IpAddr,
     pub(super) from: String,
@@ -27,24 +26,24 @@ pub(super) struct Takeover {
     pub(super) cause: Cause,
 }
 
-impl Agent<'_> {
-    pub(super) fn count_members(
-        &self,
-        own: &BTreeSet<IpNet>,
-        candidates: &BTreeMap<String, Candidate>,
-        living: &Living,
-    ) {
+impl Agent {
+    pub(super) fn count_members(&self, own: &BTreeSet<IpNet>, candidates: &BTreeMap<String, Candidate>) {
         let distinct = |nets: &mut dyn Iterator<Item = &IpNet>| {
             let nets: BTreeSet<IpNet> = nets.map(IpNet::trunc).collect();
             i64::try_from(nets.len()).unwrap_or(i64::MAX)
         };
-        let metrics = &self.links.metrics;
-        metrics.members.set(i64::try_from(living.len()).unwrap_or(i64::MAX));
-        metrics.is_member.set(i64::from(!*self.is_alone.borrow()));
+        let metrics = &self.metrics;
+        let members = self.facts.living.len();
+        metrics.members.set(i64::try_from(members).unwrap_or(i64::MAX));
+        metrics.is_member.set(i64::from(!self.wanted.is_alone));
         metrics.local_subnets.set(distinct(&mut own.iter()));
         let all = candidates.values().flat_map(|candidate| &candidate.addresses);
         metrics.subnets.set(distinct(&mut all.into_iter()));
-        let steady = self.watching.values().filter(|watching| watching.pace == Pace::Steady);
+        let steady = self
+            .wanted
+            .watching
+            .values()
+            .filter(|watching| watching.pace == Pace::Steady);
         metrics.watched.set(i64::try_from(steady.count()).unwrap_or(i64::MAX));
     }
 
@@ -55,7 +54,7 @@ impl Agent<'_> {
         candidates: &BTreeMap<String, Candidate>,
         scope: &Scope,
     ) -> Vec<Takeover> {
-        let now = self.started.elapsed();
+        let now = self.now.at;
         let owners_before = scope.take(&mut self.owners);
         let mut takeovers = Vec::new();
         for (ip, verdict) in &plan.verdicts {
@@ -82,7 +81,7 @@ impl Agent<'_> {
                 continue;
             };
             if let Some((service, _)) = users().next() {
-                self.links.metrics.winner_changed(service);
+                self.metrics.winner_changed(service);
             }
             if let Some(link) = link {
                 let candidate = candidates.get(before);
@@ -111,17 +110,17 @@ impl Agent<'_> {
 
     /// Takes note of who announces what while this node stands for no election yet: from there it takes over. The Service says it too,
     /// some time later.
-    pub(super) fn look_around(&mut self, living: &Living, snapshot: &Snapshot, config: &NodeConfig) {
-        let now = self.started.elapsed();
+    pub(super) fn look_around(&mut self, snapshot: &Snapshot, config: &NodeConfig) {
+        let now = self.now.at;
         let others = self
             .presence
-            .candidates(now, &self.settings.node, false, living, &self.heard);
+            .candidates(now, &self.settings.node, false, &self.facts.living, &self.facts.heard);
         let plan = plan::plan(&Picture {
             node: &self.settings.node,
             services: self.cluster.announced(),
             groups: self.cluster.groups(),
             candidates: &others,
-            heard: &self.heard,
+            heard: &self.facts.heard,
             let_go: &BTreeSet::new(),
             kernel: snapshot,
             config,
@@ -142,7 +141,7 @@ impl Agent<'_> {
     }
 
     fn cause(&self, from: Option<&Watched>, candidate: Option<&Candidate>) -> Cause {
-        let verdict = from.and_then(|from| self.heard.get(from));
+        let verdict = from.and_then(|from| self.facts.heard.get(from));
         match candidate {
             Some(candidate) if candidate.is_withdrawn => Cause::HandedOver,
             _ if verdict == Some(&Direct::Silent) => Cause::Silent,
@@ -155,37 +154,37 @@ impl Agent<'_> {
     pub(super) fn came(&self, ip: IpAddr) -> Option<Came> {
         let (cause, watched) = self.coming.get(&ip)?;
         let last = watched.as_ref().filter(|_| *cause == Cause::Silent);
-        let last = last.and_then(|watched| self.links.watcher.last_sign(watched));
+        let last = last.and_then(|watched| self.facts.last_signs.get(watched));
         Some(Came {
             cause: *cause,
-            silence: last.map(|last| last.elapsed()),
+            silence: last.map(|last| self.now.at.saturating_sub(*last)),
         })
     }
 
     /// After the addresses are here.
-    pub(super) fn count_takeovers(&mut self, takeovers: &[Takeover], began: Instant) {
+    pub(super) fn count_takeovers(&mut self, takeovers: &[Takeover], began: Duration) {
         for takeover in takeovers {
             let since = match takeover.cause {
                 Cause::Silent => takeover
                     .watched
                     .as_ref()
-                    .and_then(|from| self.links.watcher.last_sign(from)),
+                    .and_then(|from| self.facts.last_signs.get(from)),
                 _ => None,
             };
-            let since = since.unwrap_or(began);
+            let time = self.now.at.saturating_sub(*since.unwrap_or(&began));
             let (from, cause) = (&takeover.from, takeover.cause.name());
-            let milliseconds = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let milliseconds = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             tracing::info!(vip = %takeover.ip, from, cause, milliseconds, "taken over");
-            self.links.metrics.taken_over(takeover.cause, since.elapsed());
-            let silence = (takeover.cause == Cause::Silent).then(|| since.elapsed());
-            self.memory.moved(Timestamp::now(), takeover.ip, from, cause, silence);
+            self.metrics.taken_over(takeover.cause, time);
+            let silence = (takeover.cause == Cause::Silent).then_some(time);
+            self.memory.moved(self.now.clock, takeover.ip, from, cause, silence);
         }
     }
 
     /// Changes of addresses, and which of them nobody had decided: an address that this process announced and the kernel
     /// had lost, and one that it never did.
     pub(super) fn count_changes(&self, applied: &[Applied], before: &BTreeMap<IpAddr, Here>) {
-        let metrics = &self.links.metrics;
+        let metrics = &self.metrics;
         for step in applied {
             let ip = step.change.key().1;
             let is_known = before.contains_key(&ip);
@@ -213,8 +212,8 @@ impl Agent<'_> {
     pub(super) fn count_elections(&self, plan: &Plan, before: &BTreeMap<IpAddr, Here>) {
         for (ip, verdict) in &plan.verdicts {
             match verdict {
-                Verdict::Local(_) if !before.contains_key(ip) => _ = self.links.metrics.wins.inc(),
-                Verdict::Other(_) if before.contains_key(ip) => _ = self.links.metrics.losses.inc(),
+                Verdict::Local(_) if !before.contains_key(ip) => _ = self.metrics.wins.inc(),
+                Verdict::Other(_) if before.contains_key(ip) => _ = self.metrics.losses.inc(),
                 _ => {}
             }
         }
