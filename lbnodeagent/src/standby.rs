@@ -808,6 +808,8 @@ impl Watch {
         let last = last.unwrap_or(self.began);
         let doubt = last + 2 * beat.interval;
         let is_doubted = self.asked_at.is_some_and(|at| at >= doubt);
+        // Then it is asked again, though not at once where it was a moment before.
+        let doubt = self.asked_at.map_or(doubt, |at| doubt.max(at + DOUBT_INTERVAL));
         let threshold = self.gaps.threshold(beat.interval);
         let mut judged = last + threshold;
         if self.calls == 0 && !self.is_new() {

@@ -611,3 +611,43 @@ fn a_node_where_answers_come_irregularly_is_as_patient_with_those_on_call() {
     on_call.run(MOST_PATIENCE);
     assert_eq!(on_call.verdict(V4), Verdict::Silent);
 }
+
+/// The moment in which somebody comes into doubt is as long after its last answer as that was after the question. Nothing is to be done until it
+/// may be asked again: a watcher that is woken meanwhile has nothing to do, and takes that for time in which it did not run.
+#[test]
+fn who_is_silent_at_several_addresses_is_missed_as_soon_however_long_answers_take_and_nobody_is_polled_in_vain() {
+    let addresses = [(V4, 0_u32), (V6, 7)];
+    for delay in 1..100_u32 {
+        let delay = MS * delay / 10;
+        let mut standby = Standby::default();
+        standby.watch(
+            Duration::ZERO,
+            &steady(addresses.map(|(address, _)| (at(address), None))),
+        );
+        let cut = Duration::from_secs(2);
+        let (mut now, mut polls) = (Duration::ZERO, 0);
+        let mut answers: BTreeSet<(Duration, u64)> = BTreeSet::new();
+        let is_missed = |standby: &Standby| standby.verdicts().values().all(|verdict| *verdict == Verdict::Silent);
+        while !is_missed(&standby) {
+            assert!(now < cut + Duration::from_secs(1), "answers after {delay:?}");
+            for (_, sequence) in answers.extract_if(..=(now, u64::MAX), |_| true) {
+                standby.agent_answered(now, sequence);
+            }
+            polls += u32::from(now >= cut);
+            for question in standby.poll(now) {
+                if let Question::Probe { sequence, address, .. } = question
+                    && now < cut
+                {
+                    let more = addresses.iter().find(|(known, _)| *known == address).unwrap().1;
+                    answers.insert((now + delay + MS * more / 10, sequence));
+                }
+            }
+            let wake = standby.wake_at().unwrap();
+            assert!(wake > now, "answers after {delay:?}: polled in vain at {now:?}");
+            now = answers.first().map_or(wake, |(at, _)| wake.min(*at));
+        }
+        assert!(polls < 40, "answers after {delay:?}: {polls} polls");
+        let time = now.saturating_sub(cut);
+        assert!(time < 115 * MS, "answers after {delay:?}: {time:?}");
+    }
+}
