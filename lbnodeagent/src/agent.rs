@@ -667,9 +667,7 @@ impl Agent {
             });
         }
         basis.kernel.addresses.retain(|address| !address.is_ours);
-        if !is_about_all {
-            self.do_what_is_due(&basis);
-        }
+        self.do_what_is_due(&basis);
         self.basis = Some(basis);
         // After the addresses: where one has no owner, all of its connections fail.
         self.look_for_the_dead(is_about_all);

@@ -136,6 +136,8 @@ struct Running {
     /// When it is due.
     due: Option<Duration>,
     is_leaving: bool,
+    /// How many turns in a row ended with something due.
+    hurries: u32,
     /// The VIPs that it announces to the neighbours, and says that it does.
     held: Held,
     said: BTreeSet<IpAddr>,
@@ -148,6 +150,8 @@ struct Node {
     is_cut: bool,
     /// Families of which it has lost its addresses.
     lost: BTreeSet<Family>,
+    /// When it last got each back.
+    regained: BTreeMap<Family, Duration>,
     /// Its kernel runs.
     is_up: bool,
     running: Option<Running>,
@@ -155,6 +159,8 @@ struct Node {
     paused_until: Duration,
     standby: Standby,
     wake_at: Option<Duration>,
+    /// How many polls of it in a row ended with something due.
+    hurries: u32,
     /// Grows with every start of the agent.
     generation: u64,
     /// What its agent says about itself.
@@ -186,6 +192,9 @@ enum Trouble {
 
 /// When trouble begins, and by when: agents have started, and the VIPs have owners.
 const TROUBLED: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(6));
+
+/// How long a node that has just started, or whose subnet is back, waits for the others at most.
+const STEADY: Duration = Duration::from_secs(4);
 
 struct World {
     seed: u64,
@@ -374,7 +383,11 @@ impl World {
             }
             Event::Turn(node, is_about_all) => self.turn(node, is_about_all, event),
             Event::Due(node) => {
-                if self.nodes[node].running.as_ref().is_some_and(|it| it.due == Some(self.now)) {
+                if self.nodes[node]
+                    .running
+                    .as_ref()
+                    .is_some_and(|it| it.due == Some(self.now))
+                {
                     self.turn(node, false, event);
                 }
             }
@@ -459,7 +472,9 @@ impl World {
                 self.after(MS, Event::Turn(node, true));
             }
             Event::Regain(node, family) => {
+                let now = self.now;
                 self.nodes[node].lost.remove(&family);
+                self.nodes[node].regained.insert(family, now);
                 if family == Family::V4 {
                     self.gossip_changes(node);
                     self.after(100 * MS, Event::Write(node));
@@ -612,12 +627,14 @@ impl World {
             self.after(Duration::ZERO, Event::Turn(node, true));
         }
         if let Some(at) = self.nodes[node].standby.wake_at() {
-            self.wake(node, at);
+            let this = &mut self.nodes[node];
+            this.hurries = if at <= now { this.hurries + 1 } else { 0 };
+            assert!(this.hurries < 3, "seed {}: what was due is done", self.seed);
+            self.wake(node, at.max(now));
         }
     }
 
     fn wake(&mut self, node: usize, at: Duration) {
-        let at = at.max(self.now + MS / 100);
         self.nodes[node].wake_at = Some(at);
         self.after(at.saturating_sub(self.now), Event::Wake(node));
     }
@@ -649,6 +666,7 @@ impl World {
             started: self.now,
             due: None,
             is_leaving: false,
+            hurries: 0,
             held: Held::new(),
             said: BTreeSet::new(),
         });
@@ -658,11 +676,29 @@ impl World {
         self.gossip_changes(node);
         let objects = [Seen::Node(Watched::Init)]
             .into_iter()
-            .chain((0..self.nodes.len()).map(|index| Seen::Node(Watched::InitApply(object(&self.nodes[index].object())))))
-            .chain([Seen::Node(Watched::InitDone), Seen::Slice(Watched::Init), Seen::Slice(Watched::InitDone)])
-            .chain([Seen::Group(Watched::Init), Seen::Group(Watched::InitApply(object(&group()))), Seen::Group(Watched::InitDone)])
-            .chain([Seen::Agent(Watched::Init), Seen::Agent(Watched::InitApply(object(&configuration()))), Seen::Agent(Watched::InitDone)])
-            .chain([Seen::Service(Watched::Init), Seen::Service(Watched::InitApply(object(&self.service()))), Seen::Service(Watched::InitDone)])
+            .chain(
+                (0..self.nodes.len()).map(|index| Seen::Node(Watched::InitApply(object(&self.nodes[index].object())))),
+            )
+            .chain([
+                Seen::Node(Watched::InitDone),
+                Seen::Slice(Watched::Init),
+                Seen::Slice(Watched::InitDone),
+            ])
+            .chain([
+                Seen::Group(Watched::Init),
+                Seen::Group(Watched::InitApply(object(&group()))),
+                Seen::Group(Watched::InitDone),
+            ])
+            .chain([
+                Seen::Agent(Watched::Init),
+                Seen::Agent(Watched::InitApply(object(&configuration()))),
+                Seen::Agent(Watched::InitDone),
+            ])
+            .chain([
+                Seen::Service(Watched::Init),
+                Seen::Service(Watched::InitApply(object(&self.service()))),
+                Seen::Service(Watched::InitDone),
+            ])
             .collect::<Vec<_>>();
         let running = self.nodes[node].running.as_mut().unwrap();
         for seen in objects {
@@ -693,7 +729,11 @@ impl World {
         let this = &self.nodes[node];
         let signs = this.standby.last_signs();
         Facts {
-            living: this.living.iter().map(|(index, meta)| self.member(*index, meta)).collect(),
+            living: this
+                .living
+                .iter()
+                .map(|(index, meta)| self.member(*index, meta))
+                .collect(),
             heard: this.standby.verdicts(),
             last_signs: signs.map(|(who, at)| (who, at.saturating_sub(started))).collect(),
             is_api_reachable: this.is_reached_by(Family::V4),
@@ -706,8 +746,12 @@ impl World {
         // Connections are provided for before addresses change, and the members are told after that.
         let mut has_applied = false;
         loop {
-            let Some(running) = self.nodes[node].running.as_mut() else { return };
-            let Some(effect) = running.agent.next_effect() else { break };
+            let Some(running) = self.nodes[node].running.as_mut() else {
+                return;
+            };
+            let Some(effect) = running.agent.next_effect() else {
+                break;
+            };
             match &effect {
                 Effect::Apply(_) => has_applied = true,
                 Effect::Forward(former) if has_applied && !former.is_empty() => self.misordered += 1,
@@ -728,7 +772,11 @@ impl World {
             this.running = None;
             return self.gossip_leaves(node);
         }
-        let due = running.agent.wake_at().map(|at| (running.started + at).max(now + MS / 100));
+        let due = running.agent.wake_at().map(|at| running.started + at);
+        // What a turn leaves for the next one is done in that one.
+        running.hurries = due.filter(|due| *due <= now).map_or(0, |_| running.hurries + 1);
+        assert!(running.hurries < 3, "seed {}: what was due is done", self.seed);
+        let due = due.map(|due| due.max(now));
         if running.due != due {
             running.due = due;
             if let Some(due) = due {
@@ -844,7 +892,10 @@ impl World {
         }
         let before = self.announcers.clone();
         for vip in self.vips() {
-            let says = self.reports.iter().filter_map(|(node, report)| Some((report.get(&vip)?, *node)));
+            let says = self
+                .reports
+                .iter()
+                .filter_map(|(node, report)| Some((report.get(&vip)?, *node)));
             if let Some((_, last)) = says.max() {
                 self.announcers.insert(vip, self.nodes[last].name.clone());
             }
@@ -902,6 +953,10 @@ impl World {
             is_there && order[0] == owner.name
         };
         let mut others = (0..self.nodes.len()).filter(|other| *other != taker);
+        // While all of them start at once some take what another is about to give up again.
+        if self.now < TROUBLED.0 {
+            return;
+        }
         if let Some(owner) = others.find(|other| is_wronged(*other)) {
             self.wrong += 1;
             self.say(|| format!("node{taker} takes {vip} from node{owner}, which is there"));
@@ -927,11 +982,17 @@ impl World {
             let mut nodes = self.nodes.iter();
             let family = Family::of(vip);
             let is_served = nodes.any(|node| node.is_reached_by(family) && node.holds(vip));
-            // An agent that does not run, for want of CPU time or frozen, takes nothing over.
+            // An agent that does not run, for want of CPU time or frozen, takes nothing over, nor does one that has just started, or whose
+            // subnet has just come back: somebody else may hold the VIPs, and it waits to hear of it.
             let can_take = |node: usize| {
                 let it = &self.nodes[node];
-                let is_there = it.running.as_ref().is_some_and(|it| !it.is_leaving);
-                is_there && it.is_reached_by(family) && !self.is_paused(node)
+                let has_begun = |running: &Running| {
+                    let is_introduced = it.meta.generation > 0 && !it.meta.is_starting;
+                    !running.is_leaving && (is_introduced || running.started + STEADY <= self.now)
+                };
+                let is_there = it.running.as_ref().is_some_and(has_begun);
+                let is_steady = it.regained.get(&family).is_none_or(|at| *at + STEADY <= self.now);
+                is_there && is_steady && it.is_reached_by(family) && !self.is_paused(node)
             };
             let is_possible = (0..self.nodes.len()).any(can_take);
             if is_served || !is_possible {
@@ -1043,11 +1104,13 @@ impl Node {
             ],
             is_cut: false,
             lost: BTreeSet::new(),
+            regained: BTreeMap::new(),
             is_up: true,
             running: None,
             paused_until: Duration::ZERO,
             standby: Standby::default(),
             wake_at: None,
+            hurries: 0,
             generation: 0,
             meta: Meta::default(),
             living: BTreeMap::new(),
@@ -1071,7 +1134,10 @@ impl Node {
     }
 
     fn object(&self) -> serde_json::Value {
-        let addresses = self.addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip}));
+        let addresses = self
+            .addresses
+            .iter()
+            .map(|ip| json!({"type": "InternalIP", "address": ip}));
         json!({
             "metadata": {"name": self.name, "uid": self.name, "resourceVersion": "1"},
             "status": {"addresses": addresses.collect::<Vec<_>>()},
