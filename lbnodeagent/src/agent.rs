@@ -498,7 +498,7 @@ impl Agent {
                 self.look_at_all(began, snapshot, has_dummy);
             }
             (Outcome::DummyThere(name, Ok(link)), Stage::Looking { began, .. }) => {
-                self.dummy_is_there(name, &link);
+                self.dummy_is_there(&name, &link);
                 self.act(Effect::Look);
                 let has_dummy = true;
                 self.stage = Stage::Looking { began, has_dummy };

@@ -1,6 +1,6 @@
 //! The world of the agent: carries out what it wants done, and tells it what happens. Nothing is decided here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::agent::{Agent, Effect, Facts, Input, Now, Outcome, SentOn, Settings};
@@ -81,16 +82,7 @@ pub async fn run(
         wishes: Wishes::default(),
     };
     let mut news = world.start_asking(&client, &settings, &metrics);
-    let writing = tokio::spawn(lbnode::keep_writing(
-        client.clone(),
-        settings.namespace.clone(),
-        settings.node.clone(),
-        lbnode::Writing {
-            status: world.wishes.status.subscribe(),
-            owner: world.wishes.owner.subscribe(),
-            errors: metrics.client.update_errors.clone(),
-        },
-    ));
+    let writing = world.start_writing(client.clone(), &settings, &metrics);
     let mut announcing = std::pin::pin!(greeting::keep_announcing(
         world.announcer.clone(),
         world.wishes.held.subscribe(),
@@ -237,7 +229,7 @@ struct Wishes {
 struct News {
     answers: watch::Receiver<Answers>,
     is_api_reachable: watch::Receiver<bool>,
-    unadvertised: watch::Receiver<std::collections::BTreeMap<IpAddr, routing::Cause>>,
+    unadvertised: watch::Receiver<BTreeMap<IpAddr, routing::Cause>>,
     sessions: watch::Receiver<Option<RoutingDaemon>>,
     proxy: watch::Receiver<Option<Ailment>>,
 }
@@ -267,6 +259,17 @@ impl World<'_> {
         }
     }
 
+    /// Starts to write what is said. The task ends with the last word, some time after this value has.
+    fn start_writing(&self, client: Client, settings: &Settings, metrics: &Metrics) -> JoinHandle<()> {
+        let from = lbnode::Writing {
+            status: self.wishes.status.subscribe(),
+            owner: self.wishes.owner.subscribe(),
+            errors: metrics.client.update_errors.clone(),
+        };
+        let (namespace, node) = (settings.namespace.clone(), settings.node.clone());
+        tokio::spawn(lbnode::keep_writing(client, namespace, node, from))
+    }
+
     /// Starts what asks beside the loop, which a long answer must not hold up.
     fn start_asking(&self, client: &Client, settings: &Settings, metrics: &Metrics) -> News {
         let wishes = &self.wishes;
@@ -281,7 +284,7 @@ impl World<'_> {
         if let Some(port) = settings.proxy_port {
             tokio::spawn(proxy::keep_asking(port, ailment));
         }
-        let (not_advertised, unadvertised) = watch::channel(std::collections::BTreeMap::new());
+        let (not_advertised, unadvertised) = watch::channel(BTreeMap::new());
         let (seen, sessions) = watch::channel(None);
         if let Some(daemon) = settings.routing_daemon.clone() {
             let (routed, metrics) = (wishes.routed.subscribe(), metrics.clone());

@@ -215,7 +215,7 @@ struct World {
     /// How long a VIP was without an owner that a client could reach.
     unowned_since: BTreeMap<IpAddr, Duration>,
     longest_outage: Duration,
-    /// How often agents were told what came of a change of addresses before what they had said about connections.
+    /// Effects of agents that came too early or too late, by [`place`].
     misordered: u32,
 }
 
@@ -743,8 +743,7 @@ impl World {
 
     /// Does what the agent wants, as [`lbnodeagent::world`] does.
     fn carry_out(&mut self, node: usize) {
-        // Connections are provided for before addresses change, and the members are told after that.
-        let mut has_applied = false;
+        let mut order = 0;
         loop {
             let Some(running) = self.nodes[node].running.as_mut() else {
                 return;
@@ -752,10 +751,10 @@ impl World {
             let Some(effect) = running.agent.next_effect() else {
                 break;
             };
-            match &effect {
-                Effect::Apply(_) => has_applied = true,
-                Effect::Forward(former) if has_applied && !former.is_empty() => self.misordered += 1,
-                _ => {}
+            if !running.is_leaving {
+                let place = place(&effect).unwrap_or(order);
+                self.misordered += u32::from(place < order);
+                order = place;
             }
             if let Effect::Pause(pause) = effect {
                 return self.after(pause, Event::GoOn(node));
@@ -1048,6 +1047,21 @@ fn vips(count: u8) -> Vec<IpAddr> {
 /// The Ethernet address of a node.
 fn mac(node: usize) -> [u8; 6] {
     [2, 0, 0, 0, 0, u8::try_from(node).unwrap()]
+}
+
+/// The place of an effect in a turn: connections are provided for before addresses change, neighbours and users are told of what is there, and then
+/// the members, who let go of what they had; dead nodes' Pods are the last. What is wanted of the watch and of the API has no place.
+fn place(effect: &Effect) -> Option<u32> {
+    match effect {
+        Effect::Look | Effect::Recall(_) | Effect::EnsureDummy(_) => Some(0),
+        Effect::Forward(_) => Some(1),
+        Effect::Apply(_) => Some(2),
+        Effect::Hold(_) | Effect::Greet { .. } | Effect::Route(_) | Effect::Tell(..) | Effect::Say(_) => Some(3),
+        // One that begins is introduced before it takes anything.
+        Effect::Introduce(meta) if !meta.is_starting => Some(4),
+        Effect::Bypass(_) => Some(5),
+        _ => None,
+    }
 }
 
 /// A moment, for an agent that has started then.

@@ -118,7 +118,7 @@ impl Agent {
     }
 
     /// The dummy interface that was asked for is there: it is in use from now on, and one of another name is not.
-    pub(super) fn dummy_is_there(&mut self, name: String, link: &DummyLink) {
+    pub(super) fn dummy_is_there(&mut self, name: &str, link: &DummyLink) {
         if link.is_new && link.kind == DummyKind::VethPair {
             tracing::warn!(
                 interface = name,
@@ -127,7 +127,7 @@ impl Agent {
         } else if link.is_new {
             tracing::info!(interface = name, "dummy interface created");
         }
-        let old = self.dummy.replace(name.clone()).filter(|old| *old != name);
+        let old = self.dummy.replace(name.to_owned()).filter(|old| old != name);
         if let Some(old) = old {
             tracing::info!(old, new = name, "dummy interface renamed");
             self.act(Effect::RemoveDummy(old));

@@ -1,9 +1,10 @@
 //! Taking everything off: because no configuration applies, or because this node leaves.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::{Agent, Effect, Snapshot, Stage};
+use crate::greeting::Held;
 use crate::kernel::{Change, difference};
 use crate::members::Meta;
 use crate::plan::Plan;
@@ -18,7 +19,7 @@ impl Agent {
         self.introduced = None;
         self.introduce(Meta {
             subnets: BTreeSet::new(),
-            macs: std::collections::BTreeMap::new(),
+            macs: BTreeMap::new(),
             is_answering: false,
             generation: self.generation,
             ..self.wanted.meta.clone()
@@ -41,8 +42,8 @@ impl Agent {
         self.refused.clear();
         self.let_connections_go();
         self.flows.clear();
-        self.hold(&Scope::All, crate::greeting::Held::new());
-        self.route(&Scope::All, BTreeSet::new());
+        self.hold(&Scope::All, Held::new());
+        self.route(&Scope::All, &BTreeSet::new());
         self.said_unadvertised.clear();
         if let Some(name) = self.dummy.take() {
             self.act(Effect::RemoveDummy(name));
@@ -65,7 +66,7 @@ impl Agent {
             ..self.wanted.meta.clone()
         });
         // Whoever takes over tells the neighbours from now on: what this node had still to say would undo it.
-        self.hold(&Scope::All, crate::greeting::Held::new());
+        self.hold(&Scope::All, Held::new());
         self.act(Effect::Look);
         self.stage = Stage::Leaving { has_others };
     }
@@ -78,7 +79,7 @@ impl Agent {
             let (routed, local): (Vec<Change>, Vec<Change>) = difference(&BTreeSet::new(), &snapshot)
                 .into_iter()
                 .partition(|change| dummy.is_some_and(|link| link.index == change.key().0));
-            self.route(&Scope::All, BTreeSet::new());
+            self.route(&Scope::All, &BTreeSet::new());
             let mut routers_follow_in = self.settings.routers_follow_in;
             let has_routed = has_others && !routed.is_empty();
             self.act(Effect::Apply(routed));

@@ -27,7 +27,7 @@ impl Agent {
                 _ => None,
             })
             .collect();
-        self.route(scope, routed.keys().copied().collect());
+        self.route(scope, &routed.keys().copied().collect());
         let users = |ip: IpAddr| self.cluster.announced().users(ip).map(|(key, _)| key.clone());
         self.said_unadvertised
             .retain(|(key, ip), _| !scope.has(*ip) || (routed.contains_key(ip) && users(*ip).any(|user| user == *key)));
@@ -60,16 +60,16 @@ impl Agent {
     }
 
     /// Takes note of which of the addresses that are looked at are routed here.
-    pub(super) fn route(&mut self, scope: &Scope, routed: BTreeSet<IpAddr>) {
+    pub(super) fn route(&mut self, scope: &Scope, routed: &BTreeSet<IpAddr>) {
         let all = &mut self.wanted.routed;
         let before: BTreeSet<IpAddr> = match scope {
             Scope::All => std::mem::take(all),
             Scope::Vips(vips) => vips.iter().filter(|vip| all.remove(vip)).copied().collect(),
         };
-        all.extend(&routed);
+        all.extend(routed);
         let news = News {
             new: routed.difference(&before).copied().collect(),
-            gone: before.difference(&routed).copied().collect(),
+            gone: before.difference(routed).copied().collect(),
         };
         if !news.is_empty() {
             self.act(Effect::Route(news));
