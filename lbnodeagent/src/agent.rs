@@ -53,7 +53,7 @@ use crate::kernel::{Address, Applied, Change, DummyKind, DummyLink, KernelError,
 use crate::kernel::{difference, refresh_in};
 use crate::known::Addresses;
 use crate::lbnode::{self, Memory};
-use crate::members::{Living, Meta, Peers, Refusal};
+use crate::members::{Living, Member, Meta, Peers, Refusal};
 use crate::metrics::{Cause, Metrics};
 use crate::neighbor::frame::Mac;
 use crate::picture::{Cluster, Seen};
@@ -420,9 +420,13 @@ impl Agent {
 
     /// Takes note of what is so, and of who is there.
     fn learn(&mut self, facts: Facts) {
-        let is_new = |name: &String| !self.facts.living.contains_key(name);
-        if facts.living.keys().any(is_new) {
-            // It may have believed this node dead, and told the neighbours so.
+        let is_new = |(name, member): (&String, &Member)| {
+            let known = self.facts.living.get(name);
+            known.is_none_or(|known| known.meta.generation != member.meta.generation)
+        };
+        if facts.living.iter().any(is_new) {
+            // It may have believed this node dead, and told the neighbours so: also one that gossip did not miss while its agent was
+            // started anew, if it was this one that did not run for a while.
             self.act(Effect::GreetAgain);
         }
         self.facts = facts;
@@ -643,6 +647,10 @@ impl Agent {
         self.report(&plan, &basis, applied, &scope, |address| {
             adopted.contains(&(address.link, address.ip))
         });
+        if !adopted.is_empty() {
+            // While no agent ran here others may have taken them over, and told the neighbours so.
+            self.act(Effect::GreetAgain);
+        }
         self.count_takeovers(&takeovers, began);
         let is_about_all = scope == Scope::All;
         match scope {

@@ -23,7 +23,7 @@ use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::watcher::Event as Watched;
 use lbnodeagent::agent::{Agent, Effect, Facts, Input, Now, Outcome, SentOn, Settings};
-use lbnodeagent::greeting::Held;
+use lbnodeagent::greeting::{self, Held};
 use lbnodeagent::kernel::{
     Added, Address, Applied, Change, DefaultRoute, DummyKind, DummyLink, Lifetime, Link, Snapshot, VipAddress,
 };
@@ -103,6 +103,22 @@ enum Event {
     },
     /// An agent's turn, about everything or about what it has taken note of.
     Turn(usize, bool),
+    /// It tells the neighbours where a VIP is, and these have heard it.
+    Greet {
+        by: usize,
+        vip: IpAddr,
+        verifies: bool,
+    },
+    Greeted {
+        by: usize,
+        vip: IpAddr,
+    },
+    /// The next round of greetings of all its VIPs.
+    Round {
+        node: usize,
+        generation: u64,
+        round: usize,
+    },
     /// Time for it to do something though nothing happens, and the end of a pause while it leaves.
     Due(usize),
     GoOn(usize),
@@ -125,7 +141,8 @@ enum Event {
 /// What is asked: its agent, or its kernel whether it holds an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Asked {
-    Agent(u64),
+    /// With the number of the question, and whether it was replaced.
+    Agent(u64, bool),
     Kernel(IpAddr),
 }
 
@@ -138,6 +155,9 @@ struct Running {
     is_leaving: bool,
     /// How many turns in a row ended with something due.
     hurries: u32,
+    /// Whether it greets all neighbours again, and is to do so once more.
+    is_greeting: bool,
+    greets_again: bool,
     /// The VIPs that it announces to the neighbours, and says that it does.
     held: Held,
     said: BTreeSet<IpAddr>,
@@ -210,6 +230,8 @@ struct World {
     announcers: BTreeMap<IpAddr, String>,
     epoch: u64,
     is_loud: bool,
+    /// To which node each VIP's neighbours send.
+    neighbours: BTreeMap<IpAddr, usize>,
     /// Owners that were replaced although they were there.
     wrong: u32,
     /// How long a VIP was without an owner that a client could reach.
@@ -233,6 +255,7 @@ impl World {
             nodes,
             reports: BTreeMap::new(),
             announcers: BTreeMap::new(),
+            neighbours: BTreeMap::new(),
             epoch: 0,
             is_loud: std::env::var_os("SIMULATION_SEED").is_some(),
             wrong: 0,
@@ -336,7 +359,7 @@ impl World {
     fn handle(&mut self, event: Event) {
         let is_watching = matches!(
             event,
-            Event::Wake(_) | Event::Asked { .. } | Event::Answered { .. } | Event::Called { .. }
+            Event::Wake(_) | Event::Asked { .. } | Event::Answered { .. } | Event::Called { .. } | Event::Greet { .. }
         );
         if !is_watching && !matches!(event, Event::Turn(..) | Event::Due(_)) {
             self.say(|| format!("{event:?}"));
@@ -357,7 +380,7 @@ impl World {
                 let standby = &mut self.nodes[to].standby;
                 match what {
                     Asked::Kernel(ip) => standby.kernel_answered(now, ETH, ip, mac),
-                    Asked::Agent(sequence) => standby.agent_answered(now, sequence),
+                    Asked::Agent(sequence, _) => standby.agent_answered(now, sequence),
                 }
                 self.poll(to);
             }
@@ -391,6 +414,13 @@ impl World {
                     self.turn(node, false, event);
                 }
             }
+            Event::Greet { by, vip, verifies } => self.greet(by, vip, verifies),
+            Event::Greeted { by, vip } => _ = self.neighbours.insert(vip, by),
+            Event::Round {
+                node,
+                generation,
+                round,
+            } => self.round(node, generation, round),
             Event::GoOn(node) => self.carry_out(node),
             Event::Write(node) => self.write(node),
             Event::See(node) => self.see(node),
@@ -404,15 +434,19 @@ impl World {
     fn asked(&mut self, by: usize, at: usize, family: Family, what: Asked) {
         let asked = &self.nodes[at];
         let answers = match what {
-            Asked::Agent(_) => asked.running.is_some(),
+            Asked::Agent(..) => asked.running.is_some(),
             Asked::Kernel(ip) => asked.own().any(|own| own.addr() == ip) || asked.holds(ip),
         };
         if !asked.is_reached_by(family) || !answers {
             return;
         }
         let wait = asked.paused_until.saturating_sub(self.now);
-        if matches!(what, Asked::Agent(_)) && !wait.is_zero() {
+        if matches!(what, Asked::Agent(..)) && !wait.is_zero() {
             return self.after(wait, Event::Asked { by, at, family, what });
+        }
+        if matches!(what, Asked::Agent(_, true)) {
+            // Its neighbours were told otherwise meanwhile.
+            self.greet_again(at);
         }
         let answered = Event::Answered {
             to: by,
@@ -535,13 +569,18 @@ impl World {
 
     /// Something happened to a node: everybody else hears of it in time, and it of everybody else.
     fn gossip_changes(&mut self, node: usize) {
+        self.gossip_within(node, 1500 * MS);
+    }
+
+    /// The same, of what is no bad news within that time: an agent that starts joins all others it can, and need not be found.
+    fn gossip_within(&mut self, node: usize, time: Duration) {
         self.epoch += 1;
         let epoch = self.epoch;
         for other in (0..self.nodes.len()).filter(|other| *other != node) {
             let is_good_news = self.can_gossip(node, other);
             for (at, about) in [(other, node), (node, other)] {
                 let wait = if is_good_news {
-                    self.lot.between(20 * MS, 1500 * MS)
+                    self.lot.between(20 * MS, time)
                 } else {
                     self.lot.between(500 * MS, 950 * MS)
                 };
@@ -603,10 +642,15 @@ impl World {
                     }
                     continue;
                 }
-                Question::Probe { address, sequence, .. } => {
+                Question::Probe {
+                    address,
+                    sequence,
+                    has_taken_over,
+                    ..
+                } => {
                     let mut nodes = self.nodes.iter();
                     let at = nodes.position(|other| other.addresses.contains(&address));
-                    (at.unwrap(), address, Asked::Agent(sequence))
+                    (at.unwrap(), address, Asked::Agent(sequence, has_taken_over))
                 }
                 Question::Kernel { inquiry, .. } => {
                     let at = (0..self.nodes.len()).find(|index| mac(*index) == inquiry.mac);
@@ -667,13 +711,15 @@ impl World {
             due: None,
             is_leaving: false,
             hurries: 0,
+            is_greeting: false,
+            greets_again: false,
             held: Held::new(),
             said: BTreeSet::new(),
         });
         let others = (0..self.nodes.len()).filter(|other| self.can_gossip(node, *other));
         let living = others.map(|other| (other, self.nodes[other].meta.clone())).collect();
         self.nodes[node].living = living;
-        self.gossip_changes(node);
+        self.gossip_within(node, 300 * MS);
         let objects = [Seen::Node(Watched::Init)]
             .into_iter()
             .chain(
@@ -813,6 +859,19 @@ impl World {
                 held.retain(|ip, _| !news.gone.contains(ip));
                 held.extend(news.new.iter().map(|target| (target.ip, *target)));
             }
+            Effect::Greet {
+                target,
+                repetition,
+                verifies,
+            } => {
+                let mut wait = Duration::ZERO;
+                for more in repetition.waits() {
+                    wait += more;
+                    let (by, vip) = (node, target.ip);
+                    self.after(wait, Event::Greet { by, vip, verifies });
+                }
+            }
+            Effect::GreetAgain => self.greet_again(node),
             Effect::Introduce(meta) => {
                 self.say(|| format!("node{node} says {meta:?}"));
                 self.nodes[node].meta = meta.clone();
@@ -835,6 +894,51 @@ impl World {
             _ => {}
         }
         None
+    }
+
+    /// All VIPs are to be greeted in rounds, as in [`lbnodeagent::greeting`]: what asks for it meanwhile leads to as many more.
+    fn greet_again(&mut self, node: usize) {
+        if let Some(running) = &mut self.nodes[node].running {
+            running.greets_again = true;
+            if !running.is_greeting {
+                running.is_greeting = true;
+                let generation = self.nodes[node].generation;
+                self.round(node, generation, 0);
+            }
+        }
+    }
+
+    fn round(&mut self, node: usize, generation: u64, round: usize) {
+        let this = &mut self.nodes[node];
+        let Some(running) = this.running.as_mut().filter(|_| this.generation == generation) else {
+            return;
+        };
+        let waits = greeting::Times::SHIPPED.win_back;
+        let round = if round < waits.len() { round } else { 0 };
+        if round == 0 && !std::mem::take(&mut running.greets_again) {
+            running.is_greeting = false;
+            return;
+        }
+        for vip in running.held.keys().copied().collect::<Vec<_>>() {
+            self.greet(node, vip, true);
+        }
+        let next = Event::Round {
+            node,
+            generation,
+            round: round + 1,
+        };
+        self.after(waits[round], next);
+    }
+
+    fn greet(&mut self, by: usize, vip: IpAddr, verifies: bool) {
+        let this = &self.nodes[by];
+        let Some(running) = &this.running else { return };
+        if !this.is_reached_by(Family::of(vip)) || self.is_paused(by) || (verifies && !running.held.contains_key(&vip))
+        {
+            return;
+        }
+        let wait = self.lot.between(MS / 10, 2 * MS);
+        self.after(wait, Event::Greeted { by, vip });
     }
 
     fn apply(&mut self, node: usize, change: Change) -> Applied {
@@ -972,15 +1076,17 @@ impl World {
         (node.name.clone(), member)
     }
 
-    /// Follows for how long each VIP is served by nobody a client could reach, once all have started.
+    /// Follows for how long the neighbours send to no node that has a VIP and is reached, once all have started.
     fn judge_owners(&mut self) {
         if self.now < TROUBLED.0 {
             return;
         }
         for vip in self.vips() {
-            let mut nodes = self.nodes.iter();
             let family = Family::of(vip);
-            let is_served = nodes.any(|node| node.is_reached_by(family) && node.holds(vip));
+            let is_served = self.neighbours.get(&vip).is_some_and(|node| {
+                let node = &self.nodes[*node];
+                node.is_reached_by(family) && node.holds(vip)
+            });
             // An agent that does not run, for want of CPU time or frozen, takes nothing over, nor does one that has just started, or whose
             // subnet has just come back: somebody else may hold the VIPs, and it waits to hear of it.
             let can_take = |node: usize| {
@@ -1024,6 +1130,12 @@ impl World {
             assert!(
                 announcers.map(|node| node.name.as_str()).eq(owner),
                 "seed {}: {vip} is announced by its owner",
+                self.seed
+            );
+            assert_eq!(
+                self.neighbours.get(&vip).map(|node| self.nodes[*node].name.as_str()),
+                owner,
+                "seed {}: {vip}'s neighbours send there",
                 self.seed
             );
             assert_eq!(
