@@ -15,8 +15,9 @@ use crds::{Announce, Family, LBNode, Slim, conflict};
 use k8s_openapi::api::core::v1::{Service, ServiceStatus};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use lbnodeagent::picture::slice::NodeId;
-use lbnodeagent::picture::{node, slice};
+use lbnodeagent::picture::node;
+use lbnodeagent::slice;
+use lbnodeagent::slice::NodeId;
 use serde_json::{Map, Value, json};
 
 use crate::addresses::check_pool;

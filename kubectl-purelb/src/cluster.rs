@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
-use lbnodeagent::picture::slice;
+use lbnodeagent::slice;
 
 /// Where the programs run where nothing says otherwise.
 pub const NAMESPACE: &str = "purelb";

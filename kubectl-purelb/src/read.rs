@@ -23,7 +23,8 @@ use kube::api::{
 use kube::client::Body;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, Resource, ResourceExt};
-use lbnodeagent::picture::{SLICES, slice};
+use lbnodeagent::picture::SLICES;
+use lbnodeagent::slice;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 

@@ -21,9 +21,9 @@ use std::time::Duration;
 use crds::{Family, ServiceKey};
 
 use crate::members::Living;
-use crate::picture::slice::{self, NodeId, Usable};
 use crate::plan::Announced;
 use crate::rounds;
+use crate::slice::{self, NodeId, Usable};
 use crate::standby::{Verdict, Verdicts, Watched};
 
 /// How long the kernel goes on without being told again.

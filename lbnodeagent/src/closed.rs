@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::lbnode::listed;
 use crate::members::Living;
+use crate::problem::listed;
 use crate::standby::{PORT, Verdict, Verdicts, Watched};
 
 /// How long a member may be silent to the standby watch alone. When gossip has not given it up by then, it is the watch that

@@ -10,8 +10,8 @@ use kube::{Resource, ResourceExt};
 use regex::Regex;
 
 use crate::kernel::{Lifetime, Link, Snapshot, VipAddress};
-use crate::lbnode::listed;
 use crate::neighbor::Repetition;
+use crate::problem::listed;
 
 /// Rounds of announcements where none are configured.
 const ROUNDS: u8 = 3;

@@ -24,9 +24,9 @@ use ipnet::IpNet;
 use crate::members::{Living, Member};
 use crate::neighbor::frame::Mac;
 use crate::netfilter::table::UDP;
-use crate::picture::slice;
 use crate::plan::{Reason, Verdict};
 use crate::scope::Scope;
+use crate::slice;
 
 /// How long the kernel goes on without being told again.
 pub const TIMEOUT: Duration = Duration::from_mins(15);

@@ -5,7 +5,6 @@
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt::Display;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -23,6 +22,7 @@ use crate::neighbor::frame;
 use crate::netfilter::IPVS_INTERFACE;
 use crate::notices;
 use crate::plan::{self, Plan, Reason, Services, Verdict};
+use crate::problem::{Problem, listed};
 use crate::proxy::Ailment;
 use crate::routing::{Cause, Daemon};
 
@@ -200,31 +200,6 @@ pub fn problems(state: &State<'_>) -> BTreeMap<Problem, Option<String>> {
     ])
 }
 
-/// Kinds of what may be wrong with a node, in the order in which they are said.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Problem {
-    /// The LBNodeAgent that is to apply, or the interfaces that it names.
-    Configuration,
-    /// kube-proxy in IPVS mode has the node answer for all addresses.
-    Ipvs,
-    /// kube-proxy does not work.
-    KubeProxy,
-    /// Other agents do not answer on UDP port 7935.
-    ClosedPort,
-}
-
-impl Problem {
-    /// As a label's value.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Configuration => "configuration",
-            Self::Ipvs => "ipvs",
-            Self::KubeProxy => "kube-proxy",
-            Self::ClosedPort => "closed-port",
-        }
-    }
-}
-
 /// Why nobody announces an address, if this node is the one to say so: of the members the first by the election, so that a
 /// thousand nodes do not say the same.
 fn silence(state: &State<'_>, ip: IpAddr, reason: Reason) -> Option<(Silence, String)> {
@@ -310,17 +285,6 @@ fn ipvs_answers(state: &State<'_>) -> Option<String> {
 fn proxy_fails(state: &State<'_>) -> Option<String> {
     let (ailment, port) = state.proxy.filter(|_| !state.is_withdrawn)?;
     Some(ailment.sentence(state.node, port))
-}
-
-/// The first few of a list, or that there are none.
-pub fn listed(items: &[impl Display]) -> String {
-    const SHOWN: usize = 8;
-    if items.is_empty() {
-        return "none".to_owned();
-    }
-    let shown: Vec<String> = items.iter().take(SHOWN).map(ToString::to_string).collect();
-    let more = if items.len() > SHOWN { ", …" } else { "" };
-    format!("{}{more}", shown.join(", "))
 }
 
 fn unheard(ip: IpAddr, reason: &str, message: &str) -> Unannounced {

@@ -4,6 +4,7 @@
 //! [`Meta`], published through a `watch` channel: a consumer looks at the state, not at events. Who announces what with
 //! these members is decided elsewhere.
 
+mod addresses;
 pub mod door;
 mod joining;
 mod keys;
@@ -33,6 +34,7 @@ use tokio::time::timeout;
 
 use crate::known::Known;
 
+pub use addresses::Addresses;
 use door::{Door, Guard, Guarded};
 pub use joining::Peers;
 pub use keys::{KeyError, Keys};

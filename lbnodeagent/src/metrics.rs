@@ -13,9 +13,9 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::lbnode::Problem;
 use crate::members::Traffic;
 use crate::neighbor::Sent;
+use crate::problem::Problem;
 use crate::standby::Counters;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -3,7 +3,6 @@
 //! Objects are read once, when they change. Owns no connection: watch events come in, values are looked at.
 
 pub mod node;
-pub mod slice;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,7 +20,9 @@ use kube::{Resource, ResourceExt};
 use smol_str::SmolStr;
 
 use crate::members::Peers;
-use crate::plan::{Announced, Scope, Services, User};
+use crate::plan::{Announced, Services, User};
+use crate::scope::Scope;
+use crate::slice;
 
 /// A watch event of one of the kinds an agent looks at.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ use crate::election;
 use crate::kernel::{Snapshot, VipAddress};
 use crate::neighbor::Target;
 use crate::neighbor::frame::Mac;
-use crate::picture::slice;
+use crate::slice;
 use crate::standby::{Inquiry, Verdict as Direct, Verdicts, Watched, Watches};
 
 pub use crate::scope::{Place, Scope};
