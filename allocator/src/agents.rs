@@ -11,7 +11,7 @@ use crds::lbnodeagent::LBNodeAgentStatus;
 use kube::ResourceExt;
 use kube::core::SelectorExt;
 
-use crate::refusal;
+use crate::sentence;
 
 /// The labels of a Node.
 pub type Labels = BTreeMap<String, String>;
@@ -58,7 +58,7 @@ pub fn judge(
     };
     let status = LBNodeAgentStatus {
         nodes: i64::try_from(using.len()).unwrap_or(i64::MAX),
-        interfaces: Some(interfaces.into_iter().take(refusal::LISTED).cloned().collect())
+        interfaces: Some(interfaces.into_iter().take(sentence::LISTED).cloned().collect())
             .filter(|names: &Vec<String>| !names.is_empty()),
         problem: problem.map(|problem| cut(&problem, LONGEST)),
     };
@@ -110,7 +110,7 @@ fn problem(
             .filter_map(|node| uses.get(*node)?.configuration.clone());
         let others: Vec<String> = others.collect::<BTreeSet<_>>().into_iter().collect();
         if !others.is_empty() {
-            let others = refusal::list(&others, ", ");
+            let others = sentence::list(&others, ", ");
             let problem = format!("the nodes that it selects use another: {others}, which takes precedence");
             return Some((problem, None));
         }

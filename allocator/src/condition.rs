@@ -25,8 +25,10 @@ use crds::event::{LONGEST, cut};
 use crds::record::{self, replacing};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 
-use crate::refusal::{LISTED, Refusal};
+use crate::refusal::Refusal;
+use crate::sentence::LISTED;
 
 /// Type of the condition.
 pub const TYPE: &str = record::ALLOCATED;
@@ -89,7 +91,7 @@ impl Saying {
     }
 
     /// The condition: the one that the Service has where that says so already.
-    pub fn condition(&self, service: &Service) -> Condition {
+    pub fn condition(&self, service: &Service, now: Timestamp) -> Condition {
         match ours(service) {
             Some(known) if self.is_said(service) => known.clone(),
             _ => replacing(
@@ -98,6 +100,7 @@ impl Saying {
                 self.is_true,
                 self.reason,
                 self.message.clone(),
+                now,
             ),
         }
     }
@@ -148,7 +151,7 @@ pub fn replaced(service: &Service, new: Vec<Condition>, gone: &[&str]) -> Option
 mod tests {
     use super::*;
     use crate::ledger::tests::service;
-    use crate::refusal::Others;
+    use crate::sentence::Others;
     use crds::Family;
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -169,7 +172,7 @@ mod tests {
             {"type": "Other", "status": "True", "reason": "R", "message": "m", "lastTransitionTime": "2026-01-01T00:00:00Z"}
         ]}}))
         .unwrap();
-        let conditions = replaced(&object, vec![saying.condition(&object)], &[]);
+        let conditions = replaced(&object, vec![saying.condition(&object, Timestamp::now())], &[]);
         object.status.as_mut().unwrap().conditions = conditions;
         object
     }
@@ -209,7 +212,7 @@ mod tests {
         let mut object = says(&exhausted(3));
         let old = Time("2026-01-01T00:00:00Z".parse().unwrap());
         object.status.as_mut().unwrap().conditions.as_mut().unwrap()[1].last_transition_time = old.clone();
-        let with = |saying: Saying| replaced(&object, vec![saying.condition(&object)], &[]);
+        let with = |saying: Saying| replaced(&object, vec![saying.condition(&object, Timestamp::now())], &[]);
         let refused = with(Saying::refused(&Refusal::MultiPoolShared)).unwrap();
         assert_eq!((refused.len(), &refused[1].last_transition_time), (2, &old));
         let assigned = with(Saying::assigned(&["g".into()])).unwrap();

@@ -584,7 +584,7 @@ impl Controller {
             self.usage_changed();
         }
         self.tell_of_conflicts(key, service, &contested, &grant.addresses);
-        if let Some(patch) = assignment(service, request.re_evaluate, &grant, &self.nodes) {
+        if let Some(patch) = assignment(service, request.re_evaluate, &grant, &self.nodes, Timestamp::now()) {
             for remark in external::remarks(&self.ledger, request, &grant) {
                 self.tell_once(key, service, remark.clone());
             }
@@ -667,7 +667,7 @@ impl Controller {
             self.tell_once(key, service, notices::refused(service, refusal));
         }
         let keeps = keep(&self.ledger, key, keeps);
-        if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes) {
+        if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, Timestamp::now()) {
             self.write(key.clone(), Part::Status, patch);
         }
     }
@@ -683,7 +683,7 @@ impl Controller {
                     self.tell_once(key, service, notices::overwritten(&others, &ours));
                 }
                 let keeps = keep(&self.ledger, key, ours);
-                if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes) {
+                if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, Timestamp::now()) {
                     self.write(key.clone(), Part::Status, patch);
                 }
             }

@@ -1,14 +1,16 @@
 //! What a Service gets: a plain function of what it asks for, what it has, and the ledger.
 
+pub mod offered;
+
 use std::net::IpAddr;
 
 use crds::servicegroup::{Announce, Group};
 use crds::{Family, ServiceKey};
 
 use crate::ledger::Ledger;
-use crate::offers;
-use crate::refusal::{self, Ambiguity, Others, Refusal};
+use crate::refusal::{Ambiguity, Refusal};
 use crate::request::{Request, Traffic};
+use crate::sentence::{self, Others};
 
 /// The addresses a Service shall have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -236,7 +238,7 @@ fn take_pinned(ledger: &Ledger, request: &Request, home: Option<&Home>, ip: IpAd
                 pools: pools.map(|(group, pool)| format!("{} ({group})", pool.text)).collect(),
             });
         };
-        offers::take(ledger, request, home.name, Family::of(ip), Some(ip))?;
+        offered::take(ledger, request, home.name, Family::of(ip), Some(ip))?;
         return Ok(ip);
     };
     let namespaces = ledger.namespaces();
@@ -265,13 +267,13 @@ fn take_any(ledger: &Ledger, request: &Request, home: &Home, family: Family) -> 
         return match ledger.origin(bound) {
             // Its provider is told of each Service that shares it, and says where the others are.
             Some(group) if ledger.group(group).is_some_and(Group::is_elsewhere) => {
-                offers::take(ledger, request, group, family, None)
+                offered::take(ledger, request, group, family, None)
             }
             _ => Ok(vec![bound]),
         };
     }
     if home.group.is_elsewhere() {
-        return offers::take(ledger, request, home.name, family, None);
+        return offered::take(ledger, request, home.name, family, None);
     }
     let free = ledger.lowest_free(home.name, family);
     let free = free.ok_or_else(|| none_free(ledger, request, home, family))?;
@@ -321,13 +323,13 @@ fn none_free(ledger: &Ledger, request: &Request, home: &Home, family: Family) ->
         return Refusal::NoFamily { group, family, service };
     }
     let usage = ledger.usage(home.name, family);
-    let holders = ledger.holders_in(home.name, family, refusal::LISTED + 1);
+    let holders = ledger.holders_in(home.name, family, sentence::LISTED + 1);
     Refusal::Exhausted {
         family,
         used: usage.used,
         holders: Others::seen_by(&service, &holders).into(),
         left_out: usage.left_out,
-        strangers: ledger.strangers_in(home.name, family, refusal::LISTED + 1).into(),
+        strangers: ledger.strangers_in(home.name, family, sentence::LISTED + 1).into(),
         group,
         service,
     }

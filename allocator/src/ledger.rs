@@ -18,9 +18,11 @@ use crate::claim::{Holder, Holders, Obstacle};
 use crate::namespaces::Namespaces;
 use crate::offers::Offers;
 use crate::pool::Space;
-use crate::refusal::{Others, Refusal};
+use crate::refusal::Refusal;
 use crate::reserved::{OfService, Reserved, Why};
+use crate::sentence::Others;
 use crate::strangers::{Excess, Stranger, Strangers};
+use crate::usage::Usage;
 
 /// The state of a valid group's pools.
 #[derive(Debug)]
@@ -60,17 +62,6 @@ pub struct Ledger {
     reserved: Reserved,
     /// Counts those who come to an address.
     turn: u64,
-}
-
-/// How full a group is, by family.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Addresses that Services have.
-    pub used: u64,
-    /// Addresses free, saturating.
-    pub free: u64,
-    /// Addresses that nobody is given, saturating: those left out, and those of hosts outside the cluster.
-    pub left_out: u64,
 }
 
 impl Ledger {

@@ -1,18 +1,16 @@
 //! What the allocator tells Prometheus. Names that PureLB has are PureLB's.
 
-use std::time::Duration;
-
 use crds::Family as IpFamily;
 use daemon::{ClientMetrics, WriteError};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use crate::decide::Grant;
 use crate::groups::{GroupKey, Verdict};
+use crate::ipam::Calls;
 use crate::ledger::Ledger;
 use crate::refusal::Refusal;
 
@@ -74,53 +72,6 @@ pub struct Metrics {
     pub calls: Calls,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Call {
-    socket: String,
-    method: &'static str,
-    code: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Method {
-    socket: String,
-    method: &'static str,
-}
-
-/// Requests to providers behind a socket.
-#[derive(Clone, Debug)]
-pub struct Calls {
-    count: Family<Call, Counter>,
-    seconds: Family<Method, Histogram, fn() -> Histogram>,
-}
-
-impl Default for Calls {
-    fn default() -> Self {
-        Self {
-            count: Family::default(),
-            // From a millisecond to as long as is waited.
-            seconds: Family::new_with_constructor(|| Histogram::new(exponential_buckets(0.001, 2.0, 14))),
-        }
-    }
-}
-
-impl Calls {
-    /// A request was answered, or was not. `code` is gRPC's word for how it ended.
-    pub fn done(&self, socket: &str, method: &'static str, code: String, took: Duration) {
-        let labels = Call {
-            socket: socket.to_owned(),
-            method,
-            code,
-        };
-        self.count.get_or_create(&labels).inc();
-        let labels = Method {
-            socket: socket.to_owned(),
-            method,
-        };
-        self.seconds.get_or_create(&labels).observe(took.as_secs_f64());
-    }
-}
-
 impl Metrics {
     /// A registry with all of them.
     pub fn registry(&self) -> Registry {
@@ -161,16 +112,7 @@ impl Metrics {
             "Writes of the status of ServiceGroups, by outcome",
             self.status_writes.clone(),
         );
-        allocator.register(
-            "sidecar_rpc",
-            "Requests to programs that give out addresses, by how they ended",
-            self.calls.count.clone(),
-        );
-        allocator.register(
-            "sidecar_rpc_duration_seconds",
-            "How long these took",
-            self.calls.seconds.clone(),
-        );
+        self.calls.register(allocator);
         allocator.register(
             "leading",
             "1 while this is the allocator that decides",

@@ -11,8 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use crds::conflict::{self, Conflict, Mac};
-use crds::event::cut;
-use crds::lbnode::{LBNodeStatus, MOST_DEAD, MOST_MOVES, MOST_TEXT, MOST_VIPS, Silence, Unannounced, split_problems};
+use crds::lbnode::{LBNodeStatus, MOST_DEAD, MOST_MOVES, MOST_VIPS, Silence, Unannounced, split_problems};
 use crds::record::{self, Announced, Granted, Voice};
 use crds::servicegroup::Group;
 use crds::{Announce, LBNode, Pool, annotations};
@@ -24,7 +23,7 @@ use smol_str::SmolStr;
 
 use crate::agents::Use;
 use crate::history::Moved;
-use crate::refusal;
+use crate::sentence::{self, sentence};
 use crate::troubles::Health;
 
 /// The longest name of an interface: IFNAMSIZ less one (linux/if.h).
@@ -196,16 +195,6 @@ fn words(status: &LBNodeStatus) -> Vec<(IpAddr, Word)> {
 fn is_interface(name: &str) -> bool {
     (1..=LONGEST_INTERFACE).contains(&name.len())
         && name.chars().all(|letter| letter.is_ascii_graphic() && letter != ';')
-}
-
-/// What a node says for people: of bounded length, on one line.
-pub(crate) fn sentence(text: &str) -> String {
-    sentence_of(text, MOST_TEXT)
-}
-
-/// The same, of at most so many bytes.
-pub(crate) fn sentence_of(text: &str, most: usize) -> String {
-    cut(&text.replace(|letter: char| letter.is_control(), " "), most)
 }
 
 /// What an agent finds wrong with the LBNodeAgent it uses. What else is wrong with its node is no matter of that.
@@ -497,12 +486,16 @@ impl Nodes {
             ),
             Announce::Auto => {
                 let pool = group.pools().iter().find(|pool| !near(pool))?;
-                let has: Vec<String> = nets.iter().take(refusal::LISTED + 1).map(ToString::to_string).collect();
+                let has: Vec<String> = nets
+                    .iter()
+                    .take(sentence::LISTED + 1)
+                    .map(ToString::to_string)
+                    .collect();
                 format!(
                     "no node has an interface in the subnet of its range {} (nodes have {}), so these addresses are routed: they are on {} \
                      of every node. Is the range mistyped",
                     pool.text,
-                    refusal::list(&has, ", "),
+                    sentence::list(&has, ", "),
                     crds::lbnodeagent::DUMMY_INTERFACE
                 )
             }
@@ -576,11 +569,11 @@ impl Said {
     }
 
     /// The conditions that say it, each with its type; `None` where there is nothing to say.
-    pub fn conditions(&self, service: &Service) -> [(&'static str, Option<Condition>); 2] {
-        let announced = (!self.announced.0.is_empty()).then(|| self.announced.condition(service));
+    pub fn conditions(&self, service: &Service, now: Timestamp) -> [(&'static str, Option<Condition>); 2] {
+        let announced = (!self.announced.0.is_empty()).then(|| self.announced.condition(service, now));
         [
             (record::ANNOUNCED, announced),
-            (conflict::CONDITION, conflict::condition(service, &self.conflicts)),
+            (conflict::CONDITION, conflict::condition(service, &self.conflicts, now)),
         ]
     }
 
@@ -616,6 +609,7 @@ impl Said {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crds::lbnode::MOST_TEXT;
     use serde_json::{Value, json};
 
     const MINE: &str = "10.0.0.1";
@@ -672,7 +666,7 @@ mod tests {
             addresses: vec![(ip(ip_), None)],
         };
         let said = nodes.of(&service, &granted).unwrap();
-        let [(_, announced), (_, conflict)] = said.conditions(&service);
+        let [(_, announced), (_, conflict)] = said.conditions(&service, Timestamp::now());
         assert_eq!(conflict.is_some(), !said.conflicts.is_empty());
         announced.map_or_else(Default::default, |said| (said.reason, said.message))
     }
@@ -847,7 +841,7 @@ mod tests {
             node: "b".into(),
             interface: "eth0".into(),
         };
-        let before = Announced(BTreeMap::from([(ip(MINE), local)])).condition(&Service::default());
+        let before = Announced(BTreeMap::from([(ip(MINE), local)])).condition(&Service::default(), Timestamp::now());
         assert_eq!(says(&nodes, MINE, Announce::Local, &[before]).1, "10.0.0.1 by b (eth0)");
         let mut nodes = Nodes::default();
         nodes.hear("a", announcing(&[MINE]), |_| true);
@@ -916,7 +910,7 @@ mod tests {
             node: "b".into(),
             interface: "eth0".into(),
         };
-        let before = [Announced(BTreeMap::from([(ip(MINE), local)])).condition(&Service::default())];
+        let before = [Announced(BTreeMap::from([(ip(MINE), local)])).condition(&Service::default(), Timestamp::now())];
         let elsewhere = || report(&json!({"interfaces": [{"name": "eth0", "subnets": ["10.7.0.1/24"]}]}));
         for (name, said, expected) in [
             ("nobody speaks", vec![], "10.0.0.1 by b (eth0)"),

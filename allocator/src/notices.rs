@@ -272,7 +272,8 @@ mod tests {
     use super::*;
     use crate::decide::tests::request;
     use crate::ledger::tests::ip;
-    use crate::refusal::{Ambiguity, Others};
+    use crate::refusal::Ambiguity;
+    use crate::sentence::Others;
     use crds::event::Kind;
     use serde_json::json;
 

@@ -8,7 +8,7 @@ use crds::ServiceKey;
 use crds::record::Granted;
 
 use crate::ledger::Ledger;
-use crate::refusal;
+use crate::sentence;
 
 /// Which Services have addresses outside of the ranges of a group.
 #[derive(Debug, Default)]
@@ -57,7 +57,7 @@ impl Outside {
     pub fn of(&self, group: &str) -> Option<String> {
         let services = self.groups.get(group)?;
         let ips: BTreeSet<IpAddr> = services.values().flatten().copied().collect();
-        let ips: Vec<IpAddr> = ips.into_iter().take(refusal::LISTED + 1).collect();
+        let ips: Vec<IpAddr> = ips.into_iter().take(sentence::LISTED + 1).collect();
         let who = match services.len() {
             1 => "1 Service keeps".to_owned(),
             many => format!("{many} Services keep"),
@@ -65,7 +65,7 @@ impl Outside {
         Some(format!(
             "{who} addresses outside of its ranges: {}. They stay and go on working. To move a Service into the ranges: kubectl \
              annotate service NAME purelb.io/re-evaluate=true; or put the range back",
-            refusal::list(&ips, ", ")
+            sentence::list(&ips, ", ")
         ))
     }
 

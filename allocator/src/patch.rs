@@ -9,6 +9,7 @@ use crds::service::{annotation, ingress, is_of_another_class};
 use crds::servicegroup::Announce;
 use crds::{annotations, conflict};
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::condition::{self, Saying};
@@ -21,12 +22,18 @@ const CONDITIONS: [&str; 4] = [condition::TYPE, record::GRANTED, record::ANNOUNC
 
 /// The PATCH that makes a Service say what it was granted; `None` when it says so already. `re_evaluated`: it was decided about
 /// again, as it asked.
-pub fn assignment(service: &Service, re_evaluated: bool, grant: &Grant, nodes: &Nodes) -> Option<Value> {
+pub fn assignment(
+    service: &Service,
+    re_evaluated: bool,
+    grant: &Grant,
+    nodes: &Nodes,
+    now: Timestamp,
+) -> Option<Value> {
     let saying = match &grant.shortfall {
         Some(refusal) => Saying::incomplete(refusal),
         None => Saying::assigned(&grant.groups),
     };
-    statement(service, grant, &saying, re_evaluated, nodes)
+    statement(service, grant, &saying, re_evaluated, nodes, now)
 }
 
 /// The PATCH that makes a Service say what it has, why it has no more, and what the nodes say of it; `None` when it says so
@@ -37,8 +44,9 @@ pub fn statement(
     saying: &Saying,
     re_evaluated: bool,
     nodes: &Nodes,
+    now: Timestamp,
 ) -> Option<Value> {
-    let (mut conditions, mut gone) = (vec![saying.condition(service)], Vec::new());
+    let (mut conditions, mut gone) = (vec![saying.condition(service, now)], Vec::new());
     let mut wanted: BTreeMap<&str, Option<String>> = BTreeMap::new();
     if grant.addresses.is_empty() {
         gone = vec![record::GRANTED, record::ANNOUNCED, conflict::CONDITION];
@@ -46,7 +54,7 @@ pub fn statement(
         wanted.insert(annotations::SKIP_IPV6_DAD, None);
     } else {
         let granted = granted(service, grant);
-        conditions.push(granted.condition(service));
+        conditions.push(granted.condition(service, now));
         wanted.insert(annotations::ALLOCATED_BY, Some(annotations::BRAND.to_owned()));
         let groups = granted.groups();
         // Where no group is known any more, what is written stays.
@@ -61,7 +69,7 @@ pub fn statement(
         wanted.insert(annotations::POOL_TYPE, pool_type.map(ToOwned::to_owned));
         if let Some(said) = nodes.of(service, &granted) {
             wanted.extend(said.annotations(granted.announce == Announce::Auto));
-            for (type_, condition) in said.conditions(service) {
+            for (type_, condition) in said.conditions(service, now) {
                 match condition {
                     Some(condition) => conditions.push(condition),
                     None => gone.push(type_),
@@ -214,7 +222,14 @@ mod tests {
     }
 
     fn assigned() -> Service {
-        let patch = assignment(&plain(), false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default()).unwrap();
+        let patch = assignment(
+            &plain(),
+            false,
+            &grant(&["10.0.0.1", "fd00::1"]),
+            &Nodes::default(),
+            Timestamp::now(),
+        )
+        .unwrap();
         assert!(patch["status"]["loadBalancer"].is_object() && patch["status"]["conditions"].is_array());
         patched(&plain(), &patch)
     }
@@ -225,7 +240,13 @@ mod tests {
         let record = Granted::read(&assigned).unwrap();
         assert_eq!((record.announce, record.groups()), (Announce::Local, vec!["g"]));
         assert_eq!(ingress(&assigned), [ip("10.0.0.1"), ip("fd00::1")]);
-        let again = assignment(&assigned, false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default());
+        let again = assignment(
+            &assigned,
+            false,
+            &grant(&["10.0.0.1", "fd00::1"]),
+            &Nodes::default(),
+            Timestamp::now(),
+        );
         assert_eq!(again, None);
     }
 
@@ -249,7 +270,14 @@ mod tests {
         ]);
         for spoil in spoils {
             let spoiled = patched(&assigned, &spoil);
-            let patch = assignment(&spoiled, false, &grant(&["10.0.0.1", "fd00::1"]), &Nodes::default()).unwrap();
+            let patch = assignment(
+                &spoiled,
+                false,
+                &grant(&["10.0.0.1", "fd00::1"]),
+                &Nodes::default(),
+                Timestamp::now(),
+            )
+            .unwrap();
             let mended = patched(&spoiled, &patch);
             assert_eq!(ingress(&mended), ingress(&assigned), "{spoil}");
             assert_eq!(Granted::read(&mended), Granted::read(&assigned), "{spoil}");
@@ -269,12 +297,23 @@ mod tests {
         );
         let grant = grant(&["10.0.0.1", "fd00::1"]);
         let saying = Saying::overwritten(&["lb.example.org".into()], &grant.addresses);
-        let patch = statement(&overwritten, &grant, &saying, false, &Nodes::default()).unwrap();
+        let patch = statement(
+            &overwritten,
+            &grant,
+            &saying,
+            false,
+            &Nodes::default(),
+            Timestamp::now(),
+        )
+        .unwrap();
         assert!(patch["status"]["loadBalancer"].is_null(), "{patch}");
         let told = patched(&overwritten, &patch);
         assert_eq!(annotation(&told, annotations::ALLOCATED_BY), Some("PureLB"));
         assert_eq!(Granted::read(&told), Granted::read(&assigned()));
-        assert_eq!(statement(&told, &grant, &saying, false, &Nodes::default()), None);
+        assert_eq!(
+            statement(&told, &grant, &saying, false, &Nodes::default(), Timestamp::now()),
+            None
+        );
     }
 
     fn merged(one: &Value, other: &Value) -> Value {
@@ -291,7 +330,16 @@ mod tests {
             .chain([(annotations::SKIP_IPV6_DAD, "true")])
             .collect();
         let mut conditions = assigned().status.unwrap().conditions.unwrap();
-        let more = |type_: &str| record::replacing(record::conditions(&plain()), type_, true, "R", "m".into());
+        let more = |type_: &str| {
+            record::replacing(
+                record::conditions(&plain()),
+                type_,
+                true,
+                "R",
+                "m".into(),
+                Timestamp::now(),
+            )
+        };
         conditions.extend([more(record::ANNOUNCED), more(conflict::CONDITION)]);
         let full = patched(
             &assigned(),

@@ -2,13 +2,13 @@
 //!
 //! An author may see the Services of one namespace, so that others' are never named here: see [`Others`].
 
-use std::fmt;
 use std::net::IpAddr;
 
 use crds::{Family, ServiceKey};
 
+use crate::claim::Port;
 use crate::ipam::Problem;
-use crate::ledger::Port;
+use crate::sentence::{LISTED, Others, list};
 use crate::strangers::Stranger;
 
 /// A reason to refuse, naming the object and, where there is one, the way out.
@@ -247,57 +247,6 @@ pub enum Ambiguity {
     },
 }
 
-/// Other Services, as the author of one is told of them: those of its own namespace by name, all others by their number.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Others {
-    named: Box<[ServiceKey]>,
-    elsewhere: usize,
-    has_more: bool,
-}
-
-impl Others {
-    /// Those that the author of `service` is told of. Of many it is the first [`LISTED`].
-    pub fn seen_by<'a>(service: &ServiceKey, all: impl IntoIterator<Item = &'a ServiceKey>) -> Self {
-        let mut all = all.into_iter();
-        let first: Vec<&ServiceKey> = all.by_ref().take(LISTED).collect();
-        let is_own = |other: &&&ServiceKey| other.namespace == service.namespace;
-        let named: Box<[ServiceKey]> = first.iter().filter(is_own).copied().cloned().collect();
-        Self {
-            elsewhere: first.len() - named.len(),
-            named,
-            has_more: all.next().is_some(),
-        }
-    }
-
-    /// Those that are named.
-    pub fn named(&self) -> &[ServiceKey] {
-        &self.named
-    }
-
-    fn joined(&self, separator: &str) -> String {
-        let elsewhere = match self.elsewhere {
-            0 => None,
-            1 => Some("a Service of another namespace".to_owned()),
-            count => Some(format!("{count} Services of other namespaces")),
-        };
-        let mut parts: Vec<String> = self.named.iter().map(ToString::to_string).collect();
-        if self.has_more {
-            parts.extend(elsewhere);
-            parts.push("…".to_owned());
-            return parts.join(separator);
-        }
-        let named = (!parts.is_empty()).then(|| parts.join(separator));
-        let parts: Vec<String> = named.into_iter().chain(elsewhere).collect();
-        parts.join(" and ")
-    }
-}
-
-impl fmt::Display for Others {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.joined(", "))
-    }
-}
-
 impl Refusal {
     /// The word for this reason in `status.conditions`.
     pub const fn word(&self) -> &'static str {
@@ -419,9 +368,6 @@ impl Refusal {
     }
 }
 
-/// At most this many names are listed: an event has room for 1 KiB.
-pub const LISTED: usize = 8;
-
 fn hint(known: &[String]) -> String {
     if known.is_empty() {
         return ": there is no ServiceGroup yet".into();
@@ -433,14 +379,6 @@ fn hint(known: &[String]) -> String {
 
 fn pin(ip: Option<IpAddr>) -> String {
     ip.map(|ip| format!("{ip}: ")).unwrap_or_default()
-}
-
-/// Some of a list, with a dot or three where there are more than [`LISTED`].
-pub(crate) fn list<T: ToString>(items: &[T], separator: &str) -> String {
-    let more = items.len() > LISTED;
-    let names = items.iter().take(LISTED).map(ToString::to_string);
-    let names: Vec<String> = names.chain(more.then(|| "…".to_owned())).collect();
-    names.join(separator)
 }
 
 /// Where a group's addresses of a family are.
@@ -496,6 +434,7 @@ mod tests {
     use crate::request::Request;
     use crate::reserved::OfService;
     use k8s_openapi::api::core::v1::Service;
+    use k8s_openapi::jiff::Timestamp;
 
     const GROUPS: [(&str, &str); 3] = [
         ("pool", "remote: {v4pool: {pool: 10.0.0.0/24, subnet: 10.0.0.0/24}}"),
@@ -641,8 +580,8 @@ mod tests {
             notices::conflict(ip("10.0.0.1"), refusal, &[ip("10.0.0.2")]),
             notices::not_released(refusal, true),
         ];
-        let conditions =
-            [Saying::refused(refusal), Saying::incomplete(refusal)].map(|saying| saying.condition(&service));
+        let conditions = [Saying::refused(refusal), Saying::incomplete(refusal)]
+            .map(|saying| saying.condition(&service, Timestamp::now()));
         assert!(conditions.iter().all(|condition| condition.type_ == condition::TYPE));
         let events = notices.into_iter().map(|notice| notice.message);
         let all: Vec<String> = events.chain(conditions.map(|condition| condition.message)).collect();

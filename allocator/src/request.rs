@@ -9,7 +9,7 @@ use crds::{Family, ServiceKey, annotations};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use smol_str::SmolStr;
 
-use crate::ledger::{Claim, Endpoints, Port, Ports, Sharing};
+use crate::claim::{Claim, Endpoints, Port, Ports, Sharing};
 use crate::refusal::Refusal;
 
 /// The group of Services that name none, in namespaces that no group serves.

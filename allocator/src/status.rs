@@ -6,6 +6,7 @@ use crds::servicegroup::Source;
 use crds::{Family, ServiceGroupStatus};
 use daemon::WriteError;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::core::Request;
 use kube::{Client, Resource};
@@ -15,7 +16,7 @@ use serde_json::json;
 
 use crate::groups::Verdict;
 use crate::ledger::Ledger;
-use crate::refusal;
+use crate::sentence;
 
 /// Type of the condition that is there while addresses of a group are given to no Service.
 pub const LEFT_OUT: &str = "AddressesLeftOut";
@@ -53,15 +54,21 @@ pub fn left_out(name: &str, ledger: &Ledger) -> Option<String> {
             format!("{range} {why}")
         }
     });
-    let said: Vec<String> = said.take(refusal::LISTED + 1).collect();
+    let said: Vec<String> = said.take(sentence::LISTED + 1).collect();
     (!said.is_empty()).then(|| {
-        let all = refusal::list(&said, "; ");
+        let all = sentence::list(&said, "; ");
         format!("these addresses of its ranges are given to no Service: {all}")
     })
 }
 
 /// The conditions of a group. What it says already keeps its time.
-fn conditions(name: &str, ledger: &Ledger, remarks: Remarks<'_>, known: &[Condition]) -> Vec<Condition> {
+fn conditions(
+    name: &str,
+    ledger: &Ledger,
+    remarks: Remarks<'_>,
+    known: &[Condition],
+    now: Timestamp,
+) -> Vec<Condition> {
     let said = [
         (LEFT_OUT, "NotForServices", left_out(name, ledger)),
         (FOREIGN_HOSTS, "BudgetSpent", remarks.hosts.map(ToOwned::to_owned)),
@@ -70,7 +77,7 @@ fn conditions(name: &str, ledger: &Ledger, remarks: Remarks<'_>, known: &[Condit
         (NEAR, "NodesHaveIt", remarks.near.map(ToOwned::to_owned)),
     ];
     let said = said.into_iter();
-    said.filter_map(|(type_, reason, message)| Some(replacing(known, type_, true, reason, message?)))
+    said.filter_map(|(type_, reason, message)| Some(replacing(known, type_, true, reason, message?, now)))
         .collect()
 }
 
@@ -81,6 +88,7 @@ pub fn status(
     ledger: &Ledger,
     remarks: Remarks<'_>,
     known: Option<&ServiceGroupStatus>,
+    now: Timestamp,
 ) -> ServiceGroupStatus {
     let Verdict::Valid(group) = verdict else {
         return ServiceGroupStatus {
@@ -116,7 +124,7 @@ pub fn status(
         available_ipv4: has_v4.then(|| signed(v4.free)),
         available_ipv6: has_v6.then(|| signed(v6.free)),
         problem: None,
-        conditions: Some(conditions(name, ledger, remarks, said)).filter(|conditions| !conditions.is_empty()),
+        conditions: Some(conditions(name, ledger, remarks, said, now)).filter(|conditions| !conditions.is_empty()),
     }
 }
 

@@ -10,8 +10,7 @@ use std::time::Duration;
 use crds::event::Notice;
 use crds::lbnode::{ESTABLISHED, LBNodeStatus, MOST_PROBLEM, RENEW_SECONDS, RoutingDaemon, Session};
 
-use crate::nodes::{sentence, sentence_of};
-use crate::refusal;
+use crate::sentence::{self, sentence, sentence_of};
 
 /// What of an LBNode bears on its node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -359,7 +358,7 @@ fn sessions(name: &str, node: &Node) -> Finding {
         "{} of {all} BGP sessions of {kind} on node {name} {} down: {}: {effect}. Look at that router, and at the way to it",
         down.len(),
         if down.len() == 1 { "is" } else { "are" },
-        refusal::list(&down, ", ")
+        sentence::list(&down, ", ")
     ))
 }
 

@@ -349,7 +349,13 @@ impl World {
                     self.waiting.insert(key.clone(), grant.shortfall.clone().unwrap());
                 }
                 let made_room = self.ledger.hold(key, &grant.addresses, &request.claim);
-                if let Some(patch) = assignment(service, request.re_evaluate, &grant, &Nodes::default()) {
+                if let Some(patch) = assignment(
+                    service,
+                    request.re_evaluate,
+                    &grant,
+                    &Nodes::default(),
+                    k8s_openapi::jiff::Timestamp::now(),
+                ) {
                     self.patch(key, &patch);
                 }
                 Ok(made_room)
@@ -364,7 +370,14 @@ impl World {
                     .collect();
                 let made_room = self.ledger.hold(key, &keeps, &request.claim);
                 let keeps = keep(&self.ledger, key, keeps);
-                if let Some(patch) = statement(service, &keeps, &Saying::refused(&refusal), false, &Nodes::default()) {
+                if let Some(patch) = statement(
+                    service,
+                    &keeps,
+                    &Saying::refused(&refusal),
+                    false,
+                    &Nodes::default(),
+                    k8s_openapi::jiff::Timestamp::now(),
+                ) {
                     self.patch(key, &patch);
                 }
                 self.waiting.insert(key.clone(), refusal);

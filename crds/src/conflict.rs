@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 
 use crate::record;
 
@@ -85,10 +86,10 @@ pub fn write(conflicts: &BTreeMap<IpAddr, Conflict>) -> Option<String> {
 }
 
 /// The condition, as it replaces the one that `service` has; `None` where there is no conflict.
-pub fn condition(service: &Service, conflicts: &BTreeMap<IpAddr, Conflict>) -> Option<Condition> {
+pub fn condition(service: &Service, conflicts: &BTreeMap<IpAddr, Conflict>, now: Timestamp) -> Option<Condition> {
     let sentences: Vec<String> = conflicts.iter().map(|(ip, conflict)| conflict.sentence(*ip)).collect();
     let known = record::conditions(service);
-    (!sentences.is_empty()).then(|| record::replacing(known, CONDITION, true, REASON, sentences.join("; ")))
+    (!sentences.is_empty()).then(|| record::replacing(known, CONDITION, true, REASON, sentences.join("; "), now))
 }
 
 impl Conflict {
@@ -142,7 +143,7 @@ mod tests {
         let both = BTreeMap::from([found("10.0.0.1", 1, "w11"), found("fd00::1", 2, "w12.example.org")]);
         let before = service("");
         assert_eq!(read(&before), BTreeMap::new());
-        let said = condition(&before, &both).unwrap();
+        let said = condition(&before, &both, Timestamp::now()).unwrap();
         assert_eq!(
             said.last_transition_time,
             record::conditions(&before)[1].last_transition_time
@@ -165,7 +166,10 @@ mod tests {
             Some("10.0.0.1,02:00:00:00:00:01,w11 fd00::1,02:00:00:00:00:02,w12.example.org")
         );
         assert_eq!(
-            (write(&BTreeMap::new()), condition(&before, &BTreeMap::new())),
+            (
+                write(&BTreeMap::new()),
+                condition(&before, &BTreeMap::new(), Timestamp::now())
+            ),
             (None, None)
         );
     }

@@ -73,7 +73,7 @@ impl Granted {
     }
 
     /// The condition, as it replaces the one that `service` has; its time is kept where the status does not change.
-    pub fn condition(&self, service: &Service) -> Condition {
+    pub fn condition(&self, service: &Service, now: Timestamp) -> Condition {
         let reason = match self.announce {
             Announce::Local => "Local",
             Announce::Remote => "Remote",
@@ -87,7 +87,7 @@ impl Granted {
                 None => write!(message, "{comma}{ip}"),
             };
         }
-        replacing(conditions(service), GRANTED, true, reason, message)
+        replacing(conditions(service), GRANTED, true, reason, message, now)
     }
 }
 
@@ -134,7 +134,7 @@ impl Announced {
     }
 
     /// The condition, as it replaces the one that `service` has; its time is kept where the status does not change.
-    pub fn condition(&self, service: &Service) -> Condition {
+    pub fn condition(&self, service: &Service, now: Timestamp) -> Condition {
         let mut message = String::new();
         let mut reason = "Announced";
         let mut is_true = true;
@@ -157,7 +157,7 @@ impl Announced {
                 }
             };
         }
-        replacing(conditions(service), ANNOUNCED, is_true, reason, message)
+        replacing(conditions(service), ANNOUNCED, is_true, reason, message, now)
     }
 }
 
@@ -179,8 +179,16 @@ pub fn condition<'a>(service: &'a Service, type_: &str) -> Option<&'a Condition>
     conditions(service).iter().find(|condition| condition.type_ == type_)
 }
 
-/// A condition in the place of the one of its type among `known`; its time is kept where the status does not change.
-pub fn replacing(known: &[Condition], type_: &str, is_true: bool, reason: &str, message: String) -> Condition {
+/// A condition in the place of the one of its type among `known`; its time is kept where the status does not change, and is `now` where it
+/// does.
+pub fn replacing(
+    known: &[Condition],
+    type_: &str,
+    is_true: bool,
+    reason: &str,
+    message: String,
+    now: Timestamp,
+) -> Condition {
     let status = if is_true { "True" } else { "False" };
     let mut known = known.iter();
     let since = known.find(|known| known.type_ == type_ && known.status == status);
@@ -189,7 +197,7 @@ pub fn replacing(known: &[Condition], type_: &str, is_true: bool, reason: &str, 
         status: status.into(),
         reason: reason.into(),
         message,
-        last_transition_time: since.map_or_else(|| Time(Timestamp::now()), |known| known.last_transition_time.clone()),
+        last_transition_time: since.map_or(Time(now), |known| known.last_transition_time.clone()),
         observed_generation: None,
     }
 }
@@ -219,10 +227,10 @@ mod tests {
                     (ip("10.0.0.2"), None),
                 ],
             };
-            let service = with(&granted.condition(&Service::default()));
+            let service = with(&granted.condition(&Service::default(), Timestamp::now()));
             assert_eq!(Granted::read(&service), Some(granted.clone()));
             assert_eq!(
-                granted.condition(&service),
+                granted.condition(&service, Timestamp::now()),
                 condition(&service, GRANTED).unwrap().clone()
             );
             assert_eq!(granted.groups(), ["default", "a.b"]);
@@ -244,7 +252,14 @@ mod tests {
             (GRANTED, true, "nothing at all"),
             (GRANTED, true, ""),
         ] {
-            let service = with(&replacing(&[], type_, is_true, "Local", message.into()));
+            let service = with(&replacing(
+                &[],
+                type_,
+                is_true,
+                "Local",
+                message.into(),
+                Timestamp::now(),
+            ));
             assert_eq!(Granted::read(&service), None, "{type_} {message}");
         }
     }
@@ -272,7 +287,7 @@ mod tests {
             ),
             (ip("10.1.0.1"), nobody),
         ]));
-        let service = with(&announced.condition(&Service::default()));
+        let service = with(&announced.condition(&Service::default(), Timestamp::now()));
         let known = condition(&service, ANNOUNCED).unwrap();
         assert_eq!(
             known.message,
@@ -285,7 +300,7 @@ mod tests {
             (ip("10.0.0.3"), routed(Some("on node n: no router hears of it"))),
             (ip("10.0.0.5"), routed(None)),
         ]));
-        let said = partly.condition(&Service::default());
+        let said = partly.condition(&Service::default(), Timestamp::now());
         assert_eq!(
             (said.status.as_str(), said.reason.as_str()),
             ("True", "PartlyAnnounced")
@@ -299,7 +314,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_message_makes_a_reader_panic(message in ".{0,80}", type_ in "purelb.io/(Granted|Announced)") {
-            let service = with(&replacing(&[], &type_, true, "Local", message));
+            let service = with(&replacing(&[], &type_, true, "Local", message, Timestamp::now()));
             let _ = (Granted::read(&service), Announced::owners(&service));
         }
     }

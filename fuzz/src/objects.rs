@@ -15,6 +15,7 @@ use crds::{Announce, Family, LBNode, Slim, conflict};
 use k8s_openapi::api::core::v1::{Service, ServiceStatus};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::jiff::Timestamp;
 use lbnodeagent::picture::node;
 use lbnodeagent::slice;
 use lbnodeagent::slice::NodeId;
@@ -153,7 +154,7 @@ fn check_record(service: &Service) {
     if let Some(granted) = Granted::read(service) {
         assert!(granted.addresses.iter().all(|(ip, _)| granted.contains(*ip)));
         assert!(granted.groups().len() <= granted.addresses.len());
-        let condition = granted.condition(service);
+        let condition = granted.condition(service, Timestamp::UNIX_EPOCH);
         same(&Granted::read(&with_condition(service, condition)), &Some(granted));
     }
     let owners = Announced::owners(service);
@@ -161,13 +162,13 @@ fn check_record(service: &Service) {
         let (node, interface) = (node.clone(), interface.clone());
         (*ip, Voice::Local { node, interface })
     });
-    let condition = Announced(voices.collect()).condition(service);
+    let condition = Announced(voices.collect()).condition(service, Timestamp::UNIX_EPOCH);
     same(&Announced::owners(&with_condition(service, condition)), &owners);
 }
 
 fn check_conflicts(service: &Service) {
     let found = conflict::read(service);
-    let condition = conflict::condition(service, &found);
+    let condition = conflict::condition(service, &found, Timestamp::UNIX_EPOCH);
     assert_eq!(condition.is_some(), !found.is_empty());
     if let Some(condition) = condition {
         same(&conflict::read(&with_condition(service, condition)), &found);
@@ -190,7 +191,7 @@ pub(crate) fn lbnode(bytes: &[u8]) {
         };
         let said = nodes.of(&Service::default(), &granted).expect("all nodes were heard");
         assert!(said.conflicts.values().all(|conflict| conflict.node == "n"));
-        for (_, condition) in said.conditions(&Service::default()) {
+        for (_, condition) in said.conditions(&Service::default(), Timestamp::UNIX_EPOCH) {
             let Some(condition) = condition else { continue };
             assert!(condition.message.len() <= 3 * 1_024 && !condition.message.contains('\n'));
             let service = with_condition(&Service::default(), condition);

@@ -1038,7 +1038,8 @@ impl World {
             (*ip, Voice::Local { node, interface })
         });
         let announced = Announced(voices.collect());
-        let conditions = vec![granted.condition(&service), announced.condition(&service)];
+        let now = Timestamp::UNIX_EPOCH;
+        let conditions = vec![granted.condition(&service, now), announced.condition(&service, now)];
         service.status.as_mut().unwrap().conditions = Some(conditions);
         serde_json::to_value(service).unwrap()
     }

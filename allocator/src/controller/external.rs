@@ -24,12 +24,11 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::{Controller, Input, Part};
-use crate::decide::Grant;
+use crate::decide::{Grant, offered};
 use crate::groups::Verdict;
 use crate::ipam::{self, Answer, Problem, Provider, Return, Stats};
 use crate::ledger::Ledger;
 use crate::notices;
-use crate::offers;
 use crate::refusal::Refusal;
 use crate::request::{self, Request};
 
@@ -239,7 +238,7 @@ impl Controller {
             return self.write_finalizers(key, service, &finalizers);
         }
         let provider = provider.clone();
-        let query = offers::query(&self.ledger, request, group, current);
+        let query = offered::query(&self.ledger, request, group, current);
         let offered = self.ledger.offers().of(key, group).iter().copied();
         let kept: Vec<IpAddr> = offered.filter(|ip| current.contains(ip)).collect();
         self.ledger.offers_mut().account_mut(key, group).is_clear = false;
@@ -262,8 +261,8 @@ impl Controller {
                 let pinned = self.external.asked_as.get(key).map(|asked| asked.pinned.as_slice());
                 let is_pinned = |ip: &IpAddr| pinned.is_some_and(|pinned| pinned.contains(ip));
                 let examine = |ip: &IpAddr| {
-                    let of_a_host = offers::of_a_host(&self.ledger, group, *ip).filter(|_| !is_pinned(ip));
-                    of_a_host.or_else(|| offers::examine(&self.ledger, key, &claim, group, *ip).err())
+                    let of_a_host = offered::of_a_host(&self.ledger, group, *ip).filter(|_| !is_pinned(ip));
+                    of_a_host.or_else(|| offered::examine(&self.ledger, key, &claim, group, *ip).err())
                 };
                 let wrong = answer.addresses.iter().find_map(examine);
                 let account = self.ledger.offers_mut().account_mut(key, group);

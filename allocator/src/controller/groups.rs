@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{Controller, Input};
 use crate::groups::{GroupKey, Verdict, judge};
 use crate::status::Remarks;
-use crate::{notices, refusal, status};
+use crate::{notices, sentence, status};
 
 /// How long changes of a group's usage are gathered before its status is written.
 pub(super) const STATUS_DELAY: Duration = Duration::from_millis(250);
@@ -151,7 +151,14 @@ impl Controller {
                 near: near.as_deref(),
                 unrouted: unrouted.as_deref(),
             };
-            let current = status::status(verdict, (&key.0, &key.1), &self.ledger, remarks, known);
+            let current = status::status(
+                verdict,
+                (&key.0, &key.1),
+                &self.ledger,
+                remarks,
+                known,
+                k8s_openapi::jiff::Timestamp::now(),
+            );
             if known == Some(&current) {
                 continue;
             }
@@ -206,8 +213,8 @@ impl Controller {
         let all: BTreeSet<String> = all
             .map(|unheeded| format!("{} has {}", unheeded.mac, unheeded.ip))
             .collect();
-        let all: Vec<String> = all.into_iter().take(refusal::LISTED + 1).collect();
-        (!all.is_empty()).then(|| notices::hosts(&refusal::list(&all, ", ")))
+        let all: Vec<String> = all.into_iter().take(sentence::LISTED + 1).collect();
+        (!all.is_empty()).then(|| notices::hosts(&sentence::list(&all, ", ")))
     }
 
     /// Takes note of all Services that have addresses outside of their groups' ranges.

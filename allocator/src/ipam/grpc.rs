@@ -22,8 +22,8 @@ use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Response, Status};
 
+use super::Calls;
 use super::{PATIENCE, Problem, Query, Return, Stats, Want, cut};
-use crate::metrics::Calls;
 
 /// How many addresses that others have a provider may give before it is enough.
 const SWAPS: usize = 8;

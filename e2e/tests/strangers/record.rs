@@ -9,6 +9,7 @@ use crds::record::Granted;
 use crds::service::{annotation, ingress};
 use e2e::{Lab, Options, stays, wait_until};
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use serde_json::{Value, json};
 
@@ -258,7 +259,7 @@ fn what_an_author_forges_is_not_adopted_and_what_was_ours_is() -> Result<()> {
             announce: crds::Announce::Local,
             addresses: vec![("10.31.200.5".parse()?, Some("default".into()))],
         };
-        let record = json!({"conditions": [granted.condition(&Service::default())]});
+        let record = json!({"conditions": [granted.condition(&Service::default(), Timestamp::now())]});
         lab.patch_status("service", "default", "mine", record).await?;
         lab.start_allocator().await?;
         let thief = wait_until("the thief has another", SOON, async || is_whole(lab, "thief").await).await?;
