@@ -1,11 +1,19 @@
-//! The loop: watches in, decisions out, one PATCH per Service. The only place that knows the API server.
+//! The allocator as a value: what has happened goes in, what is to be done comes out.
 //!
-//! One task owns the whole picture (Services, groups, ledger), so that decisions are serial and cheap;
-//! writes run beside it, many at once. A PATCH of `services/status` carries address and ownership
-//! together and is guarded by the resourceVersion the decision was made on, so nothing half-written
-//! exists to repair: after a crash the Services themselves say who holds what.
+//! It owns the whole picture (Services, groups, ledger), so that decisions are serial and cheap; writes run beside it, many at
+//! once. A PATCH of `services/status` carries address and ownership together and is guarded by the resourceVersion the decision was
+//! made on, so nothing half-written exists to repair: after a crash the Services themselves say who holds what.
+//!
+//! Nothing here knows the API server, a clock or a channel. [`Controller::turn`] is told the time and what has happened
+//! ([`Input`]), and returns what is to be done ([`Effect`]), in the order in which it was decided: what is told by an event about
+//! a decision comes before the PATCH that carries the decision out, and what is told about an address that was given comes in the
+//! turn in which that PATCH came back. [`crate::world`] does it, and hands in what becomes of it. When there is something to be
+//! looked at though nothing happens, [`Controller::wake_at`] says so.
+//!
+//! What is remembered about one Service is its [`case::Case`].
 
 mod agents;
+mod case;
 mod deaths;
 mod external;
 mod groups;
@@ -14,36 +22,30 @@ mod nodes;
 mod reserved;
 mod slim;
 mod strangers;
+mod turn;
 mod writes;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
-use anyhow::Context;
-use crds::event::{ALLOCATOR, Kind, Notice};
+use crds::event::{Kind, Notice};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class};
-use crds::{LBNodeAgent, ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
-use daemon::{Change, Mirror, Ready, Reporter, Selection, Turn, WriteError, Writes};
-use ipnet::IpNet;
+use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
+use daemon::{Alarms, Change, Mirror, Turn, Writes};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::jiff::Timestamp;
-use kube::Client;
-use kube::api::Api;
 use kube::runtime::watcher;
 use serde_json::json;
-use tokio::sync::mpsc;
-use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::agents::Labels;
 use crate::condition::Saying;
-use crate::controller::external::External;
-use crate::controller::reserved::Named;
-pub use crate::controller::reserved::{of_network, of_node, of_service, of_slice};
+use crate::controller::case::{Cases, Granted};
+use crate::controller::external::{Act, External};
+pub use crate::controller::reserved::{Named, named, of_network, of_node, of_service, of_slice};
 use crate::controller::slim::Packed;
-use crate::controller::strangers::Unheeded;
-use crate::controller::writes::{Granted, Part, Written};
+use crate::controller::turn::Outbox;
+pub use crate::controller::turn::{Effect, Input, Now, Part, Written};
 use crate::deaths::Deaths;
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
@@ -53,7 +55,7 @@ use crate::lasting::Lasting;
 use crate::ledger::{Claim, Conflict, Ledger};
 use crate::lint;
 use crate::metrics::Metrics;
-use crate::nodes::{Nodes, Report};
+use crate::nodes::Nodes;
 use crate::notices;
 use crate::outside::Outside;
 use crate::patch::{assignment, statement, withdrawal};
@@ -79,72 +81,49 @@ pub struct Settings {
     pub marks_pods: bool,
 }
 
-#[expect(clippy::large_enum_variant, reason = "moved once per event")]
-enum Input {
-    Service(watcher::Event<Slim>),
-    Group(watcher::Event<ServiceGroup>),
-    Written(ServiceKey, Result<Written, WriteError>),
-    StatusWritten(GroupKey, Result<(), WriteError>),
-    Retry(ServiceKey),
+/// What is looked at again at some time, each once.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Alarm {
+    /// A Service whose writes fail: it may be written again.
     Unpaused(ServiceKey),
-    Forget(IpAddr, Timestamp),
-    LookAgain(ServiceKey),
-    Node(Named<(crate::reserved::Node, Labels)>),
-    ApiServer(Named<Vec<IpAddr>>),
-    ServiceNetwork(Named<Vec<IpNet>>),
-    LBNode(Named<Report>),
-    Agent(watcher::Event<LBNodeAgent>),
-    AgentWritten(daemon::Key, Result<(), WriteError>),
-    LookAtTroubles,
-    LookAtDeaths,
-    Marked(deaths::Marked),
-    /// The API server has no such kind.
-    NoServiceNetworks,
-    External(external::Message),
-    History(history::Answer),
+    /// A Service that nobody announces.
+    Silence(ServiceKey),
+    /// A Service that keeps an address that a host outside the cluster has.
+    Stranger(ServiceKey),
+    /// A group's provider that failed a Service.
+    Provider(String, ServiceKey, Act),
+    /// An address that a host outside the cluster had.
+    Forget(IpAddr),
+    /// How full providers are.
+    Stats,
+    /// Troubles of nodes.
+    Troubles,
+    /// Dead nodes.
+    Deaths,
+    /// The history is to be read.
+    ReadHistory,
+    /// The history is to be written.
+    WriteHistory,
+    /// The statuses of groups and LBNodeAgents are to be written.
+    Statuses,
 }
 
-/// Runs until the watches end, which they do not. Dropping the future ends its writes with it. `ready` is told
-/// when the whole picture has been read.
-///
-/// # Errors
-/// When the input streams end.
-pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &Ready) -> anyhow::Result<()> {
-    let (sender, mut inputs) = mpsc::unbounded_channel();
-    daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Service);
-    daemon::watch(Api::all(client.clone()), Selection::default(), &sender, Input::Group);
-    reserved::watch(&client, &sender);
-    if settings.has_agents {
-        nodes::watch(&client, &settings.namespace, &sender);
-        agents::watch(&client, &sender);
-    }
-    let mut controller = Controller::new(client, settings, sender, metrics.clone(), ready.clone());
-    controller.read_history();
-    loop {
-        let flush = controller.status_due;
-        tokio::select! {
-            input = inputs.recv() => {
-                controller.take(input.context("the allocator's inputs ended")?);
-                while let Ok(input) = inputs.try_recv() {
-                    controller.take(input);
-                }
-                controller.serve_waiting();
-                controller.serve_queued();
-            }
-            () = tokio::time::sleep_until(flush.unwrap_or_else(Instant::now)), if flush.is_some() => {
-                controller.write_statuses();
-            }
-        }
+impl Alarm {
+    /// Those that are about a Service, but for what is between it and providers.
+    fn of(key: &ServiceKey) -> [Self; 3] {
+        [Self::Unpaused, Self::Silence, Self::Stranger].map(|alarm| alarm(key.clone()))
     }
 }
 
-struct Controller {
-    client: Client,
+/// The allocator.
+pub struct Controller {
     settings: Settings,
-    reporter: Reporter,
-    sender: mpsc::UnboundedSender<Input>,
     metrics: Metrics,
-    ready: Ready,
+    /// The time of this turn, and its effects so far.
+    now: Now,
+    effects: Outbox,
+    /// What is to be looked at when.
+    alarms: Alarms<Alarm, Duration>,
 
     services: Mirror<Slim, Packed>,
     groups: Mirror<ServiceGroup>,
@@ -152,30 +131,13 @@ struct Controller {
     ledger: Ledger,
     external: External,
 
-    /// The writes of Services; their times count from `began`.
+    /// The writes of Services.
     writes: Writes<ServiceKey>,
-    began: Instant,
-    /// Services to decide about again when the write that is under way is done.
-    again: HashSet<ServiceKey>,
-    /// Services to decide about when there is room for more writes, in this order.
-    queue: VecDeque<ServiceKey>,
-    queued: HashSet<ServiceKey>,
-    /// Services to decide about after a pause, since writing fails.
-    paused: HashSet<ServiceKey>,
-    /// New addresses whose write is under way.
-    granted: HashMap<ServiceKey, Granted>,
-    /// Services without (all of) what they ask for.
-    waiting: BTreeSet<ServiceKey>,
-    /// Those of them that have no address at all.
-    without: HashSet<ServiceKey>,
-    /// Whether there may be room for one of them.
+    /// What is remembered about Services.
+    cases: Cases,
+    /// Whether there may be room for a Service that waits.
     made_room: bool,
-    /// Services in whose status another controller has a say.
-    foreign: HashSet<ServiceKey>,
-    /// What each Service was last told, so that nothing is said twice for the same cause.
-    told: HashMap<ServiceKey, Vec<Notice>>,
     statuses: BTreeMap<GroupKey, ServiceGroupStatus>,
-    status_due: Option<Instant>,
     status_writes: Writes<GroupKey>,
     /// Groups whose addresses are routed while no routing daemon is known of.
     unrouted: Lasting<GroupKey>,
@@ -188,10 +150,6 @@ struct Controller {
     agents: agents::Agents,
     /// Which nodes are dead.
     deaths: Deaths,
-    /// Since when nobody announces an address of a Service.
-    silent: HashMap<ServiceKey, Instant>,
-    /// Services that keep an address for now that a host outside the cluster has.
-    unheeded: BTreeMap<ServiceKey, Unheeded>,
     /// Services on addresses outside of the ranges of their group.
     outside: Outside,
     /// Who had which address when, and how far it is kept.
@@ -201,55 +159,31 @@ struct Controller {
     /// Whether the first decisions are being made, and whether they are behind us.
     is_starting: bool,
     is_started: bool,
-    /// Ends with this value, and with it the writes under way.
-    life: CancellationToken,
-    _end: DropGuard,
 }
 
 impl Controller {
-    fn new(
-        client: Client,
-        settings: Settings,
-        sender: mpsc::UnboundedSender<Input>,
-        metrics: Metrics,
-        ready: Ready,
-    ) -> Self {
-        let life = CancellationToken::new();
+    /// An allocator that knows nothing yet.
+    pub fn new(settings: Settings, metrics: Metrics) -> Self {
+        let mut alarms = Alarms::default();
+        alarms.set(Alarm::ReadHistory, Duration::ZERO);
         Self {
-            _end: life.clone().drop_guard(),
-            life,
-            is_starting: false,
-            is_started: false,
-            reporter: Reporter::new(
-                client.clone(),
-                ALLOCATOR,
-                &settings.instance,
-                metrics.client.events_dropped.clone(),
-            ),
-            client,
             settings,
-            sender,
             metrics,
-            ready,
+            now: Now {
+                since_start: Duration::ZERO,
+                clock: Timestamp::UNIX_EPOCH,
+            },
+            effects: Outbox::default(),
+            alarms,
             services: Mirror::default(),
             groups: Mirror::default(),
             verdicts: BTreeMap::new(),
             ledger: Ledger::default(),
             external: External::default(),
             writes: Writes::default(),
-            began: Instant::now(),
-            again: HashSet::new(),
-            queue: VecDeque::new(),
-            queued: HashSet::new(),
-            paused: HashSet::new(),
-            granted: HashMap::new(),
-            waiting: BTreeSet::new(),
-            without: HashSet::new(),
+            cases: Cases::default(),
             made_room: false,
-            foreign: HashSet::new(),
-            told: HashMap::new(),
             statuses: BTreeMap::new(),
-            status_due: None,
             status_writes: Writes::default(),
             unrouted: Lasting::default(),
             others: reserved::Sources::default(),
@@ -257,12 +191,55 @@ impl Controller {
             lbnodes: reserved::Seen::default(),
             agents: agents::Agents::default(),
             deaths: Deaths::default(),
-            silent: HashMap::new(),
-            unheeded: BTreeMap::new(),
             outside: Outside::default(),
             history: History::default(),
             recording: history::Progress::default(),
+            is_starting: false,
+            is_started: false,
         }
+    }
+
+    /// Takes in what has happened and decides about all of it. Returns what is to be done, in this order.
+    pub fn turn(&mut self, now: Now, inputs: impl IntoIterator<Item = Input>) -> Vec<Effect> {
+        self.now = now;
+        for input in inputs {
+            self.take(input);
+        }
+        let due = self.alarms.take_due(now.since_start);
+        let is_status_due = due.contains(&Alarm::Statuses);
+        for alarm in due {
+            self.ring(alarm);
+        }
+        self.serve_waiting();
+        self.serve_queued();
+        // How full the groups are is told when all else is decided.
+        if is_status_due {
+            self.write_statuses();
+        }
+        let waiting = i64::try_from(self.cases.without()).unwrap_or(i64::MAX);
+        self.metrics.waiting.set(waiting);
+        self.effects.take()
+    }
+
+    /// When there is to be another turn even if nothing happens, counted from the start.
+    pub fn wake_at(&self) -> Option<Duration> {
+        self.alarms.next()
+    }
+
+    /// Who holds which address.
+    pub const fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Whether nothing is remembered about any Service, and nothing is to be looked at for the sake of one.
+    pub fn is_idle(&self) -> bool {
+        let is_of_services = |alarm: &Alarm| {
+            matches!(
+                alarm,
+                Alarm::Unpaused(_) | Alarm::Silence(_) | Alarm::Stranger(_) | Alarm::Provider(..)
+            )
+        };
+        self.cases.is_empty() && !self.made_room && !self.alarms.keys().any(is_of_services)
     }
 
     /// Whether the whole picture is there: before that, no address is given out.
@@ -277,30 +254,38 @@ impl Controller {
         match input {
             Input::Service(event) => self.service_event(event),
             Input::Group(event) => self.group_event(event),
-            Input::Written(key, result) => self.written(&key, result),
-            Input::StatusWritten(key, result) => self.status_written(&key, &result),
-            Input::Retry(key) => self.reconcile(&key),
-            Input::Unpaused(key) => {
-                self.paused.remove(&key);
-                self.reconcile(&key);
-            }
-            Input::Forget(ip, until) => self.forget_stranger(ip, until),
-            Input::LookAgain(key) => self.look_at_stranger_again(&key),
             Input::Node(event) => self.node_event(event),
             Input::ApiServer(event) => self.api_server_event(event),
-            Input::LBNode(event) => self.lbnode_event(event),
-            Input::Agent(event) => self.agent_event(event),
-            Input::AgentWritten(key, result) => self.agent_written(&key, &result),
-            Input::LookAtTroubles => self.look_at_troubles(),
-            Input::LookAtDeaths => self.look_at_deaths(),
-            Input::Marked(marked) => self.pods_marked(&marked),
             Input::ServiceNetwork(event) => self.service_network_event(event),
             Input::NoServiceNetworks => self.no_service_networks(),
-            Input::External(message) => self.external_message(message),
-            Input::History(answer) => self.history_answer(answer),
+            Input::LBNode(event) => self.lbnode_event(event),
+            Input::Agent(event) => self.agent_event(event),
+            Input::ServiceWritten(key, result) => self.written(&key, result),
+            Input::GroupWritten(key, result) => self.group_written(&key, &result),
+            Input::AgentWritten(key, result) => self.agent_written(&key, &result),
+            Input::PodsMarked(death, result) => self.pods_marked(&death, &result),
+            Input::Answered(key, group, result) => self.answered(&key, &group, result),
+            Input::GivenBack(key, group, what, result) => self.given_back(&key, &group, &what, result),
+            Input::Stats(group, result) => self.stats(&group, result),
+            Input::HistoryRead(result) => self.history_read(result),
+            Input::HistoryWritten(results) => self.history_written(results),
         }
-        let waiting = i64::try_from(self.without.len()).unwrap_or(i64::MAX);
-        self.metrics.waiting.set(waiting);
+    }
+
+    fn ring(&mut self, alarm: Alarm) {
+        match alarm {
+            Alarm::Unpaused(key) | Alarm::Silence(key) => self.reconcile(&key),
+            Alarm::Stranger(key) => self.look_at_stranger_again(&key),
+            Alarm::Provider(group, key, act) => self.again(&key, &group, act),
+            Alarm::Forget(ip) => self.forget_stranger(ip),
+            Alarm::Stats => self.watch_stats(),
+            Alarm::Troubles => self.look_at_troubles(),
+            Alarm::Deaths => self.look_at_deaths(),
+            Alarm::ReadHistory => self.effects.push(Effect::ReadHistory),
+            Alarm::WriteHistory => self.write_history(),
+            // Last of all in a turn.
+            Alarm::Statuses => {}
+        }
     }
 
     // ---- Services -------------------------------------------------------------------------------
@@ -349,24 +334,24 @@ impl Controller {
     }
 
     fn service_gone(&mut self, key: &ServiceKey) {
-        self.waiting.remove(key);
-        self.without.remove(key);
-        self.told.remove(key);
+        let case = self.cases.close(key);
+        for alarm in Alarm::of(key) {
+            self.alarms.cancel(&alarm);
+        }
         self.writes.forget(key);
-        self.granted.remove(key);
-        self.foreign.remove(key);
-        self.silent.remove(key);
-        self.forget_unheeded(key);
         self.outside.set(key, None, &self.ledger);
         self.note_held(key, None);
         if self.ledger.reserve_for(key, OfService::default()) {
             self.reserved_changed();
         }
         let held = self.ledger.addresses_of(key).to_vec();
-        if self.ledger.release(key) {
+        let has_room = self.ledger.release(key);
+        if has_room {
             tracing::info!(service = %key, addresses = ?held, cause = "service deleted", "released");
-            self.usage_changed();
             self.reconcile_waiting();
+        }
+        if has_room || case.unheeded.is_some() {
+            self.usage_changed();
         }
         self.settle(key);
     }
@@ -394,11 +379,11 @@ impl Controller {
         }
         self.know_nodes();
         self.know_history();
-        self.is_starting = !self.queue.is_empty();
-        self.ready.set(Ok(()));
+        self.is_starting = self.cases.first_in_queue().is_some();
+        self.effects.push(Effect::BeReady);
         self.metrics.client.config_loaded.set(1);
         self.usage_changed();
-        self.watch_stats();
+        self.alarms.set(Alarm::Stats, self.now.since_start);
     }
 
     /// Writes into the ledger what a Service's own status says it holds. Another controller's addresses
@@ -417,10 +402,7 @@ impl Controller {
             return Vec::new();
         }
         let standing = self.standing(&service);
-        let was_foreign = self.foreign.remove(key);
-        if standing.is_shared() {
-            self.foreign.insert(key.clone());
-        }
+        let was_foreign = self.set_foreign(key, standing.is_shared());
         // What was taken from both the record and the status is known here still, and put back.
         if standing == Standing::Bare && !was_foreign && !is_of_another_class(&service) {
             return Vec::new();
@@ -439,6 +421,22 @@ impl Controller {
         rivals
     }
 
+    /// Takes note of whether another controller has a say in a Service's status. Returns whether one had.
+    fn set_foreign(&mut self, key: &ServiceKey, is_foreign: bool) -> bool {
+        let was_foreign = self.cases.get(key).is_foreign;
+        if was_foreign != is_foreign {
+            self.cases.change(key, |case| case.is_foreign = is_foreign);
+        }
+        was_foreign
+    }
+
+    /// Takes note of whether a Service lacks some of what it asks for.
+    fn set_waits(&mut self, key: &ServiceKey, waits: bool) {
+        if self.cases.get(key).waits != waits {
+            self.cases.change(key, |case| case.waits = waits);
+        }
+    }
+
     fn standing(&self, service: &Service) -> Standing {
         let is_served = !matches!(request::read(service, self.settings.is_default), Reading::NotOurs);
         Standing::of(service, &self.ledger, is_served)
@@ -452,20 +450,19 @@ impl Controller {
 
     /// Goes on with Services whose turn had to wait for others' writes.
     fn serve_queued(&mut self) {
-        while let Some(key) = self.queue.pop_front() {
-            if !self.writes.is_under_way(&key) && self.turn(&key) == Turn::Later {
-                self.queue.push_front(key);
+        while let Some(key) = self.cases.first_in_queue() {
+            if !self.writes.is_under_way(&key) && self.turn_of(&key) == Turn::Later {
                 break;
             }
-            self.queued.remove(&key);
+            self.cases.dequeue(&key);
             self.reconcile(&key);
         }
-        self.is_starting &= !self.queue.is_empty();
+        self.is_starting &= self.cases.first_in_queue().is_some();
     }
 
     fn serve_waiting(&mut self) {
         while std::mem::take(&mut self.made_room) {
-            for key in self.by_age(self.waiting.iter().cloned().collect()) {
+            for key in self.by_age(self.cases.waiting()) {
                 self.reconcile(&key);
             }
         }
@@ -483,11 +480,11 @@ impl Controller {
             return;
         }
         if self.writes.is_under_way(key) {
-            self.again.insert(key.clone());
+            self.cases.change(key, |case| case.again = true);
             return;
         }
         // What cannot be written now is not decided now: ten thousand PATCHes that wait are memory.
-        let turn = self.turn(key);
+        let turn = self.turn_of(key);
         if turn != Turn::Now {
             return self.wait_for_turn(key, turn);
         }
@@ -499,26 +496,27 @@ impl Controller {
         let reading = request::read(&service, self.settings.is_default);
         self.remark(key, &service, &reading);
         match reading {
-            _ if external::is_leaving(&service) => self.give_back(key, &service, &notices::leaving()),
+            _ if external::is_leaving(&service) => self.give_back(key, &service, notices::leaving()),
             Reading::NotOurs => {
-                self.waiting.remove(key);
+                self.set_waits(key, false);
                 // Without a class it may have been ours before it was decided that those are not.
                 if is_of_another_class(&service) {
                     self.disown(key, &service);
                 }
             }
-            Reading::OtherType(type_) => self.give_back(key, &service, &notices::released(&type_)),
-            Reading::Invalid(..) | Reading::Wants(_) if self.foreign.contains(key) => self.stand_aside(key, &service),
+            Reading::OtherType(type_) => self.give_back(key, &service, notices::released(&type_)),
+            Reading::Invalid(..) | Reading::Wants(_) if self.cases.get(key).is_foreign => {
+                self.stand_aside(key, &service)
+            }
             Reading::Invalid(key, refusal) => {
                 let keeps = self.ledger.addresses_of(&key).to_vec();
                 self.refuse(&key, &service, &refusal, keeps);
             }
             Reading::Wants(request) => self.serve(&service, &request),
         }
-        if self.waiting.contains(key) && self.ledger.addresses_of(key).is_empty() {
-            self.without.insert(key.clone());
-        } else {
-            self.without.remove(key);
+        let is_without = self.cases.get(key).waits && self.ledger.addresses_of(key).is_empty();
+        if self.cases.get(key).is_without != is_without {
+            self.cases.change(key, |case| case.is_without = is_without);
         }
         self.tell_of_silence(key, &service);
         self.settle(key);
@@ -532,20 +530,15 @@ impl Controller {
             Reading::OtherType(_) => None,
         };
         match remark {
-            Some(remark) if self.is_starting => self.told.entry(key.clone()).or_default().push(remark),
-            Some(remark) => self.tell_once(key, service, remark),
-            None => {
-                if let Some(told) = self.told.get_mut(key) {
-                    told.retain(|notice| notice.reason != lint::REASON);
-                }
-            }
+            Some(remark) => self.tell_unless_starting(key, service, remark),
+            None => self.cases.forget_told(key, lint::REASON),
         }
     }
 
     fn serve(&mut self, service: &Service, request: &Request) {
         let key = &request.service;
         let held = self.ledger.addresses_of(key).to_vec();
-        self.heed_strangers(request, &self.nodes.conflicts(service, &held), Timestamp::now());
+        self.heed_strangers(request, &self.nodes.conflicts(service, &held), self.now.clock);
         // Who has a better right to an address of this Service, or nobody may have it. It gets another in the same PATCH, so
         // that it is never without one. Where there is none to get, it keeps the address if that harms nobody, and gives it up
         // and waits if it does. In all cases it is told.
@@ -574,17 +567,13 @@ impl Controller {
                 return;
             }
         };
-        if grant.shortfall.is_some() {
-            self.waiting.insert(key.clone());
-        } else {
-            self.waiting.remove(key);
-        }
+        self.set_waits(key, grant.shortfall.is_some());
         let made_room = self.ledger.hold(key, &grant.addresses, &request.claim);
         if held != grant.addresses {
             self.usage_changed();
         }
         self.tell_of_conflicts(key, service, &contested, &grant.addresses);
-        if let Some(patch) = assignment(service, request.re_evaluate, &grant, &self.nodes, Timestamp::now()) {
+        if let Some(patch) = assignment(service, request.re_evaluate, &grant, &self.nodes, self.now.clock) {
             for remark in external::remarks(&self.ledger, request, &grant) {
                 self.tell_once(key, service, remark.clone());
             }
@@ -602,9 +591,9 @@ impl Controller {
                     notices: notices::granted(service, request, &grant),
                     addresses: grant.addresses,
                 };
-                self.granted.insert(key.clone(), granted);
+                self.cases.change(key, |case| case.granted = Some(Box::new(granted)));
             }
-            self.write(key.clone(), Part::Status, patch);
+            self.write(key, Part::Status, patch);
         } else {
             self.direct_traffic(service, request, &grant);
         }
@@ -617,20 +606,8 @@ impl Controller {
     fn direct_traffic(&mut self, service: &Service, request: &Request, grant: &Grant) {
         let key = &request.service;
         match traffic_policy(request.traffic, grant.announce) {
-            Policy::Leave => {
-                if let Some(told) = self.told.get_mut(key) {
-                    told.retain(|notice| notice.reason != notices::LOCAL_OVERRIDE);
-                }
-            }
-            Policy::Allow => {
-                let notice = notices::local_allowed();
-                // Told before the restart.
-                if self.is_starting {
-                    self.told.entry(key.clone()).or_default().push(notice);
-                } else {
-                    self.tell_once(key, service, notice);
-                }
-            }
+            Policy::Leave => self.cases.forget_told(key, notices::LOCAL_OVERRIDE),
+            Policy::Allow => self.tell_unless_starting(key, service, notices::local_allowed()),
             Policy::Override => {
                 self.tell_once(key, service, notices::local_overridden());
                 let version = &service.metadata.resource_version;
@@ -638,7 +615,7 @@ impl Controller {
                     "metadata": {"resourceVersion": version},
                     "spec": {"externalTrafficPolicy": "Cluster"},
                 });
-                self.write(key.clone(), Part::Spec, patch);
+                self.write(key, Part::Spec, patch);
             }
         }
     }
@@ -658,7 +635,7 @@ impl Controller {
 
     /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps.
     fn refuse(&mut self, key: &ServiceKey, service: &Service, refusal: &Refusal, keeps: Vec<IpAddr>) {
-        self.waiting.insert(key.clone());
+        self.set_waits(key, true);
         let saying = Saying::refused(refusal);
         if !saying.is_said(service) {
             let asked =
@@ -667,8 +644,8 @@ impl Controller {
             self.tell_once(key, service, notices::refused(service, refusal));
         }
         let keeps = keep(&self.ledger, key, keeps);
-        if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, Timestamp::now()) {
-            self.write(key.clone(), Part::Status, patch);
+        if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, self.now.clock) {
+            self.write(key, Part::Status, patch);
         }
     }
 
@@ -677,25 +654,19 @@ impl Controller {
     fn stand_aside(&mut self, key: &ServiceKey, service: &Service) {
         match self.standing(service) {
             Standing::Overwritten { ours, others } => {
-                self.waiting.insert(key.clone());
+                self.set_waits(key, true);
                 let saying = Saying::overwritten(&others, &ours);
                 if !saying.is_said(service) {
                     self.tell_once(key, service, notices::overwritten(&others, &ours));
                 }
                 let keeps = keep(&self.ledger, key, ours);
-                if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, Timestamp::now()) {
-                    self.write(key.clone(), Part::Status, patch);
+                if let Some(patch) = statement(service, &keeps, &saying, false, &self.nodes, self.now.clock) {
+                    self.write(key, Part::Status, patch);
                 }
             }
             Standing::Foreign(others) => {
-                self.waiting.remove(key);
-                let notice = notices::foreign(&others);
-                // Told before the restart.
-                if self.is_starting {
-                    self.told.entry(key.clone()).or_default().push(notice);
-                } else {
-                    self.tell_once(key, service, notice);
-                }
+                self.set_waits(key, false);
+                self.tell_unless_starting(key, service, notices::foreign(&others));
             }
             Standing::Bare | Standing::Ours(_) | Standing::Adopted(_) => {}
         }
@@ -705,24 +676,24 @@ impl Controller {
     fn disown(&mut self, key: &ServiceKey, service: &Service) {
         if let Some(patch) = withdrawal(service) {
             tracing::info!(service = %key, "the annotations of another class's Service are taken off");
-            self.told.remove(key);
-            self.write(key.clone(), Part::Status, patch);
+            self.cases.change(key, |case| case.told.clear());
+            self.write(key, Part::Status, patch);
         }
     }
 
     /// Takes everything of ours off a Service. `why` is what its author is told.
-    fn give_back(&mut self, key: &ServiceKey, service: &Service, why: &Notice) {
-        self.waiting.remove(key);
-        self.foreign.remove(key);
+    fn give_back(&mut self, key: &ServiceKey, service: &Service, why: Notice) {
+        self.set_waits(key, false);
+        self.set_foreign(key, false);
         let held = self.ledger.addresses_of(key).to_vec();
         let made_room = self.ledger.release(key);
         if let Some(patch) = withdrawal(service) {
             if !ingress(service).is_empty() || !held.is_empty() || record::Granted::read(service).is_some() {
                 tracing::info!(service = %key, addresses = ?held, cause = why.message, "released");
-                self.reporter.tell(service, why);
+                self.effects.tell(service, why);
             }
-            self.told.remove(key);
-            self.write(key.clone(), Part::Status, patch);
+            self.cases.change(key, |case| case.told.clear());
+            self.write(key, Part::Status, patch);
         }
         if made_room {
             self.usage_changed();
@@ -732,15 +703,21 @@ impl Controller {
 
     /// Tells a Service's author, unless the same was the last thing said for that reason.
     fn tell_once(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
-        let told = self.told.entry(key.clone()).or_default();
-        if told.contains(&notice) {
+        if !self.cases.note_told(key, &notice) {
             return;
         }
         if notice.kind == Kind::Warning {
             tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
         }
-        told.retain(|old| old.reason != notice.reason);
-        self.reporter.tell(service, &notice);
-        told.push(notice);
+        self.effects.tell(service, notice);
+    }
+
+    /// The same, but for what was told before this process started.
+    fn tell_unless_starting(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
+        if self.is_starting {
+            self.cases.note_told(key, &notice);
+        } else {
+            self.tell_once(key, service, notice);
+        }
     }
 }

@@ -225,6 +225,15 @@ fn cut(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
+/// How messages name where addresses come from.
+pub fn name(source: &Source) -> &str {
+    match source {
+        Source::External(external) => &external.provider,
+        Source::Netbox(_) => "Netbox",
+        Source::Pools(_) => "its provider",
+    }
+}
+
 /// Whether two groups have one provider.
 pub fn is_same(one: &Source, other: &Source) -> bool {
     match (one, other) {

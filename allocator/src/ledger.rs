@@ -9,12 +9,13 @@ use std::net::IpAddr;
 
 use crds::conflict::Mac;
 use crds::pool::AddressRange;
-use crds::servicegroup::{Announce, Group, Source};
+use crds::servicegroup::{Announce, Group};
 use crds::{Family, Pool, ServiceKey};
 use k8s_openapi::jiff::Timestamp;
 
 pub use crate::claim::{Claim, Endpoints, Port, Ports, Sharing};
 use crate::claim::{Holder, Holders, Obstacle};
+use crate::ipam;
 use crate::namespaces::Namespaces;
 use crate::offers::Offers;
 use crate::pool::Space;
@@ -203,11 +204,8 @@ impl Ledger {
 
     /// How messages name where a group's addresses come from.
     pub fn provider_of(&self, group: &str) -> String {
-        match self.group(group).map(|group| &group.source) {
-            Some(Source::External(external)) => external.provider.clone(),
-            Some(Source::Netbox(_)) => "Netbox".into(),
-            Some(Source::Pools(_)) | None => "its provider".into(),
-        }
+        let source = self.group(group).map(|group| &group.source);
+        source.map_or("its provider", ipam::name).to_owned()
     }
 
     /// Names of all groups.

@@ -1,8 +1,9 @@
 //! The allocator: which Service gets which address.
 //!
-//! The way of a Service: `controller` (watch) → [`request`] → [`decide`] (over [`ledger`], [`pool`]) →
-//! `controller` (one [`patch`]) → [`notices`], [`condition`], [`status`]. Everything but the controller, the lease,
-//! the status, the bootstrap and the errands is plain data and functions, without Kubernetes, clock or network.
+//! The way of a Service: [`world`] (watch) → [`controller`] → [`request`] → [`decide`] (over [`ledger`], [`pool`]) →
+//! [`controller`] (one [`patch`], [`notices`], [`condition`], [`status`]) → [`world`] (it is written). Everything but the world, the
+//! providers of [`ipam`], the lease, the bootstrap and the errands is plain data and functions, without a connection to the API
+//! server, clock or network.
 
 pub mod agents;
 pub mod bootstrap;
@@ -36,6 +37,7 @@ pub mod status;
 pub mod strangers;
 pub mod troubles;
 pub mod usage;
+pub mod world;
 
 #[cfg(test)]
 mod tests {

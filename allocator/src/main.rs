@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use allocator::bootstrap;
-use allocator::controller::{self, Settings};
+use allocator::controller::Settings;
 use allocator::errand::Errand;
 use allocator::ipam::Access;
 use allocator::lease::{Candidate, Times};
 use allocator::metrics::Metrics;
+use allocator::world;
 use anyhow::Context;
 use clap::Parser;
 
@@ -99,7 +100,7 @@ async fn main() -> anyhow::Result<()> {
         metrics.leading.set(1);
         // The picture is read from the start: what was true before this term is not.
         tokio::select! {
-            ended = controller::run(bare_client.clone(), settings.clone(), &metrics, &ready) => ended?,
+            ended = world::run(bare_client.clone(), settings.clone(), &metrics, &ready) => ended?,
             () = candidate.deposed() => tracing::warn!(instance = settings.instance, "not leading any more"),
             signal = &mut stop => break signal?,
         }

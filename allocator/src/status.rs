@@ -1,18 +1,11 @@
 //! The status of ServiceGroups: how full they are, and what of them is given to no Service.
 
-use crds::event::{ALLOCATOR, LONGEST, cut};
+use crds::event::{LONGEST, cut};
 use crds::record::replacing;
 use crds::servicegroup::Source;
 use crds::{Family, ServiceGroupStatus};
-use daemon::WriteError;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Patch, PatchParams};
-use kube::core::Request;
-use kube::{Client, Resource};
-use serde::Serialize;
-use serde::de::IgnoredAny;
-use serde_json::json;
 
 use crate::groups::Verdict;
 use crate::ledger::Ledger;
@@ -126,24 +119,4 @@ pub fn status(
         problem: None,
         conditions: Some(conditions(name, ledger, remarks, said, now)).filter(|conditions| !conditions.is_empty()),
     }
-}
-
-/// Writes an object's status with server-side apply, so that fields that became absent go away.
-///
-/// # Errors
-/// What the API server answered.
-pub async fn write_status<K: Resource<DynamicType = ()>>(
-    client: &Client,
-    key: &daemon::Key,
-    status: &(impl Serialize + Sync),
-) -> Result<(), WriteError> {
-    let requests = Request::new(K::url_path(&(), Some(&key.0)));
-    let patch = json!({
-        "apiVersion": K::api_version(&()),
-        "kind": K::kind(&()),
-        "status": status,
-    });
-    let params = PatchParams::apply(ALLOCATOR).force();
-    let request = requests.patch_subresource("status", &key.1, &params, &Patch::Apply(patch));
-    daemon::send::<IgnoredAny>(client, request).await.map(|_| ())
 }

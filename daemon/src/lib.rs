@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows what an allocator or a node agent does.
 
+mod alarms;
 mod http;
 mod pace;
 mod report;
@@ -22,6 +23,7 @@ use tracing_subscriber::layer::{Identity, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
 
+pub use alarms::Alarms;
 pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use pace::{LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
 pub use report::{CONCURRENCY, Reporter};

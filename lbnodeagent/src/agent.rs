@@ -36,6 +36,7 @@ use std::time::Duration;
 use crds::event::Notice;
 use crds::lbnode::{LBNodeStatus, RoutingDaemon};
 use crds::{Family, ServiceKey};
+use daemon::Alarms;
 use k8s_openapi::jiff::Timestamp;
 use smol_str::SmolStr;
 
@@ -64,7 +65,6 @@ use crate::scope::{Place, Scope};
 use crate::standby::{Assignment, Verdicts, Watched, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
-use crate::wakes::Wakes;
 
 /// What the agent is told at start.
 #[derive(Clone, Debug)]
@@ -217,7 +217,7 @@ struct Due {
     /// VIPs that have to be decided anew, beside those that Services touch.
     touched: Scope,
     /// When single VIPs have to be.
-    vips: Wakes<Duration>,
+    vips: Alarms<IpAddr, Duration>,
     /// When to look at everything.
     all: Option<Duration>,
     /// When something was last said in the LBNode, and when there is something to be said that waits.
@@ -534,7 +534,7 @@ impl Agent {
             Scope::Vips(vips) => scope.add(vips),
             Scope::All => scope = Scope::All,
         }
-        scope.add(self.due.vips.due(self.now.at));
+        scope.add(self.due.vips.due(self.now.at).copied());
         let is_time = self.due.all.is_some_and(|at| at <= self.now.at);
         if is_about_all || is_time || self.basis.is_none() {
             scope = Scope::All;
@@ -591,7 +591,7 @@ impl Agent {
         self.metrics.looked("some");
         basis.kernel.addresses.extend(ours);
         for vip in &vips {
-            self.due.vips.forget(*vip);
+            self.due.vips.cancel(vip);
         }
         self.decide(self.now.at, basis, Scope::Vips(vips), None);
     }
@@ -770,7 +770,7 @@ impl Agent {
             lingering.insert(key, until);
             if until > now {
                 desired.insert(VipAddress::held(address));
-                self.due.vips.set(address.ip, until);
+                self.due.vips.hasten(address.ip, until);
             }
         }
         self.lingering.retain(|(_, ip), _| !scope.has(*ip));

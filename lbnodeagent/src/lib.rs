@@ -33,5 +33,4 @@ pub mod slice;
 pub mod standby;
 pub mod steadiness;
 pub mod told;
-pub mod wakes;
 pub mod world;

@@ -1,5 +1,4 @@
-//! The loop's part that is about LBNodeAgents and the nodes that use them: the acting part of [`crate::agents`] and
-//! [`crate::troubles`].
+//! LBNodeAgents and the nodes that use them: what the controller makes of [`crate::agents`] and [`crate::troubles`].
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -7,21 +6,16 @@ use std::time::Duration;
 use crds::event::Notice;
 use crds::{LBNode, LBNodeAgent, LBNodeAgentStatus, LBNodeSpec};
 use daemon::{Change, Mirror, Turn, WriteError, Writes};
-use kube::Client;
-use kube::api::Api;
 use kube::runtime::watcher;
-use tokio::sync::mpsc;
-use tokio::time::Instant;
 
 use super::groups::STATUS_DELAY;
-use super::{Controller, Input};
+use super::{Alarm, Controller, Effect};
 use crate::agents::{Labels, Use, judge};
 use crate::nodes::Report;
-use crate::status::write_status;
 use crate::troubles::Troubles;
 
 /// What is known of LBNodeAgents and of who uses them.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Agents {
     objects: Mirror<LBNodeAgent>,
     statuses: BTreeMap<daemon::Key, LBNodeAgentStatus>,
@@ -30,8 +24,6 @@ pub(super) struct Agents {
     uses: BTreeMap<String, Use>,
     uids: BTreeMap<String, String>,
     troubles: Troubles,
-    /// When troubles are looked at again.
-    look_at: Option<Instant>,
 }
 
 impl Agents {
@@ -39,12 +31,6 @@ impl Agents {
     pub(super) fn is_node(&self, name: &str) -> bool {
         self.labels.contains_key(name)
     }
-}
-
-/// Watches all LBNodeAgents: who writes one into another namespace is told.
-pub(super) fn watch(client: &Client, sender: &mpsc::UnboundedSender<Input>) {
-    let all = daemon::Selection::default();
-    daemon::watch(Api::all(client.clone()), all, sender, Input::Agent);
 }
 
 impl Controller {
@@ -81,7 +67,7 @@ impl Controller {
             }
             return;
         };
-        let now = self.began.elapsed();
+        let now = self.now.since_start;
         if let Some(uid) = report.uid() {
             self.agents.uids.insert(node.to_owned(), uid.to_owned());
         }
@@ -95,7 +81,7 @@ impl Controller {
 
     /// All LBNodes were read once.
     pub(super) fn know_troubles(&mut self) {
-        self.agents.troubles.know(self.began.elapsed());
+        self.agents.troubles.know(self.now.since_start);
         self.usage_changed();
     }
 
@@ -104,35 +90,22 @@ impl Controller {
         if !self.nodes.is_known() {
             return;
         }
-        let now = self.began.elapsed();
+        let now = self.now.since_start;
         for (node, notice) in self.agents.troubles.look(now) {
             tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
-            self.tell_of_node(&node, &notice);
+            self.tell_of_node(&node, notice);
         }
-        let Some(next) = self.agents.troubles.next(now) else {
-            return;
-        };
-        let next = self.began + next;
-        if self
-            .agents
-            .look_at
-            .is_none_or(|known| next < known || known <= Instant::now())
-        {
-            self.agents.look_at = Some(next);
-            let sender = self.sender.clone();
-            self.spawn(async move {
-                tokio::time::sleep_until(next).await;
-                let _ = sender.send(Input::LookAtTroubles);
-            });
+        if let Some(next) = self.agents.troubles.next(now) {
+            self.alarms.hasten(Alarm::Troubles, next);
         }
     }
 
     /// Tells whoever looks at a node's LBNode.
-    pub(super) fn tell_of_node(&self, node: &str, notice: &Notice) {
+    pub(super) fn tell_of_node(&mut self, node: &str, notice: Notice) {
         let mut object = LBNode::new(node, LBNodeSpec {});
         object.metadata.namespace = Some(self.settings.namespace.clone());
         object.metadata.uid = self.agents.uids.get(node).cloned();
-        self.reporter.tell(&object, notice);
+        self.effects.tell(&object, notice);
     }
 
     /// Writes what has become of the LBNodeAgents, where that is news. Returns when to try those whose turn it is not.
@@ -147,7 +120,7 @@ impl Controller {
             if known == Some(&current) {
                 continue;
             }
-            let wait = match self.agents.writes.turn(key, self.began.elapsed()) {
+            let wait = match self.agents.writes.turn(key, self.now.since_start) {
                 Turn::Now => None,
                 Turn::In(pause) => Some(pause),
                 Turn::Later => Some(STATUS_DELAY),
@@ -161,22 +134,19 @@ impl Controller {
                 && known.and_then(|known| known.problem.as_ref()) != current.problem.as_ref()
             {
                 tracing::info!(lbnodeagent = %key.1, namespace = %key.0, message = %notice.message, "an event tells of an LBNodeAgent");
-                self.reporter.tell(object.as_ref(), &notice);
+                self.effects.tell(object.as_ref(), notice);
             }
             self.agents.statuses.insert(key.clone(), current.clone());
             self.agents.writes.begin(key.clone());
-            let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
-            self.spawn(async move {
-                let result = write_status::<LBNodeAgent>(&client, &key, &current).await;
-                let _ = sender.send(Input::AgentWritten(key, result));
-            });
+            let status = Box::new(current);
+            self.effects.push(Effect::WriteAgent(key.clone(), status));
         }
         again
     }
 
     pub(super) fn agent_written(&mut self, key: &daemon::Key, result: &Result<(), WriteError>) {
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.agents.writes.done(key, failure, self.began.elapsed());
+        let is_news = self.agents.writes.done(key, failure, self.now.since_start);
         if let Some(error) = failure {
             if is_news {
                 tracing::warn!(lbnodeagent = %key.1, %error, "status of LBNodeAgent not written, will try again");

@@ -1,6 +1,6 @@
-//! The acting part for groups whose addresses come from elsewhere: asks their providers, and gives back.
+//! Groups whose addresses come from elsewhere: when their providers are asked, and when something is given back.
 //!
-//! Nothing here waits: providers are asked beside the loop and their answers come back as messages. So that
+//! Nothing here waits: that a provider is to be asked is an effect, and its answer is an input of a later turn. So that
 //! neither side keeps an address the other has forgotten,
 //!
 //! - a Service gets a finalizer that names the group *before* the provider is asked, and loses it when the
@@ -9,9 +9,8 @@
 //! - an address is given back only when the Service does not show it any more;
 //! - of one Service and one provider there is one request at a time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crds::ServiceKey;
@@ -21,12 +20,12 @@ use crds::service::{RESERVED, allocated_from, ingress, reserved_in};
 use crds::servicegroup::{Group, Source};
 use k8s_openapi::api::core::v1::Service;
 use serde_json::json;
-use tokio::time::Instant;
 
-use super::{Controller, Input, Part};
+use super::case::Case;
+use super::{Alarm, Controller, Effect, Part};
 use crate::decide::{Grant, offered};
 use crate::groups::Verdict;
-use crate::ipam::{self, Answer, Problem, Provider, Return, Stats};
+use crate::ipam::{self, Answer, Problem, Return, Stats};
 use crate::ledger::Ledger;
 use crate::notices;
 use crate::refusal::Refusal;
@@ -39,44 +38,58 @@ const LASTING: (Duration, Duration) = (Duration::from_secs(10), Duration::from_m
 /// How often providers are asked how full they are, besides after each change of ours.
 const STATS_EVERY: Duration = Duration::from_secs(30);
 
-/// What comes back.
-pub(super) enum Message {
-    Answered(ServiceKey, String, Result<Answer, Problem>),
-    Released(ServiceKey, String, Return, Result<(), Problem>),
-    /// A wait is over.
-    Again(ServiceKey, String, Act),
-    Stats(String, Result<Option<Stats>, Problem>),
-    StatsDue,
-}
-
 /// What a provider is asked to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Act {
     Allocate,
     Release,
 }
 
-/// A Service, and a group with a provider.
-type Pair = (ServiceKey, String);
-
+/// Until when a provider is not asked again.
+#[derive(Debug)]
 struct Pause {
     failures: u32,
-    until: Instant,
+    until: Duration,
     /// What failed: silence ends with any answer, and want of addresses with one that is given back.
     problem: Option<Problem>,
 }
 
-/// Which requests are under way, wanted and waiting.
-#[derive(Default)]
+/// What is going on between a Service and the provider of a group.
+#[derive(Debug, Default)]
+pub(super) struct Errand {
+    /// A request is under way.
+    is_busy: bool,
+    /// Allocating failed.
+    allocate: Option<Pause>,
+    /// Releasing failed.
+    release: Option<Pause>,
+}
+
+impl Errand {
+    pub(super) const fn is_over(&self) -> bool {
+        !self.is_busy && self.allocate.is_none() && self.release.is_none()
+    }
+
+    const fn pause(&self, act: Act) -> Option<&Pause> {
+        match act {
+            Act::Allocate => self.allocate.as_ref(),
+            Act::Release => self.release.as_ref(),
+        }
+    }
+
+    const fn pause_mut(&mut self, act: Act) -> &mut Option<Pause> {
+        match act {
+            Act::Allocate => &mut self.allocate,
+            Act::Release => &mut self.release,
+        }
+    }
+}
+
+/// What is known of providers.
+#[derive(Debug, Default)]
 pub(super) struct External {
     /// The providers of groups; also of those that are gone, for what is to be given back there.
-    providers: HashMap<String, (Source, Arc<Provider>)>,
-    busy: HashSet<Pair>,
-    pauses: HashMap<(ServiceKey, String, Act), Pause>,
-    /// The group each Service waits for.
-    awaited: HashMap<ServiceKey, String>,
-    /// As what each Service asked last.
-    asked_as: HashMap<ServiceKey, Request>,
+    providers: HashMap<String, Source>,
     /// Groups to be asked how full they are.
     stats_wanted: BTreeSet<String>,
 }
@@ -101,61 +114,31 @@ pub(super) fn remarks<'a>(
 }
 
 impl Controller {
-    pub(super) fn external_message(&mut self, message: Message) {
-        match message {
-            Message::Answered(key, group, result) => self.answered(&key, &group, result),
-            Message::Released(key, group, what, result) => self.released(&key, &group, &what, result),
-            Message::Again(key, group, act) => self.again(&key, &group, act),
-            Message::Stats(group, Ok(stats)) => {
-                if let Some(stats) = stats
-                    && self.ledger.offers_mut().set_stats(&group, stats)
-                {
-                    self.usage_changed();
-                }
-            }
-            Message::Stats(group, Err(problem)) => tracing::debug!(group, %problem, "no stats"),
-            Message::StatsDue => {
-                let groups = self.ledger.group_names().map(ToOwned::to_owned);
-                self.external.stats_wanted.extend(groups);
-                self.ask_stats();
-            }
-        }
-    }
-
     // ---- what is known ---------------------------------------------------------------------------
 
     /// Takes note of the groups' providers.
     pub(super) fn note_providers(&mut self, groups: &BTreeMap<String, Group>) {
         for (name, group) in groups.iter().filter(|(_, group)| group.is_elsewhere()) {
-            let providers = &self.external.providers;
-            if providers
-                .get(name)
-                .is_some_and(|(known, _)| ipam::is_same(known, &group.source))
-            {
+            let known = self.external.providers.get(name);
+            if known.is_some_and(|known| ipam::is_same(known, &group.source)) {
                 continue;
             }
-            let mut others = providers.values();
-            let shared = others.find(|(source, _)| ipam::is_same(source, &group.source));
-            let provider = shared.map(|(_, provider)| provider.clone());
-            let (access, calls) = (&self.settings.netbox, &self.metrics.calls);
-            let provider = provider.or_else(|| Provider::new(&group.source, access, calls).map(Arc::new));
-            if let Some(provider) = provider {
-                let entry = (group.source.clone(), provider);
-                self.external.providers.insert(name.clone(), entry);
-                self.external.stats_wanted.insert(name.clone());
-            }
+            self.external.providers.insert(name.clone(), group.source.clone());
+            self.external.stats_wanted.insert(name.clone());
+            let source = Box::new(group.source.clone());
+            self.effects.push(Effect::Provide(name.clone(), source));
         }
     }
 
     /// Takes note of what a Service itself says about what is reserved for it, before it is decided about.
     pub(super) fn note_reservations(&mut self, key: &ServiceKey, service: &Service) {
-        self.external.awaited.remove(key);
+        self.set_awaited(key, None);
         for group in reserved_in(service) {
             self.ledger.offers_mut().account_mut(key, group);
         }
         let has_any = !self.external.providers.is_empty() || reserved_in(service).next().is_some();
         let granted = Granted::read(service);
-        if !has_any || (granted.is_none() && self.foreign.contains(key)) {
+        if !has_any || (granted.is_none() && self.cases.get(key).is_foreign) {
             return;
         }
         // Without a record it is adopted, if it has any.
@@ -188,21 +171,26 @@ impl Controller {
             Ok(grant) => grant.shortfall.as_ref(),
             Err(refusal) => Some(refusal),
         };
-        match refusal {
-            Some(Refusal::Awaited { group } | Refusal::Provider { group, .. }) => {
-                self.external.awaited.insert(key.clone(), group.clone());
-            }
-            _ => {
-                self.external.awaited.remove(key);
-            }
+        let group = match refusal {
+            Some(Refusal::Awaited { group } | Refusal::Provider { group, .. }) => Some(group.as_str()),
+            _ => None,
+        };
+        self.set_awaited(key, group);
+    }
+
+    fn set_awaited(&mut self, key: &ServiceKey, group: Option<&str>) {
+        if self.cases.get(key).awaited.as_deref() != group {
+            self.cases
+                .change(key, |case| case.awaited = group.map(ToOwned::to_owned));
         }
     }
 
     /// A Service that asks for something else is not held up by what became of the last.
     pub(super) fn forget_old_trouble(&mut self, request: &Request) {
         let key = &request.service;
-        if self.external.asked_as.get(key).is_some_and(|asked| asked != request) {
-            self.external.asked_as.remove(key);
+        let asked = self.cases.get(key).asked_as.as_deref();
+        if asked.is_some_and(|asked| asked != request) {
+            self.cases.change(key, |case| case.asked_as = None);
             let groups: Vec<String> = self.ledger.offers().groups(key).map(ToOwned::to_owned).collect();
             for group in groups {
                 self.ledger.offers_mut().account_mut(key, &group).trouble = None;
@@ -214,7 +202,7 @@ impl Controller {
         let provider = self.external.providers.get(group);
         Refusal::Provider {
             group: group.to_owned(),
-            provider: provider.map_or_else(String::new, |(_, provider)| provider.name().to_owned()),
+            provider: provider.map_or_else(String::new, |source| ipam::name(source).to_owned()),
             problem,
         }
     }
@@ -224,41 +212,48 @@ impl Controller {
     /// Asks a group's provider for what a Service wants beside `current`, or sees to it that this can be done.
     pub(super) fn ask(&mut self, service: &Service, request: &Request, group: &str, current: &[IpAddr]) {
         let key = &request.service;
-        self.waiting.insert(key.clone());
-        let pair = (key.clone(), group.to_owned());
-        if self.external.busy.contains(&pair) || service.metadata.deletion_timestamp.is_some() {
+        self.set_waits(key, true);
+        if self.is_busy(key, group) || service.metadata.deletion_timestamp.is_some() {
             return;
         }
-        let Some((_, provider)) = self.external.providers.get(group) else {
+        if !self.external.providers.contains_key(group) {
             return;
-        };
+        }
         if reserved_in(service).all(|known| known != group) {
             let others = service.metadata.finalizers.iter().flatten().cloned();
             let finalizers: Vec<String> = others.chain([format!("{RESERVED}{group}")]).collect();
             return self.write_finalizers(key, service, &finalizers);
         }
-        let provider = provider.clone();
         let query = offered::query(&self.ledger, request, group, current);
         let offered = self.ledger.offers().of(key, group).iter().copied();
         let kept: Vec<IpAddr> = offered.filter(|ip| current.contains(ip)).collect();
         self.ledger.offers_mut().account_mut(key, group).is_clear = false;
-        self.external.asked_as.insert(key.clone(), request.clone());
-        self.external.busy.insert(pair.clone());
+        self.cases
+            .change(key, |case| case.asked_as = Some(Box::new(request.clone())));
+        self.set_busy(key, group, true);
         tracing::debug!(service = %key, group, want = ?query.want, "asking");
-        let sender = self.sender.clone();
-        self.spawn(async move {
-            let result = provider.allocate(&query, &kept).await;
-            let _ = sender.send(Input::External(Message::Answered(pair.0, pair.1, result)));
-        });
+        let query = Box::new(query);
+        self.effects.push(Effect::Ask { query, kept });
     }
 
-    fn answered(&mut self, key: &ServiceKey, group: &str, result: Result<Answer, Problem>) {
-        self.external.busy.remove(&(key.clone(), group.to_owned()));
+    fn is_busy(&self, key: &ServiceKey, group: &str) -> bool {
+        let errand = self.cases.get(key).providers.get(group);
+        errand.is_some_and(|errand| errand.is_busy)
+    }
+
+    fn set_busy(&mut self, key: &ServiceKey, group: &str, is_busy: bool) {
+        let errand = |case: &mut Case| case.providers.entry(group.to_owned()).or_default().is_busy = is_busy;
+        self.cases.change(key, errand);
+    }
+
+    pub(super) fn answered(&mut self, key: &ServiceKey, group: &str, result: Result<Answer, Problem>) {
+        self.set_busy(key, group, false);
         let service = self.service(key);
         let trouble = match result {
             Ok(answer) => {
                 let claim = service.as_ref().map(request::claim).unwrap_or_default();
-                let pinned = self.external.asked_as.get(key).map(|asked| asked.pinned.as_slice());
+                let asked = self.cases.get(key).asked_as.as_deref();
+                let pinned = asked.map(|asked| asked.pinned.as_slice());
                 let is_pinned = |ip: &IpAddr| pinned.is_some_and(|pinned| pinned.contains(ip));
                 let examine = |ip: &IpAddr| {
                     let of_a_host = offered::of_a_host(&self.ledger, group, *ip).filter(|_| !is_pinned(ip));
@@ -301,10 +296,6 @@ impl Controller {
             return;
         }
         let service = self.service(key);
-        if service.is_none() {
-            self.external.awaited.remove(key);
-            self.external.asked_as.remove(key);
-        }
         let mut in_use = self.ledger.addresses_of(key).to_vec();
         in_use.extend(service.iter().flat_map(ingress));
         let mut finalizers: Vec<String> = service
@@ -316,7 +307,7 @@ impl Controller {
         for group in groups {
             let finalizer = format!("{RESERVED}{group}");
             let has_finalizer = finalizers.contains(&finalizer);
-            if self.external.busy.contains(&(key.clone(), group.clone())) {
+            if self.is_busy(key, &group) {
                 continue;
             }
             let Some(account) = self.ledger.offers().account(key, &group) else {
@@ -324,7 +315,7 @@ impl Controller {
             };
             let surplus = account.addresses.iter().find(|ip| !in_use.contains(ip)).copied();
             let is_used = account.addresses.iter().any(|ip| in_use.contains(ip));
-            let is_awaited = self.external.awaited.get(key) == Some(&group);
+            let is_awaited = self.cases.get(key).awaited.as_ref() == Some(&group);
             if is_used || is_awaited {
                 if let Some(ip) = surplus {
                     self.release(key, &group, Return::One(ip.to_string()));
@@ -337,7 +328,10 @@ impl Controller {
                 finalizers.retain(|known| *known != finalizer);
             } else {
                 self.ledger.offers_mut().close(key, &group);
-                self.external.pauses.retain(|(of, at, _), _| (of, at) != (key, &group));
+                self.cases.change(key, |case| case.providers.remove(&group));
+                for act in [Act::Allocate, Act::Release] {
+                    self.alarms.cancel(&Alarm::Provider(group.clone(), key.clone(), act));
+                }
             }
         }
         if let Some(service) = service
@@ -348,19 +342,19 @@ impl Controller {
     }
 
     fn release(&mut self, key: &ServiceKey, group: &str, what: Return) {
-        let waits = self.external.pauses.get(&(key.clone(), group.to_owned(), Act::Release));
-        if waits.is_some_and(|pause| pause.until > Instant::now()) {
+        let errand = self.cases.get(key).providers.get(group);
+        let pause = errand.and_then(|errand| errand.pause(Act::Release));
+        if pause.is_some_and(|pause| pause.until > self.now.since_start) {
             return;
         }
-        let Some((_, provider)) = self.external.providers.get(group) else {
+        if !self.external.providers.contains_key(group) {
             return self.release_nowhere(key, group);
-        };
-        let (provider, sender) = (provider.clone(), self.sender.clone());
-        let pair = (key.clone(), group.to_owned());
-        self.external.busy.insert(pair.clone());
-        self.spawn(async move {
-            let result = provider.release(&pair.1, &pair.0, &what).await;
-            let _ = sender.send(Input::External(Message::Released(pair.0, pair.1, what, result)));
+        }
+        self.set_busy(key, group, true);
+        self.effects.push(Effect::GiveBack {
+            service: key.clone(),
+            group: group.to_owned(),
+            what,
         });
     }
 
@@ -378,12 +372,13 @@ impl Controller {
         }
         if !is_rejected {
             self.ledger.offers_mut().account_mut(key, group).is_clear = true;
-            self.send(Message::Again(key.clone(), group.to_owned(), Act::Release));
+            let again = Alarm::Provider(group.to_owned(), key.clone(), Act::Release);
+            self.alarms.set(again, self.now.since_start);
         }
     }
 
-    fn released(&mut self, key: &ServiceKey, group: &str, what: &Return, result: Result<(), Problem>) {
-        self.external.busy.remove(&(key.clone(), group.to_owned()));
+    pub(super) fn given_back(&mut self, key: &ServiceKey, group: &str, what: &Return, result: Result<(), Problem>) {
+        self.set_busy(key, group, false);
         match result {
             Ok(()) => {
                 tracing::info!(service = %key, group, ?what, "addresses given back to their provider");
@@ -411,7 +406,7 @@ impl Controller {
     fn write_finalizers(&mut self, key: &ServiceKey, service: &Service, finalizers: &[String]) {
         let version = &service.metadata.resource_version;
         let patch = json!({"metadata": {"resourceVersion": version, "finalizers": finalizers}});
-        self.write(key.clone(), Part::Status, patch);
+        self.write(key, Part::Status, patch);
     }
 
     // ---- trying again ----------------------------------------------------------------------------
@@ -420,28 +415,27 @@ impl Controller {
     fn pause(&mut self, key: &ServiceKey, group: &str, act: Act, problem: Option<&Problem>) {
         let is_passing = problem.is_some_and(Problem::is_passing);
         let (first, longest) = if is_passing { PASSING } else { LASTING };
-        let slot = (key.clone(), group.to_owned(), act);
-        let failures = self.external.pauses.get(&slot).map_or(0, |pause| pause.failures);
+        let errand = self.cases.get(key).providers.get(group);
+        let failures = errand
+            .and_then(|errand| errand.pause(act))
+            .map_or(0, |pause| pause.failures);
         let wait = first.saturating_mul(1 << failures.min(10)).min(longest);
+        let until = self.now.since_start + wait;
         let pause = Pause {
             failures: failures + 1,
-            until: Instant::now() + wait,
+            until,
             problem: problem.cloned(),
         };
-        self.external.pauses.insert(slot, pause);
-        let message = Message::Again(key.clone(), group.to_owned(), act);
-        let sender = self.sender.clone();
-        self.spawn(async move {
-            tokio::time::sleep(wait).await;
-            let _ = sender.send(Input::External(message));
+        self.cases.change(key, |case| {
+            let errand = case.providers.entry(group.to_owned()).or_default();
+            *errand.pause_mut(act) = Some(pause);
         });
+        self.alarms
+            .set(Alarm::Provider(group.to_owned(), key.clone(), act), until);
     }
 
-    fn again(&mut self, key: &ServiceKey, group: &str, act: Act) {
-        let pause = self.external.pauses.get(&(key.clone(), group.to_owned(), act));
-        if pause.is_some_and(|pause| pause.until > Instant::now()) {
-            return;
-        }
+    /// A pause is over.
+    pub(super) fn again(&mut self, key: &ServiceKey, group: &str, act: Act) {
         if act == Act::Allocate && self.ledger.offers().account(key, group).is_some() {
             self.ledger.offers_mut().account_mut(key, group).trouble = None;
         }
@@ -450,22 +444,37 @@ impl Controller {
 
     /// A provider did what it was asked: some of those that wait need not wait any longer.
     fn worked(&mut self, key: &ServiceKey, group: &str, act: Act) {
-        self.external.pauses.remove(&(key.clone(), group.to_owned(), act));
+        let now = self.now.since_start;
+        self.cases.change(key, |case| {
+            let errand = case.providers.get_mut(group);
+            errand.and_then(|errand| errand.pause_mut(act).take());
+        });
+        self.alarms.cancel(&Alarm::Provider(group.to_owned(), key.clone(), act));
         self.external.stats_wanted.insert(group.to_owned());
         self.usage_changed();
-        let mut woken = Vec::new();
-        for ((of, at, waits_for), pause) in &mut self.external.pauses {
-            let is_over = pause.problem.as_ref().is_some_and(|problem| {
-                let has_room = act == Act::Release && matches!(problem, Problem::Exhausted(_));
-                has_room || problem.is_silence()
+        let waits = |alarm: &&Alarm| matches!(alarm, Alarm::Provider(at, ..) if at == group);
+        let waiting: Vec<Alarm> = self.alarms.keys().filter(waits).cloned().collect();
+        for alarm in waiting {
+            let Alarm::Provider(_, of, waits_for) = &alarm else {
+                continue;
+            };
+            let is_over = self.cases.change(of, |case| {
+                let errand = case.providers.get_mut(group);
+                let Some(pause) = errand.and_then(|errand| errand.pause_mut(*waits_for).as_mut()) else {
+                    return false;
+                };
+                let is_over = pause.problem.as_ref().is_some_and(|problem| {
+                    let has_room = act == Act::Release && matches!(problem, Problem::Exhausted(_));
+                    has_room || problem.is_silence()
+                });
+                if is_over {
+                    pause.until = now;
+                }
+                is_over
             });
-            if at == group && is_over {
-                pause.until = Instant::now();
-                woken.push((of.clone(), *waits_for));
+            if is_over {
+                self.alarms.set(alarm, now);
             }
-        }
-        for (of, act) in woken {
-            self.send(Message::Again(of, group.to_owned(), act));
         }
     }
 
@@ -477,33 +486,34 @@ impl Controller {
         }
     }
 
-    fn send(&self, message: Message) {
-        let _ = self.sender.send(Input::External(message));
-    }
-
     // ---- how full they are -----------------------------------------------------------------------
 
-    /// Has the providers asked from time to time.
-    pub(super) fn watch_stats(&self) {
-        let sender = self.sender.clone();
-        self.spawn(async move {
-            while sender.send(Input::External(Message::StatsDue)).is_ok() {
-                tokio::time::sleep(STATS_EVERY).await;
-            }
-        });
+    /// Has all providers asked how full they are, and again after a while.
+    pub(super) fn watch_stats(&mut self) {
+        let groups = self.ledger.group_names().map(ToOwned::to_owned);
+        self.external.stats_wanted.extend(groups);
+        self.ask_stats();
+        self.alarms.set(Alarm::Stats, self.now.since_start + STATS_EVERY);
     }
 
     pub(super) fn ask_stats(&mut self) {
         for group in std::mem::take(&mut self.external.stats_wanted) {
             let is_elsewhere = self.ledger.group(&group).is_some_and(Group::is_elsewhere);
-            let Some((_, provider)) = self.external.providers.get(&group).filter(|_| is_elsewhere) else {
-                continue;
-            };
-            let (provider, sender) = (provider.clone(), self.sender.clone());
-            self.spawn(async move {
-                let stats = provider.stats(&group).await;
-                let _ = sender.send(Input::External(Message::Stats(group, stats)));
-            });
+            if is_elsewhere && self.external.providers.contains_key(&group) {
+                self.effects.push(Effect::AskStats(group));
+            }
+        }
+    }
+
+    pub(super) fn stats(&mut self, group: &str, result: Result<Option<Stats>, Problem>) {
+        match result {
+            Ok(Some(stats)) => {
+                if self.ledger.offers_mut().set_stats(group, stats) {
+                    self.usage_changed();
+                }
+            }
+            Ok(None) => {}
+            Err(problem) => tracing::debug!(group, %problem, "no stats"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The loop's part that is about ServiceGroups: which count, and how full they are.
+//! ServiceGroups: which count, and how full they are.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -8,9 +8,8 @@ use crds::{Family, ServiceGroup, ServiceGroupStatus, ServiceKey};
 use daemon::{Change, Turn, WriteError};
 use k8s_openapi::api::core::v1::Service;
 use kube::runtime::watcher;
-use tokio::time::Instant;
 
-use super::{Controller, Input};
+use super::{Alarm, Controller, Effect};
 use crate::groups::{GroupKey, Verdict, judge};
 use crate::status::Remarks;
 use crate::{notices, sentence, status};
@@ -44,7 +43,7 @@ impl Controller {
         if self.is_started && self.judge_groups() {
             self.usage_changed();
             // Addresses that no group had may lie in one now: then their Services are adopted.
-            for key in self.foreign.clone() {
+            for key in self.cases.foreign() {
                 self.adopt(&key);
             }
             self.note_all_outside();
@@ -75,7 +74,7 @@ impl Controller {
             if is_news {
                 let notice = verdict.notice(key);
                 tracing::info!(group = %key.1, namespace = %key.0, verdict = %notice.message, "a ServiceGroup was read");
-                self.reporter.tell(object.as_ref(), &notice);
+                self.effects.tell(object.as_ref(), notice);
             }
         }
         let valid = verdicts
@@ -109,11 +108,12 @@ impl Controller {
     }
 
     pub(super) fn usage_changed(&mut self) {
-        self.status_due.get_or_insert_with(|| Instant::now() + STATUS_DELAY);
+        if !self.alarms.is_set(&Alarm::Statuses) {
+            self.alarms.set(Alarm::Statuses, self.now.since_start + STATUS_DELAY);
+        }
     }
 
     pub(super) fn write_statuses(&mut self) {
-        self.status_due = None;
         self.measure();
         self.ask_stats();
         let mut again = self.write_agent_statuses();
@@ -135,7 +135,7 @@ impl Controller {
                     let is_used = [Family::V4, Family::V6].map(|family| self.ledger.usage(&key.1, family).used > 0);
                     let unrouted = self.nodes.unrouted(group).filter(|_| is_used.contains(&true));
                     let is_said = known.is_some_and(|known| says(known, status::UNROUTED).is_some());
-                    let lasts = self.unrouted.missing(key, unrouted.is_some(), self.began.elapsed());
+                    let lasts = self.unrouted.missing(key, unrouted.is_some(), self.now.since_start);
                     if let Err(wait) = lasts
                         && !is_said
                     {
@@ -151,18 +151,11 @@ impl Controller {
                 near: near.as_deref(),
                 unrouted: unrouted.as_deref(),
             };
-            let current = status::status(
-                verdict,
-                (&key.0, &key.1),
-                &self.ledger,
-                remarks,
-                known,
-                k8s_openapi::jiff::Timestamp::now(),
-            );
+            let current = status::status(verdict, (&key.0, &key.1), &self.ledger, remarks, known, self.now.clock);
             if known == Some(&current) {
                 continue;
             }
-            let wait = match self.status_writes.turn(key, self.began.elapsed()) {
+            let wait = match self.status_writes.turn(key, self.now.since_start) {
                 Turn::Now => None,
                 Turn::In(pause) => Some(pause),
                 Turn::Later => Some(STATUS_DELAY),
@@ -178,7 +171,7 @@ impl Controller {
                 && before(status::LEFT_OUT) != Some(said)
                 && let Some(object) = object
             {
-                self.reporter.tell(object.as_ref(), &notices::left_out(said.to_owned()));
+                self.effects.tell(object.as_ref(), notices::left_out(said.to_owned()));
             }
             let told = [
                 (status::NEAR, near.map(notices::near)),
@@ -188,28 +181,27 @@ impl Controller {
                 if let (Some(notice), Some(object)) = (notice, object)
                     && before(type_) != Some(&notice.message)
                 {
-                    self.reporter.tell(object.as_ref(), &notice);
+                    self.effects.tell(object.as_ref(), notice);
                 }
             }
             if self.outside.is_news(&key.1, before(status::OUTSIDE).is_some())
                 && let (Some(object), Some(said)) = (object, outside)
             {
-                self.reporter.tell(object.as_ref(), &notices::outside(said));
+                self.effects.tell(object.as_ref(), notices::outside(said));
             }
             self.statuses.insert(key.clone(), current.clone());
             self.status_writes.begin(key.clone());
-            let (client, sender, key) = (self.client.clone(), self.sender.clone(), key.clone());
-            self.spawn(async move {
-                let result = status::write_status::<ServiceGroup>(&client, &key, &current).await;
-                let _ = sender.send(Input::StatusWritten(key, result));
-            });
+            let status = Box::new(current);
+            self.effects.push(Effect::WriteGroup(key.clone(), status));
         }
-        self.status_due = again.map(|wait| Instant::now() + wait);
+        if let Some(wait) = again {
+            self.alarms.set(Alarm::Statuses, self.now.since_start + wait);
+        }
     }
 
     /// Which hosts outside the cluster have addresses of a group that its Services keep; `None` where there are none.
     fn hosts_of(&self, name: &str) -> Option<String> {
-        let all = self.unheeded.values().filter(|unheeded| unheeded.group == *name);
+        let all = self.cases.unheeded().filter(|unheeded| unheeded.group == *name);
         let all: BTreeSet<String> = all
             .map(|unheeded| format!("{} has {}", unheeded.mac, unheeded.ip))
             .collect();
@@ -235,10 +227,10 @@ impl Controller {
         }
     }
 
-    pub(super) fn status_written(&mut self, key: &GroupKey, result: &Result<(), WriteError>) {
+    pub(super) fn group_written(&mut self, key: &GroupKey, result: &Result<(), WriteError>) {
         self.metrics.status_written(result);
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.status_writes.done(key, failure, self.began.elapsed());
+        let is_news = self.status_writes.done(key, failure, self.now.since_start);
         match result {
             Ok(()) => {}
             Err(error) if error.code() == Some(404) => {}

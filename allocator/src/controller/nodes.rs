@@ -1,32 +1,19 @@
-//! What nodes say in their LBNodes: the acting part of [`crate::nodes`].
+//! What nodes say in their LBNodes: what the controller makes of [`crate::nodes`].
 
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crds::ServiceKey;
 use crds::record::{self, Granted};
-use crds::{LBNode, ServiceKey};
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::jiff::Timestamp;
-use kube::Client;
-use kube::api::Api;
-use tokio::sync::mpsc;
-use tokio::time::Instant;
 
-use super::reserved::{Named, named};
-use super::{Controller, Input};
+use super::reserved::Named;
+use super::{Alarm, Controller};
 use crate::nodes::{Report, Touched};
 use crate::notices;
 
 /// How long nobody announces an address before its author is told: a move takes less.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Watches what nodes say.
-pub(super) fn watch(client: &Client, namespace: &str, sender: &mpsc::UnboundedSender<Input>) {
-    let api: Api<LBNode> = Api::namespaced(client.clone(), namespace);
-    daemon::watch(api, daemon::Selection::default(), sender, |event| {
-        Input::LBNode(named(event, Report::of))
-    });
-}
 
 impl Controller {
     pub(super) fn lbnode_event(&mut self, event: Named<Report>) {
@@ -84,33 +71,35 @@ impl Controller {
             .filter(|(_, reason, _)| notices::is_told_here(reason))
             .collect();
         if silences.is_empty() {
-            self.silent.remove(key);
-            if let Some(told) = self.told.get_mut(key) {
-                told.retain(|notice| notice.reason != notices::NOT_ANNOUNCED);
+            if self.cases.get(key).silent.is_some() {
+                self.cases.change(key, |case| case.silent = None);
+                self.alarms.cancel(&Alarm::Silence(key.clone()));
             }
+            self.cases.forget_told(key, notices::NOT_ANNOUNCED);
             return;
         }
         let notice = notices::not_announced(&silences);
         let says_so = record::condition(service, record::ANNOUNCED).filter(|said| said.status == "False");
         let age = says_so.map(|said| {
-            Timestamp::now()
+            self.now
+                .clock
                 .duration_since(said.last_transition_time.0)
                 .unsigned_abs()
         });
+        let silent = self.cases.get(key).silent;
         // Told before this process started.
-        if !self.silent.contains_key(key) && age.is_some_and(|age| age > 2 * PATIENCE) {
-            self.told.entry(key.clone()).or_default().push(notice.clone());
+        if silent.is_none() && age.is_some_and(|age| age > 2 * PATIENCE) {
+            self.cases.note_told(key, &notice);
         }
-        let now = Instant::now();
-        let since = *self.silent.entry(key.clone()).or_insert(now);
-        if now.duration_since(since) >= PATIENCE {
+        let now = self.now.since_start;
+        let since = silent.unwrap_or(now);
+        if silent.is_none() {
+            self.cases.change(key, |case| case.silent = Some(now));
+        }
+        if now >= since + PATIENCE {
             self.tell_once(key, service, notice);
-        } else if since == now {
-            let (sender, key) = (self.sender.clone(), key.clone());
-            self.spawn(async move {
-                tokio::time::sleep(PATIENCE).await;
-                let _ = sender.send(Input::Retry(key));
-            });
+        } else {
+            self.alarms.hasten(Alarm::Silence(key.clone()), since + PATIENCE);
         }
     }
 }

@@ -1,31 +1,27 @@
-//! Addresses that nobody may be given: the acting part of [`crate::reserved`], which watches where they come from.
+//! Addresses that nobody may be given: where they come from, and what the controller makes of [`crate::reserved`].
 //!
 //! The cluster IPs of Services that are not watched are in the networks that `ServiceCIDR`s say (`networking.k8s.io`, `v1` from Kubernetes 1.33 on, `v1beta1` before where it is switched on).
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use crds::service::is_load_balancer;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{Api, ApiResource, DynamicObject, GroupVersionKind};
+use kube::ResourceExt;
+use kube::api::DynamicObject;
 use kube::runtime::watcher;
-use kube::{Client, ResourceExt};
-use tokio::sync::mpsc;
 
-use super::{Controller, Input};
+use super::Controller;
 use crate::agents::Labels;
 use crate::reserved::{self, OfService};
 
-/// How long after a failed question about kinds it is asked again.
-const RETRY: Duration = Duration::from_secs(2);
-
 /// What a watch says of objects, each by its name and with what is needed of it.
-pub(super) type Named<T> = watcher::Event<(String, T)>;
+pub type Named<T> = watcher::Event<(String, T)>;
 
-pub(super) fn named<K: ResourceExt, T>(event: watcher::Event<K>, read: fn(&K) -> T) -> Named<T> {
+/// The same of a watch's event: each object by its name, read by `read`.
+pub fn named<K: ResourceExt, T>(event: watcher::Event<K>, read: fn(&K) -> T) -> Named<T> {
     let read = |object: K| (object.name_any(), read(&object));
     match event {
         watcher::Event::Init => watcher::Event::Init,
@@ -37,7 +33,7 @@ pub(super) fn named<K: ResourceExt, T>(event: watcher::Event<K>, read: fn(&K) ->
 }
 
 /// Objects of a kind, by name, as far as its watch has told.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Seen {
     names: BTreeSet<String>,
     /// Those of a listing under way.
@@ -85,7 +81,7 @@ impl Seen {
 }
 
 /// What is known of where reserved addresses come from.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct Sources {
     nodes: Seen,
     api_server: Seen,
@@ -96,61 +92,6 @@ impl Sources {
     pub(super) const fn is_ready(&self) -> bool {
         self.nodes.is_ready && self.api_server.is_ready && self.service_networks.is_ready
     }
-}
-
-/// Watches what the cluster has addresses for.
-pub(super) fn watch(client: &Client, sender: &mpsc::UnboundedSender<Input>) {
-    daemon::watch(
-        Api::all(client.clone()),
-        daemon::Selection::default(),
-        sender,
-        |event| Input::Node(named(event, |node| (of_node(node), node.labels().clone()))),
-    );
-    // The API server writes and keeps this one itself; others of the namespace are their authors'.
-    let kubernetes = daemon::Selection {
-        fields: Some("metadata.name=kubernetes"),
-        ..daemon::Selection::default()
-    };
-    daemon::watch(
-        Api::namespaced(client.clone(), "default"),
-        kubernetes,
-        sender,
-        |event| Input::ApiServer(named(event, of_slice)),
-    );
-    tokio::spawn(watch_networks(client.clone(), sender.clone()));
-}
-
-/// Watches the networks of cluster IPs in the newest version that the API server has.
-async fn watch_networks(client: Client, sender: mpsc::UnboundedSender<Input>) {
-    for version in ["v1", "v1beta1"] {
-        let kinds = loop {
-            match client
-                .list_api_group_resources(&format!("networking.k8s.io/{version}"))
-                .await
-            {
-                Ok(list) => break list.resources,
-                Err(kube::Error::Api(status)) if status.is_not_found() => break Vec::new(),
-                Err(error) => tracing::warn!(%error, "cannot ask for the kinds of networking.k8s.io, will try again"),
-            }
-            if sender.is_closed() {
-                return;
-            }
-            tokio::time::sleep(RETRY).await;
-        };
-        if kinds.iter().any(|kind| kind.name == "servicecidrs") {
-            let kind = GroupVersionKind::gvk("networking.k8s.io", version, "ServiceCIDR");
-            let resource = ApiResource::from_gvk_with_plural(&kind, "servicecidrs");
-            let api: Api<DynamicObject> = Api::all_with(client, &resource);
-            daemon::watch(api, daemon::Selection::default(), &sender, |event| {
-                Input::ServiceNetwork(named(event, of_network))
-            });
-            return;
-        }
-    }
-    tracing::info!(
-        "this API server has no ServiceCIDRs: of cluster IPs only those of the Services that are there are known"
-    );
-    let _ = sender.send(Input::NoServiceNetworks);
 }
 
 /// The networks of a `ServiceCIDR`.

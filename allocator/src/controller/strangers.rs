@@ -1,4 +1,4 @@
-//! Addresses that hosts outside the cluster have: the acting part of [`crate::strangers`].
+//! Addresses that hosts outside the cluster have: what the controller makes of [`crate::strangers`].
 //!
 //! A node that finds one says so and does not announce it. Within its budget the Service gets another address in one PATCH, and
 //! nobody else gets this one; a provider of addresses is asked for another, too (see [`crate::ipam`]). After a while the host is
@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use crds::ServiceKey;
 use crds::conflict::{Conflict, Mac};
+use crds::event::Notice;
 use k8s_openapi::jiff::Timestamp;
 
-use super::{Controller, Input};
+use super::{Alarm, Controller};
 use crate::notices;
 use crate::request::Request;
 use crate::strangers::KEPT;
@@ -21,6 +22,7 @@ use crate::strangers::KEPT;
 const LOOK_AGAIN: Duration = Duration::from_mins(1);
 
 /// An address that a Service keeps for now though a host outside the cluster has it.
+#[derive(Debug)]
 pub(super) struct Unheeded {
     /// The ServiceGroup it comes from.
     pub(super) group: String,
@@ -38,6 +40,7 @@ impl Controller {
             let is_pinned = request.pinned.contains(&ip);
             let Some(conflict) = found.get(&ip).filter(|_| !is_pinned) else {
                 if self.ledger.forget_stranger(ip) {
+                    self.alarms.cancel(&Alarm::Forget(ip));
                     self.usage_changed();
                 }
                 continue;
@@ -51,23 +54,18 @@ impl Controller {
             if self.ledger.holders_of(ip) > 1 || !self.ledger.reserved().has_node(node) {
                 continue;
             }
+            let is_known = self.ledger.strangers().all().contains_key(&ip);
             match self.ledger.heed_stranger(key, (ip, mac, node), now) {
                 Ok(()) => {
                     tracing::warn!(service = %key, %ip, %mac, node, "another host has an address of a Service");
-                    let until = self.ledger.strangers().all().get(&ip).map(|stranger| stranger.until);
-                    let sender = self.sender.clone();
-                    self.spawn(async move {
-                        tokio::time::sleep(KEPT).await;
-                        let _ = sender.send(Input::Forget(ip, until.unwrap_or_default()));
-                    });
+                    if !is_known {
+                        self.alarms.set(Alarm::Forget(ip), self.now.since_start + KEPT);
+                    }
                 }
                 Err(excess) => {
                     is_unheeded = true;
-                    self.leave_unheeded(
-                        key,
-                        Unheeded { group, ip, mac },
-                        &notices::unheeded(ip, mac, node, excess),
-                    );
+                    let notice = notices::unheeded(ip, mac, node, excess);
+                    self.leave_unheeded(key, Unheeded { group, ip, mac }, notice);
                 }
             }
         }
@@ -77,46 +75,48 @@ impl Controller {
     }
 
     /// Leaves a Service where it is, though a host has its address, and says so on the ServiceGroup.
-    fn leave_unheeded(&mut self, key: &ServiceKey, unheeded: Unheeded, notice: &crds::event::Notice) {
+    fn leave_unheeded(&mut self, key: &ServiceKey, unheeded: Unheeded, notice: Notice) {
         let is_news = self
-            .unheeded
-            .values()
+            .cases
+            .unheeded()
             .all(|known| (&known.group, known.mac) != (&unheeded.group, unheeded.mac));
         let mut groups = self.verdicts.keys().filter(|(_, name)| *name == *unheeded.group);
         if is_news && let Some(object) = groups.find_map(|key| self.groups.get(key)) {
-            self.reporter.tell(object.as_ref(), notice);
+            self.effects.tell(object.as_ref(), notice);
         }
-        if self.unheeded.insert(key.clone(), unheeded).is_none() {
+        let unheeded = Some(Box::new(unheeded));
+        let before = self
+            .cases
+            .change(key, |case| std::mem::replace(&mut case.unheeded, unheeded));
+        if before.is_none() {
             self.usage_changed();
-            let (sender, key) = (self.sender.clone(), key.clone());
-            self.spawn(async move {
-                tokio::time::sleep(LOOK_AGAIN).await;
-                let _ = sender.send(Input::LookAgain(key));
-            });
+            let at = self.now.since_start + LOOK_AGAIN;
+            self.alarms.set(Alarm::Stranger(key.clone()), at);
         }
     }
 
     pub(super) fn forget_unheeded(&mut self, key: &ServiceKey) {
-        if self.unheeded.remove(key).is_some() {
+        if self.cases.get(key).unheeded.is_some() {
+            self.cases.change(key, |case| case.unheeded = None);
+            self.alarms.cancel(&Alarm::Stranger(key.clone()));
             self.usage_changed();
         }
     }
 
     pub(super) fn look_at_stranger_again(&mut self, key: &ServiceKey) {
-        if let Some(unheeded) = self.unheeded.remove(key) {
+        if let Some(unheeded) = self.cases.change(key, |case| case.unheeded.take()) {
             self.reconcile(key);
             // Still so: the group was told.
-            if !self.unheeded.contains_key(key) {
+            if self.cases.get(key).unheeded.is_none() {
                 tracing::info!(service = %key, ip = %unheeded.ip, "the other host is heeded now, or gone");
                 self.usage_changed();
             }
         }
     }
 
-    /// Makes an address available again that a host had, if it was not found again since.
-    pub(super) fn forget_stranger(&mut self, ip: IpAddr, until: Timestamp) {
-        let known = self.ledger.strangers().all().get(&ip);
-        if known.is_some_and(|stranger| stranger.until == until) && self.ledger.forget_stranger(ip) {
+    /// Makes an address available again that a host had.
+    pub(super) fn forget_stranger(&mut self, ip: IpAddr) {
+        if self.ledger.forget_stranger(ip) {
             self.usage_changed();
             self.reconcile_waiting();
         }

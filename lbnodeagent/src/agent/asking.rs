@@ -23,7 +23,7 @@ impl Agent {
         let (here, unclear) = plan.asked_about();
         let (due, look_again) = self.findings.due(self.now.at, scope, &here, &unclear);
         for (vip, wait) in look_again {
-            self.due.vips.set(vip, self.now.at + wait);
+            self.due.vips.hasten(vip, self.now.at + wait);
         }
         self.ask_about(due, basis);
     }

@@ -148,7 +148,7 @@ impl Agent {
             }
         }
         for (ip, refused) in self.refused.iter().filter(|(ip, _)| scope.has(**ip)) {
-            self.due.vips.set(*ip, refused.until);
+            self.due.vips.hasten(*ip, refused.until);
         }
         added
     }
