@@ -1,0 +1,1 @@
+//! Single turns: what comes out of them, in which order and when.
