@@ -628,9 +628,10 @@ impl Controller {
         contested: &BTreeMap<IpAddr, Conflict>,
         instead: &[IpAddr],
     ) {
-        for (ip, conflict) in contested {
-            self.tell_once(key, service, notices::conflict(*ip, &conflict.why, instead));
-        }
+        let told = contested
+            .iter()
+            .map(|(ip, conflict)| notices::conflict(*ip, &conflict.why, instead));
+        self.tell_all_once(key, service, told.collect());
     }
 
     /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps.
@@ -703,19 +704,23 @@ impl Controller {
 
     /// Tells a Service's author, unless the same was the last thing said for that reason.
     fn tell_once(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
-        if !self.cases.note_told(key, &notice) {
-            return;
+        self.tell_all_once(key, service, vec![notice]);
+    }
+
+    /// The same of several things that are told for one reason.
+    fn tell_all_once(&mut self, key: &ServiceKey, service: &Service, notices: Vec<Notice>) {
+        for notice in self.cases.note_told(key, notices) {
+            if notice.kind == Kind::Warning {
+                tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
+            }
+            self.effects.tell(service, notice);
         }
-        if notice.kind == Kind::Warning {
-            tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
-        }
-        self.effects.tell(service, notice);
     }
 
     /// The same, but for what was told before this process started.
     fn tell_unless_starting(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
         if self.is_starting {
-            self.cases.note_told(key, &notice);
+            self.cases.note_told(key, vec![notice]);
         } else {
             self.tell_once(key, service, notice);
         }

@@ -27,7 +27,7 @@ pub use alarms::Alarms;
 pub use http::{ClientMetrics, Listen, Ready, serve};
 pub use pace::{LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
 pub use report::{CONCURRENCY, Reporter};
-pub use watch::{Change, Keep, Key, Mirror, Selection, version, watch};
+pub use watch::{Change, Keep, Key, Mirror, Selection, identity, version, watch};
 pub use write::{WriteError, send};
 
 /// Flags both processes have.

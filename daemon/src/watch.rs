@@ -1,6 +1,7 @@
 //! A kind of object, mirrored: watch events in, what changed out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -103,11 +104,20 @@ pub type Key = (SmolStr, SmolStr);
 pub trait Keep<K>: From<K> + Clone {
     /// The object's [`version`].
     fn version(&self) -> u64;
+
+    /// The object's [`identity`], where it is kept: else all objects of a name are one.
+    fn identity(&self) -> Option<u64> {
+        None
+    }
 }
 
 impl<K: Resource> Keep<K> for Arc<K> {
     fn version(&self) -> u64 {
         version(self.as_ref())
+    }
+
+    fn identity(&self) -> Option<u64> {
+        Some(identity(self.as_ref()))
     }
 }
 
@@ -170,7 +180,7 @@ impl<K: Resource<DynamicType = ()>, Kept: Keep<K>> Mirror<K, Kept> {
                 if let Some(listed) = &mut self.listed {
                     listed.insert(key_of(&object));
                 }
-                self.set(object).into_iter().collect()
+                self.put(object)
             }
             watcher::Event::InitDone => {
                 let listed = self.listed.take().unwrap_or_default();
@@ -187,9 +197,21 @@ impl<K: Resource<DynamicType = ()>, Kept: Keep<K>> Mirror<K, Kept> {
                 }
                 changes
             }
-            watcher::Event::Apply(object) => self.set(object).into_iter().collect(),
+            watcher::Event::Apply(object) => self.put(object),
             watcher::Event::Delete(object) => self.remove(key_of(&object)).into_iter().collect(),
         }
+    }
+
+    /// Stores what a watch says. An object of the same name may have gone and come anew while the watch was interrupted.
+    fn put(&mut self, object: K) -> Vec<Change<Kept>> {
+        let key = key_of(&object);
+        let is_another = |known: &Kept| known.identity().is_some_and(|known| known != identity(&object));
+        let gone = if self.objects.get(&key).is_some_and(is_another) {
+            self.remove(key)
+        } else {
+            None
+        };
+        gone.into_iter().chain(self.set(object)).collect()
     }
 
     /// Stores an object, unless a newer version of it is known: a watch may still deliver what was true
@@ -227,6 +249,13 @@ pub fn version<K: Resource>(object: &K) -> u64 {
         .as_deref()
         .and_then(|version| version.parse().ok())
         .unwrap_or(0)
+}
+
+/// Tells an object from another one of the same name: a digest of its uid.
+pub fn identity<K: Resource>(object: &K) -> u64 {
+    let mut digest = DefaultHasher::new();
+    object.meta().uid.hash(&mut digest);
+    digest.finish()
 }
 
 #[cfg(test)]
@@ -267,6 +296,17 @@ mod tests {
         apply(Init);
         apply(InitApply(object("b", 2)));
         assert_eq!(apply(InitDone), ["gone a", "gone c"]);
+    }
+
+    #[test]
+    fn an_object_that_came_anew_under_its_name_is_another() {
+        let mut mirror = Mirror::<ConfigMap>::default();
+        let mut apply = |event| told(mirror.apply(event));
+        apply(Apply(object("a", 1)));
+        let mut other = object("a", 5);
+        other.metadata.uid = Some("other".into());
+        assert_eq!(apply(Apply(other.clone())), ["gone a", "set a"]);
+        assert_eq!(apply(Apply(other)), ["set a"]);
     }
 
     #[tokio::test]

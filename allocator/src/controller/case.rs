@@ -148,16 +148,23 @@ impl Cases {
         }
     }
 
-    /// Takes note of what a Service was told, in the place of what it was told for the same reason. Returns whether that is news.
-    pub(super) fn note_told(&mut self, key: &ServiceKey, notice: &Notice) -> bool {
-        if self.get(key).told.contains(notice) {
-            return false;
+    /// Takes note of all that a Service is told for a reason, in the place of what it was told for that reason before. Returns what of
+    /// it is news.
+    pub(super) fn note_told(&mut self, key: &ServiceKey, notices: Vec<Notice>) -> Vec<Notice> {
+        let told = &self.get(key).told;
+        let news: Vec<Notice> = notices
+            .iter()
+            .filter(|notice| !told.contains(notice))
+            .cloned()
+            .collect();
+        if !news.is_empty() {
+            self.change(key, |case| {
+                let is_told_for = |old: &Notice| notices.iter().any(|notice| notice.reason == old.reason);
+                case.told.retain(|old| notices.contains(old) || !is_told_for(old));
+                case.told.extend(news.iter().cloned());
+            });
         }
-        self.change(key, |case| {
-            case.told.retain(|old| old.reason != notice.reason);
-            case.told.push(notice.clone());
-        });
-        true
+        news
     }
 
     /// Has a Service wait for room for more writes, behind those that wait already.

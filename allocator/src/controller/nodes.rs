@@ -89,7 +89,7 @@ impl Controller {
         let silent = self.cases.get(key).silent;
         // Told before this process started.
         if silent.is_none() && age.is_some_and(|age| age > 2 * PATIENCE) {
-            self.cases.note_told(key, &notice);
+            self.cases.note_told(key, vec![notice.clone()]);
         }
         let now = self.now.since_start;
         let since = silent.unwrap_or(now);

@@ -15,6 +15,7 @@ use kube::ResourceExt;
 pub(super) struct Packed {
     json: Arc<[u8]>,
     version: u64,
+    identity: u64,
     /// When it was created: many are sorted by it.
     pub(super) created: Option<Timestamp>,
 }
@@ -41,6 +42,7 @@ impl From<Slim> for Packed {
         Self {
             json: json.into(),
             version: daemon::version(&slim),
+            identity: daemon::identity(&slim),
             created: slim.creation_timestamp().map(|time| time.0),
         }
     }
@@ -49,6 +51,10 @@ impl From<Slim> for Packed {
 impl Keep<Slim> for Packed {
     fn version(&self) -> u64 {
         self.version
+    }
+
+    fn identity(&self) -> Option<u64> {
+        Some(self.identity)
     }
 }
 
