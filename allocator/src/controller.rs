@@ -40,7 +40,7 @@ use kube::runtime::watcher;
 use serde_json::json;
 
 use crate::condition::Saying;
-use crate::controller::case::{Cases, Granted};
+use crate::controller::case::{Cases, Granted, Lack};
 use crate::controller::external::{Act, External};
 pub use crate::controller::reserved::{Named, named, of_network, of_node, of_service, of_slice};
 use crate::controller::slim::Packed;
@@ -170,7 +170,7 @@ impl Controller {
             settings,
             metrics,
             now: Now {
-                since_start: Duration::ZERO,
+                at: Duration::ZERO,
                 clock: Timestamp::UNIX_EPOCH,
             },
             effects: Outbox::default(),
@@ -205,7 +205,7 @@ impl Controller {
         for input in inputs {
             self.take(input);
         }
-        let due = self.alarms.take_due(now.since_start);
+        let due = self.alarms.take_due(now.at);
         let is_status_due = due.contains(&Alarm::Statuses);
         for alarm in due {
             self.ring(alarm);
@@ -383,7 +383,7 @@ impl Controller {
         self.effects.push(Effect::BeReady);
         self.metrics.client.config_loaded.set(1);
         self.usage_changed();
-        self.alarms.set(Alarm::Stats, self.now.since_start);
+        self.alarms.set(Alarm::Stats, self.now.at);
     }
 
     /// Writes into the ledger what a Service's own status says it holds. Another controller's addresses
@@ -432,8 +432,27 @@ impl Controller {
 
     /// Takes note of whether a Service lacks some of what it asks for.
     fn set_waits(&mut self, key: &ServiceKey, waits: bool) {
-        if self.cases.get(key).waits != waits {
-            self.cases.change(key, |case| case.waits = waits);
+        let known = self.cases.get(key).lacks;
+        let lacks = match (waits, known) {
+            (false, _) => Lack::Nothing,
+            (true, Lack::Nothing) => Lack::Some,
+            (true, known) => known,
+        };
+        if lacks != known {
+            self.cases.change(key, |case| case.lacks = lacks);
+        }
+    }
+
+    /// Takes note of whether a Service that waits has anything.
+    fn note_lack(&mut self, key: &ServiceKey) {
+        let known = self.cases.get(key).lacks;
+        let lacks = match known {
+            Lack::Nothing => Lack::Nothing,
+            Lack::Some | Lack::All if self.ledger.addresses_of(key).is_empty() => Lack::All,
+            Lack::Some | Lack::All => Lack::Some,
+        };
+        if lacks != known {
+            self.cases.change(key, |case| case.lacks = lacks);
         }
     }
 
@@ -506,7 +525,7 @@ impl Controller {
             }
             Reading::OtherType(type_) => self.give_back(key, &service, notices::released(&type_)),
             Reading::Invalid(..) | Reading::Wants(_) if self.cases.get(key).is_foreign => {
-                self.stand_aside(key, &service)
+                self.stand_aside(key, &service);
             }
             Reading::Invalid(key, refusal) => {
                 let keeps = self.ledger.addresses_of(&key).to_vec();
@@ -514,10 +533,7 @@ impl Controller {
             }
             Reading::Wants(request) => self.serve(&service, &request),
         }
-        let is_without = self.cases.get(key).waits && self.ledger.addresses_of(key).is_empty();
-        if self.cases.get(key).is_without != is_without {
-            self.cases.change(key, |case| case.is_without = is_without);
-        }
+        self.note_lack(key);
         self.tell_of_silence(key, &service);
         self.settle(key);
     }
@@ -631,7 +647,7 @@ impl Controller {
         let told = contested
             .iter()
             .map(|(ip, conflict)| notices::conflict(*ip, &conflict.why, instead));
-        self.tell_all_once(key, service, told.collect());
+        self.tell_all_once(key, service, &told.collect::<Vec<_>>());
     }
 
     /// Leaves a Service waiting, and says why unless it says so already. `keeps` are the addresses it keeps.
@@ -704,11 +720,11 @@ impl Controller {
 
     /// Tells a Service's author, unless the same was the last thing said for that reason.
     fn tell_once(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
-        self.tell_all_once(key, service, vec![notice]);
+        self.tell_all_once(key, service, &[notice]);
     }
 
     /// The same of several things that are told for one reason.
-    fn tell_all_once(&mut self, key: &ServiceKey, service: &Service, notices: Vec<Notice>) {
+    fn tell_all_once(&mut self, key: &ServiceKey, service: &Service, notices: &[Notice]) {
         for notice in self.cases.note_told(key, notices) {
             if notice.kind == Kind::Warning {
                 tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
@@ -720,7 +736,7 @@ impl Controller {
     /// The same, but for what was told before this process started.
     fn tell_unless_starting(&mut self, key: &ServiceKey, service: &Service, notice: Notice) {
         if self.is_starting {
-            self.cases.note_told(key, vec![notice]);
+            self.cases.note_told(key, &[notice]);
         } else {
             self.tell_once(key, service, notice);
         }

@@ -52,7 +52,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
         // What has piled up is decided about in one go.
         let piled_up = iter::from_fn(|| inputs.try_recv().ok());
         let now = Now {
-            since_start: began.elapsed(),
+            at: began.elapsed(),
             clock: Timestamp::now(),
         };
         for effect in controller.turn(now, input.into_iter().chain(piled_up)) {

@@ -650,7 +650,7 @@ impl World {
             }),
             Step::ReEvaluate { who } => self.server.edit(&of(*who), |service| {
                 annotations(service, |all| {
-                    _ = all.insert("purelb.io/re-evaluate".into(), "true".into())
+                    _ = all.insert("purelb.io/re-evaluate".into(), "true".into());
                 });
             }),
             Step::Replace { who } => {
@@ -662,7 +662,7 @@ impl World {
             Step::Forge { who } => {
                 self.server.edit(&of(*who), |service| {
                     annotations(service, |all| {
-                        all.extend(WRITTEN.map(|key| (key.to_owned(), "PureLB".to_owned())))
+                        all.extend(WRITTEN.map(|key| (key.to_owned(), "PureLB".to_owned())));
                     });
                 });
                 return Some(of(*who));

@@ -67,7 +67,7 @@ impl Controller {
             }
             return;
         };
-        let now = self.now.since_start;
+        let now = self.now.at;
         if let Some(uid) = report.uid() {
             self.agents.uids.insert(node.to_owned(), uid.to_owned());
         }
@@ -81,7 +81,7 @@ impl Controller {
 
     /// All LBNodes were read once.
     pub(super) fn know_troubles(&mut self) {
-        self.agents.troubles.know(self.now.since_start);
+        self.agents.troubles.know(self.now.at);
         self.usage_changed();
     }
 
@@ -90,7 +90,7 @@ impl Controller {
         if !self.nodes.is_known() {
             return;
         }
-        let now = self.now.since_start;
+        let now = self.now.at;
         for (node, notice) in self.agents.troubles.look(now) {
             tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
             self.tell_of_node(&node, notice);
@@ -120,7 +120,7 @@ impl Controller {
             if known == Some(&current) {
                 continue;
             }
-            let wait = match self.agents.writes.turn(key, self.now.since_start) {
+            let wait = match self.agents.writes.turn(key, self.now.at) {
                 Turn::Now => None,
                 Turn::In(pause) => Some(pause),
                 Turn::Later => Some(STATUS_DELAY),
@@ -146,7 +146,7 @@ impl Controller {
 
     pub(super) fn agent_written(&mut self, key: &daemon::Key, result: &Result<(), WriteError>) {
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.agents.writes.done(key, failure, self.now.since_start);
+        let is_news = self.agents.writes.done(key, failure, self.now.at);
         if let Some(error) = failure {
             if is_news {
                 tracing::warn!(lbnodeagent = %key.1, %error, "status of LBNodeAgent not written, will try again");

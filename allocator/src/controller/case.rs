@@ -19,13 +19,20 @@ pub(super) struct Granted {
     pub(super) notices: Vec<Notice>,
 }
 
+/// How much of what it asks for a Service has not got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Lack {
+    #[default]
+    Nothing,
+    Some,
+    All,
+}
+
 /// What is remembered about a Service. Most Services have all that they ask for and nothing to be remembered, and those have none.
 #[derive(Debug, Default)]
 pub(super) struct Case {
-    /// It lacks some of what it asks for.
-    pub(super) waits: bool,
-    /// It lacks all of it.
-    pub(super) is_without: bool,
+    /// How much it waits for.
+    pub(super) lacks: Lack,
     /// Another controller has a say in its status.
     pub(super) is_foreign: bool,
     /// It is to be decided about again when the write that is under way is done.
@@ -50,8 +57,7 @@ pub(super) struct Case {
 
 impl Case {
     const NONE: Self = Self {
-        waits: false,
-        is_without: false,
+        lacks: Lack::Nothing,
         is_foreign: false,
         again: false,
         place: None,
@@ -65,8 +71,9 @@ impl Case {
     };
 
     fn is_empty(&self) -> bool {
-        let is_plain = !(self.waits || self.is_without || self.is_foreign || self.again);
-        is_plain
+        self.lacks == Lack::Nothing
+            && !self.is_foreign
+            && !self.again
             && self.place.is_none()
             && self.granted.is_none()
             && self.told.is_empty()
@@ -102,16 +109,17 @@ impl Cases {
     /// Changes what is remembered about a Service.
     pub(super) fn change<R>(&mut self, key: &ServiceKey, how: impl FnOnce(&mut Case) -> R) -> R {
         let mut case = self.all.remove(key).unwrap_or_default();
-        let (place, was_without) = (case.place, case.is_without);
+        let (place, lacked) = (case.place, case.lacks);
         let result = how(&mut case);
         case.providers.retain(|_, errand| !errand.is_over());
         if place != case.place {
             place.map(|place| self.queue.remove(&place));
             case.place.map(|place| self.queue.insert(place, key.clone()));
         }
-        self.without = self.without + usize::from(case.is_without) - usize::from(was_without);
+        self.without += usize::from(case.lacks == Lack::All);
+        self.without -= usize::from(lacked == Lack::All);
         for (set, has) in [
-            (&mut self.waiting, case.waits),
+            (&mut self.waiting, case.lacks != Lack::Nothing),
             (&mut self.foreign, case.is_foreign),
             (&mut self.unheeded, case.unheeded.is_some()),
         ] {
@@ -150,7 +158,7 @@ impl Cases {
 
     /// Takes note of all that a Service is told for a reason, in the place of what it was told for that reason before. Returns what of
     /// it is news.
-    pub(super) fn note_told(&mut self, key: &ServiceKey, notices: Vec<Notice>) -> Vec<Notice> {
+    pub(super) fn note_told(&mut self, key: &ServiceKey, notices: &[Notice]) -> Vec<Notice> {
         let told = &self.get(key).told;
         let news: Vec<Notice> = notices
             .iter()

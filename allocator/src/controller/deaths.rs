@@ -11,9 +11,7 @@ impl Controller {
     /// Takes note of which nodes a node's agent believes dead, or that it has none any more.
     pub(super) fn note_deaths(&mut self, node: &str, report: Option<&Report>) {
         match report {
-            Some(report) => self
-                .deaths
-                .hear(self.now.since_start, node, report.dead().iter().cloned()),
+            Some(report) => self.deaths.hear(self.now.at, node, report.dead().iter().cloned()),
             None => self.deaths.gone(node),
         }
     }
@@ -23,7 +21,7 @@ impl Controller {
         if !self.settings.marks_pods || !self.nodes.is_known() {
             return;
         }
-        let now = self.now.since_start;
+        let now = self.now.at;
         let (deaths, again) = self.deaths.look(now, |node| self.agents.is_node(node));
         for death in deaths {
             tracing::warn!(
@@ -41,7 +39,7 @@ impl Controller {
 
     pub(super) fn pods_marked(&mut self, death: &Death, result: &Result<usize, WriteError>) {
         let node = &death.node;
-        let is_news = self.deaths.done(self.now.since_start, node, result.as_ref().err());
+        let is_news = self.deaths.done(self.now.at, node, result.as_ref().err());
         match result {
             Ok(0) => {}
             Ok(pods) => {

@@ -344,7 +344,7 @@ impl Controller {
     fn release(&mut self, key: &ServiceKey, group: &str, what: Return) {
         let errand = self.cases.get(key).providers.get(group);
         let pause = errand.and_then(|errand| errand.pause(Act::Release));
-        if pause.is_some_and(|pause| pause.until > self.now.since_start) {
+        if pause.is_some_and(|pause| pause.until > self.now.at) {
             return;
         }
         if !self.external.providers.contains_key(group) {
@@ -373,7 +373,7 @@ impl Controller {
         if !is_rejected {
             self.ledger.offers_mut().account_mut(key, group).is_clear = true;
             let again = Alarm::Provider(group.to_owned(), key.clone(), Act::Release);
-            self.alarms.set(again, self.now.since_start);
+            self.alarms.set(again, self.now.at);
         }
     }
 
@@ -420,7 +420,7 @@ impl Controller {
             .and_then(|errand| errand.pause(act))
             .map_or(0, |pause| pause.failures);
         let wait = first.saturating_mul(1 << failures.min(10)).min(longest);
-        let until = self.now.since_start + wait;
+        let until = self.now.at + wait;
         let pause = Pause {
             failures: failures + 1,
             until,
@@ -444,7 +444,7 @@ impl Controller {
 
     /// A provider did what it was asked: some of those that wait need not wait any longer.
     fn worked(&mut self, key: &ServiceKey, group: &str, act: Act) {
-        let now = self.now.since_start;
+        let now = self.now.at;
         self.cases.change(key, |case| {
             let errand = case.providers.get_mut(group);
             errand.and_then(|errand| errand.pause_mut(act).take());
@@ -493,7 +493,7 @@ impl Controller {
         let groups = self.ledger.group_names().map(ToOwned::to_owned);
         self.external.stats_wanted.extend(groups);
         self.ask_stats();
-        self.alarms.set(Alarm::Stats, self.now.since_start + STATS_EVERY);
+        self.alarms.set(Alarm::Stats, self.now.at + STATS_EVERY);
     }
 
     pub(super) fn ask_stats(&mut self) {

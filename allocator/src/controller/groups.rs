@@ -109,7 +109,7 @@ impl Controller {
 
     pub(super) fn usage_changed(&mut self) {
         if !self.alarms.is_set(&Alarm::Statuses) {
-            self.alarms.set(Alarm::Statuses, self.now.since_start + STATUS_DELAY);
+            self.alarms.set(Alarm::Statuses, self.now.at + STATUS_DELAY);
         }
     }
 
@@ -135,7 +135,7 @@ impl Controller {
                     let is_used = [Family::V4, Family::V6].map(|family| self.ledger.usage(&key.1, family).used > 0);
                     let unrouted = self.nodes.unrouted(group).filter(|_| is_used.contains(&true));
                     let is_said = known.is_some_and(|known| says(known, status::UNROUTED).is_some());
-                    let lasts = self.unrouted.missing(key, unrouted.is_some(), self.now.since_start);
+                    let lasts = self.unrouted.missing(key, unrouted.is_some(), self.now.at);
                     if let Err(wait) = lasts
                         && !is_said
                     {
@@ -155,7 +155,7 @@ impl Controller {
             if known == Some(&current) {
                 continue;
             }
-            let wait = match self.status_writes.turn(key, self.now.since_start) {
+            let wait = match self.status_writes.turn(key, self.now.at) {
                 Turn::Now => None,
                 Turn::In(pause) => Some(pause),
                 Turn::Later => Some(STATUS_DELAY),
@@ -195,7 +195,7 @@ impl Controller {
             self.effects.push(Effect::WriteGroup(key.clone(), status));
         }
         if let Some(wait) = again {
-            self.alarms.set(Alarm::Statuses, self.now.since_start + wait);
+            self.alarms.set(Alarm::Statuses, self.now.at + wait);
         }
     }
 
@@ -230,7 +230,7 @@ impl Controller {
     pub(super) fn group_written(&mut self, key: &GroupKey, result: &Result<(), WriteError>) {
         self.metrics.status_written(result);
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.status_writes.done(key, failure, self.now.since_start);
+        let is_news = self.status_writes.done(key, failure, self.now.at);
         match result {
             Ok(()) => {}
             Err(error) if error.code() == Some(404) => {}

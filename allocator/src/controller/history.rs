@@ -35,7 +35,7 @@ impl Controller {
             }
             Err(error) => {
                 self.say_history(&error);
-                let at = self.now.since_start + PAUSE;
+                let at = self.now.at + PAUSE;
                 self.alarms.hasten(Alarm::ReadHistory, at);
             }
         }
@@ -61,7 +61,7 @@ impl Controller {
             }
             // Another allocator wrote it, or somebody deleted it: what is there counts, and what it lacks is noticed.
             Some(error) if matches!(error.code(), Some(404 | 409)) => {
-                let at = self.now.since_start + GATHERED;
+                let at = self.now.at + GATHERED;
                 self.alarms.hasten(Alarm::ReadHistory, at);
             }
             Some(error) => {
@@ -114,7 +114,7 @@ impl Controller {
     /// Has it written after a while, unless it is to be written anyway.
     fn write_history_in(&mut self, wait: Duration) {
         if !self.alarms.is_set(&Alarm::WriteHistory) {
-            self.alarms.set(Alarm::WriteHistory, self.now.since_start + wait);
+            self.alarms.set(Alarm::WriteHistory, self.now.at + wait);
         }
     }
 

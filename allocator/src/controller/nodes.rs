@@ -89,9 +89,9 @@ impl Controller {
         let silent = self.cases.get(key).silent;
         // Told before this process started.
         if silent.is_none() && age.is_some_and(|age| age > 2 * PATIENCE) {
-            self.cases.note_told(key, vec![notice.clone()]);
+            self.cases.note_told(key, std::slice::from_ref(&notice));
         }
-        let now = self.now.since_start;
+        let now = self.now.at;
         let since = silent.unwrap_or(now);
         if silent.is_none() {
             self.cases.change(key, |case| case.silent = Some(now));

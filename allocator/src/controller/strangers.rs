@@ -59,7 +59,7 @@ impl Controller {
                 Ok(()) => {
                     tracing::warn!(service = %key, %ip, %mac, node, "another host has an address of a Service");
                     if !is_known {
-                        self.alarms.set(Alarm::Forget(ip), self.now.since_start + KEPT);
+                        self.alarms.set(Alarm::Forget(ip), self.now.at + KEPT);
                     }
                 }
                 Err(excess) => {
@@ -90,7 +90,7 @@ impl Controller {
             .change(key, |case| std::mem::replace(&mut case.unheeded, unheeded));
         if before.is_none() {
             self.usage_changed();
-            let at = self.now.since_start + LOOK_AGAIN;
+            let at = self.now.at + LOOK_AGAIN;
             self.alarms.set(Alarm::Stranger(key.clone()), at);
         }
     }

@@ -22,12 +22,12 @@ use crate::ipam::{Answer, Problem, Query, Return, Stats};
 use crate::nodes::Report;
 use crds::servicegroup::Source;
 
-/// The time of a turn, by both clocks.
+/// When a turn is: how long after the controller's start, and at what time of day.
 #[derive(Clone, Copy, Debug)]
 pub struct Now {
-    /// How long the controller has run: what is waited for is measured by it.
-    pub since_start: Duration,
-    /// The time of day: what is written into objects.
+    /// Since the controller's start; never goes back. What is waited for is measured by it.
+    pub at: Duration,
+    /// The time of day, as it is written into objects.
     pub clock: Timestamp,
 }
 
@@ -43,9 +43,9 @@ pub enum Input {
     Node(Named<(crate::reserved::Node, Labels)>),
     /// A watch of the API server's own EndpointSlices.
     ApiServer(Named<Vec<IpAddr>>),
-    /// A watch of ServiceCIDRs.
+    /// A watch of `ServiceCIDR`s.
     ServiceNetwork(Named<Vec<IpNet>>),
-    /// The API server has no ServiceCIDRs.
+    /// The API server has no `ServiceCIDR`s.
     NoServiceNetworks,
     /// A watch of LBNodes.
     LBNode(Named<Report>),

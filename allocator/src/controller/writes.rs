@@ -24,7 +24,7 @@ impl Controller {
         let again = self.cases.change(key, |case| std::mem::take(&mut case.again));
         // Gone meanwhile: the watch says so as well.
         let failure = result.as_ref().err().filter(|error| error.code() != Some(404));
-        let is_news = self.writes.done(key, failure, self.now.since_start);
+        let is_news = self.writes.done(key, failure, self.now.at);
         if let Some(error) = failure {
             self.metrics.client.update_errors.inc();
             if is_news {
@@ -68,7 +68,7 @@ impl Controller {
     }
 
     pub(super) fn turn_of(&self, key: &ServiceKey) -> Turn {
-        self.writes.turn(key, self.now.since_start)
+        self.writes.turn(key, self.now.at)
     }
 
     /// Waits for a Service's turn to be written: behind others, or after a pause.
@@ -77,7 +77,7 @@ impl Controller {
             Turn::Now => {}
             Turn::Later => self.cases.enqueue(key),
             Turn::In(pause) => {
-                let at = self.now.since_start + pause;
+                let at = self.now.at + pause;
                 self.alarms.hasten(Alarm::Unpaused(key.clone()), at);
             }
         }

@@ -213,7 +213,7 @@ impl Server {
             self.time = self.time.max(wakes.filter(|at| *at <= until)?);
         }
         let now = Now {
-            since_start: self.time - self.started,
+            at: self.time.saturating_sub(self.started),
             clock: self.clock(),
         };
         let told = if self.is_told_singly { 1 } else { usize::MAX };
@@ -251,8 +251,10 @@ impl Server {
                 let written = written.collect();
                 self.inputs.push(Input::HistoryWritten(written));
             }
-            Effect::Tell(..) | Effect::BeReady | Effect::Provide(..) => {}
-            Effect::WriteAgent(..)
+            Effect::Tell(..)
+            | Effect::BeReady
+            | Effect::Provide(..)
+            | Effect::WriteAgent(..)
             | Effect::MarkPods(_)
             | Effect::Ask { .. }
             | Effect::GiveBack { .. }

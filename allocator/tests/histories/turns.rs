@@ -64,7 +64,9 @@ fn an_address_is_written_first_told_when_that_came_back_and_counted_last() {
     let until = server.time() + MINUTE;
     while let Some(effects) = server.turn(until) {
         turns.push(shown(&effects).join(", "));
-        effects.into_iter().for_each(|effect| server.act(effect));
+        for effect in effects {
+            server.act(effect);
+        }
     }
     turns.retain(|turn| !turn.is_empty());
     assert_eq!(
@@ -270,7 +272,7 @@ fn a_provider_is_asked_after_the_finalizer_is_there_and_given_back_before_it_goe
     assert_eq!(ingress(&server.services[&web()]), given().addresses);
     assert!(server.services[&web()].metadata.finalizers.is_some());
     server.edit(&web(), |service| {
-        service.spec.as_mut().unwrap().type_ = Some("ClusterIP".into())
+        service.spec.as_mut().unwrap().type_ = Some("ClusterIP".into());
     });
     let done = run_with_provider(&mut server, MINUTE, |_| Ok(given()));
     assert_eq!(
