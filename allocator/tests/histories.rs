@@ -6,6 +6,8 @@
 //! what is free in it is counted address by address.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests may panic")]
 
+#[path = "histories/providers.rs"]
+mod providers;
 #[path = "histories/server.rs"]
 mod server;
 #[path = "histories/turns.rs"]
@@ -597,7 +599,9 @@ impl World {
         for is_first in [true, false] {
             self.server.list();
             let until = self.server.time() + PAUSE;
+            let mut is_quiet = true;
             while let Some(effects) = self.server.turn(until) {
+                is_quiet &= effects.is_empty();
                 for effect in effects {
                     let waits = match &effect {
                         Effect::WriteService { service, .. } => Self::waits(&self.services()[service]),
@@ -608,6 +612,9 @@ impl World {
                     self.see(&effect)?;
                     self.server.act(effect);
                 }
+            }
+            if is_quiet {
+                break;
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ use allocator::metrics::Metrics;
 use crds::{ServiceGroup, ServiceKey, Slim};
 use daemon::WriteError;
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::runtime::watcher::Event;
 use serde_json::{Value, json};
@@ -49,6 +50,8 @@ pub(crate) struct Server {
     pub(crate) controller: Controller,
     started: Duration,
     inputs: Vec<Input>,
+    /// How many turns there were at this time.
+    turns: usize,
 }
 
 /// As the API server's JSON is read.
@@ -84,6 +87,7 @@ impl Default for Server {
             controller: controller(),
             started: Duration::ZERO,
             inputs: Vec::new(),
+            turns: 0,
         };
         server.restart();
         server
@@ -99,6 +103,9 @@ impl Server {
     /// Time passes while nothing happens.
     pub(crate) fn pass(&mut self, time: Duration) {
         self.time += time;
+        if !time.is_zero() {
+            self.turns = 0;
+        }
     }
 
     pub(crate) const fn time(&self) -> Duration {
@@ -174,8 +181,23 @@ impl Server {
         }
     }
 
+    /// Somebody deletes a Service: it is gone when its finalizers are.
     pub(crate) fn delete(&mut self, key: &ServiceKey) {
-        if let Some(service) = self.services.remove(key) {
+        let now = Time(self.clock());
+        let Some(service) = self.services.get(key) else { return };
+        if service.metadata.finalizers.iter().flatten().next().is_some() {
+            self.edit(key, |service| {
+                service.metadata.deletion_timestamp.get_or_insert(now);
+            });
+        } else {
+            self.remove(key);
+        }
+    }
+
+    /// A Service is gone, whatever its finalizers say.
+    pub(crate) fn remove(&mut self, key: &ServiceKey) {
+        if let Some(mut service) = self.services.remove(key) {
+            service.metadata.resource_version = Some(self.next_version());
             self.tell(Input::Service(Event::Delete(slim(&service))));
         }
     }
@@ -210,8 +232,11 @@ impl Server {
     pub(crate) fn turn(&mut self, until: Duration) -> Option<Vec<Effect>> {
         let wakes = self.controller.wake_at().map(|after| self.started + after);
         if self.inputs.is_empty() {
-            self.time = self.time.max(wakes.filter(|at| *at <= until)?);
+            let at = wakes.filter(|at| *at <= until)?;
+            self.pass(at.saturating_sub(self.time));
         }
+        self.turns += 1;
+        assert!(self.turns < 10_000, "the controller does not come to rest");
         let now = Now {
             at: self.time.saturating_sub(self.started),
             clock: self.clock(),
@@ -320,9 +345,14 @@ impl Server {
             return Ok(Written::Outrun(Box::new(slim(&self.services[key]))));
         }
         self.put(key, serde_json::to_value(patched).unwrap());
+        let written = self.services[key].clone();
+        let is_held = written.metadata.finalizers.iter().flatten().next().is_some();
+        if written.metadata.deletion_timestamp.is_some() && !is_held {
+            self.remove(key);
+        }
         match self.trouble {
             Trouble::Unanswered => Err(away),
-            _ => Ok(Written::Done(Box::new(slim(&self.services[key])))),
+            _ => Ok(Written::Done(Box::new(slim(&written)))),
         }
     }
 

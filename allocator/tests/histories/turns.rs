@@ -317,7 +317,7 @@ fn what_a_provider_has_for_a_service_that_is_gone_is_given_back() {
         }
     }
     // Somebody takes the finalizer off by force, and the answer comes after that.
-    server.delete(&web());
+    server.remove(&web());
     server.run(MOMENT);
     let question = question.unwrap();
     let answer = Answer {
