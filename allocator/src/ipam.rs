@@ -71,6 +71,16 @@ pub enum Return {
     One(String),
 }
 
+impl Return {
+    /// Whether an address is given back.
+    pub fn is_of(&self, ip: IpAddr) -> bool {
+        match self {
+            Self::All => true,
+            Self::One(text) => ip.to_string() == *text,
+        }
+    }
+}
+
 /// How full a provider says it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stats {

@@ -19,6 +19,9 @@ use crate::usage::Usage;
 pub struct Account {
     /// The addresses it reserves, in the order it gave them.
     pub addresses: Vec<IpAddr>,
+    /// Those that it was asked to take back and has not confirmed. It may have given one of them to somebody else by now, so that the Service
+    /// takes none of them, and they are given back again.
+    pub leaving: Vec<IpAddr>,
     /// Why it gives no more; while this stands it is not asked again.
     pub trouble: Option<Refusal>,
     /// It has confirmed that it has nothing for the Service, and was not asked since.
@@ -89,7 +92,7 @@ impl Offers {
     fn reserved(&self, group: &str, family: Family) -> u64 {
         let accounts = self.accounts.values().filter_map(|accounts| accounts.get(group));
         let addresses: BTreeSet<IpAddr> = accounts
-            .flat_map(|account| account.addresses.iter().copied())
+            .flat_map(|account| account.addresses.iter().chain(&account.leaving).copied())
             .filter(|ip| Family::of(*ip) == family)
             .collect();
         addresses.len().try_into().unwrap_or(u64::MAX)

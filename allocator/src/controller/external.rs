@@ -6,7 +6,8 @@
 //! - a Service gets a finalizer that names the group *before* the provider is asked, and loses it when the
 //!   provider has confirmed that it has nothing for the Service any more: who reserved what is known after any
 //!   restart, and no Service is gone before its addresses are given back;
-//! - an address is given back only when the Service does not show it any more;
+//! - an address is given back only when the Service does not show it any more, and is not taken again before the provider has said
+//!   what became of it;
 //! - of one Service and one provider there is one request at a time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -160,6 +161,7 @@ impl Controller {
             if let Some(group) = from.iter().copied().find(is_elsewhere) {
                 let account = self.ledger.offers_mut().account_mut(key, group);
                 account.addresses.push(ip);
+                account.leaving.retain(|leaving| *leaving != ip);
                 account.is_clear = false;
             }
         }
@@ -261,6 +263,7 @@ impl Controller {
                 };
                 let wrong = answer.addresses.iter().find_map(examine);
                 let account = self.ledger.offers_mut().account_mut(key, group);
+                account.leaving.retain(|ip| !answer.addresses.contains(ip));
                 for ip in answer.addresses {
                     if !account.addresses.contains(&ip) {
                         account.addresses.push(ip);
@@ -313,7 +316,8 @@ impl Controller {
             let Some(account) = self.ledger.offers().account(key, &group) else {
                 continue;
             };
-            let surplus = account.addresses.iter().find(|ip| !in_use.contains(ip)).copied();
+            let mut reserved = account.leaving.iter().chain(&account.addresses);
+            let surplus = reserved.find(|ip| !in_use.contains(ip)).copied();
             let is_used = account.addresses.iter().any(|ip| in_use.contains(ip));
             let is_awaited = self.cases.get(key).awaited.as_ref() == Some(&group);
             if is_used || is_awaited {
@@ -350,6 +354,9 @@ impl Controller {
         if !self.external.providers.contains_key(group) {
             return self.release_nowhere(key, group);
         }
+        let account = self.ledger.offers_mut().account_mut(key, group);
+        let returned = account.addresses.extract_if(.., |ip| what.is_of(*ip));
+        account.leaving.extend(returned);
         self.set_busy(key, group, true);
         self.effects.push(Effect::GiveBack {
             service: key.clone(),
@@ -383,13 +390,8 @@ impl Controller {
             Ok(()) => {
                 tracing::info!(service = %key, group, ?what, "addresses given back to their provider");
                 let account = self.ledger.offers_mut().account_mut(key, group);
-                match what {
-                    Return::All => {
-                        account.addresses.clear();
-                        account.is_clear = true;
-                    }
-                    Return::One(text) => account.addresses.retain(|ip| ip.to_string() != *text),
-                }
+                account.leaving.retain(|ip| !what.is_of(*ip));
+                account.is_clear |= *what == Return::All;
                 self.worked(key, group, Act::Release);
             }
             Err(problem) => {

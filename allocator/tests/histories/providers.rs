@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::server::{Server, Trouble};
 
 /// Time in which whatever failed is tried again.
-const PAUSE: Duration = Duration::from_mins(15);
+const PAUSE: Duration = Duration::from_mins(8);
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -225,6 +225,25 @@ impl World {
         prop_assert_eq!(forgotten, None, "nobody gives back what it has");
         Ok(())
     }
+}
+
+#[test]
+fn an_address_whose_return_nobody_confirmed_is_asked_for_again() {
+    let mut world = World::default();
+    world.server.put_group(
+        "default",
+        &json!({"external": {"provider": "book", "announce": "remote"}}),
+    );
+    for step in [
+        Step::Write { who: 1 },
+        Step::Provider(Mood::Unanswered),
+        Step::ChangeType { who: 1 },
+        Step::Write { who: 1 },
+        Step::Provider(Mood::Well),
+    ] {
+        world.step(&step).unwrap();
+    }
+    assert_eq!(world.book.held.len(), 1);
 }
 
 proptest! {
