@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crds::LBNodeAgent;
-use crds::event::{LONGEST, Notice, cut};
+use crds::event::{LONGEST, Notice, Reason, cut};
 use crds::lbnodeagent::LBNodeAgentStatus;
 use kube::ResourceExt;
 use kube::core::SelectorExt;
@@ -44,7 +44,10 @@ pub fn judge(
              lbnodeagent {name} -n {namespace} -o yaml | sed 's/namespace: {namespace}/namespace: {install_namespace}/' | kubectl \
              apply -f -"
         );
-        return (faulty(&problem), Some(Notice::warning("LBNodeAgentOutOfScope", told)));
+        return (
+            faulty(&problem),
+            Some(Notice::warning(Reason::LBNodeAgentOutOfScope, told)),
+        );
     }
     let title = format!("{namespace}/{name}");
     let using: BTreeMap<&String, &Use> = uses
@@ -102,7 +105,7 @@ fn problem(
              --show-labels shows what they have",
             nodes.len()
         );
-        return Some((problem.clone(), Some(Notice::warning("NoNodeSelected", problem))));
+        return Some((problem.clone(), Some(Notice::warning(Reason::NoNodeSelected, problem))));
     }
     if using.is_empty() {
         let others = selected
@@ -248,7 +251,7 @@ mod tests {
             assert_eq!(problem, expected, "{name}");
             assert_eq!(status.nodes, count, "{name}");
             assert_eq!(status.interfaces.is_some(), count > 0, "{name}");
-            assert_eq!(told.map(|told| told.reason), reason, "{name}");
+            assert_eq!(told.map(|told| told.reason.name()), reason, "{name}");
         }
     }
 

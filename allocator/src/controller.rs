@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crds::event::{Kind, Notice};
+use crds::event::{Kind, Notice, Reason};
 use crds::record;
 use crds::service::{annotation, ingress, is_load_balancer, is_of_another_class};
 use crds::{ServiceGroup, ServiceGroupStatus, ServiceKey, Slim, annotations};
@@ -547,7 +547,7 @@ impl Controller {
         };
         match remark {
             Some(remark) => self.tell_unless_starting(key, service, remark),
-            None => self.cases.forget_told(key, lint::REASON),
+            None => self.cases.forget_told(key, Reason::AnnotationIgnored),
         }
     }
 
@@ -622,7 +622,7 @@ impl Controller {
     fn direct_traffic(&mut self, service: &Service, request: &Request, grant: &Grant) {
         let key = &request.service;
         match traffic_policy(request.traffic, grant.announce) {
-            Policy::Leave => self.cases.forget_told(key, notices::LOCAL_OVERRIDE),
+            Policy::Leave => self.cases.forget_told(key, Reason::LocalOverride),
             Policy::Allow => self.tell_unless_starting(key, service, notices::local_allowed()),
             Policy::Override => {
                 self.tell_once(key, service, notices::local_overridden());
@@ -727,7 +727,7 @@ impl Controller {
     fn tell_all_once(&mut self, key: &ServiceKey, service: &Service, notices: &[Notice]) {
         for notice in self.cases.note_told(key, notices) {
             if notice.kind == Kind::Warning {
-                tracing::warn!(service = %key, reason = notice.reason, message = %notice.message, "an event warns the author of a Service");
+                tracing::warn!(service = %key, reason = %notice.reason, message = %notice.message, "an event warns the author of a Service");
             }
             self.effects.tell(service, notice);
         }

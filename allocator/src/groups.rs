@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crds::ServiceGroup;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::servicegroup::{Group, GroupError, Source};
 use kube::ResourceExt;
 
@@ -55,12 +55,12 @@ impl Verdict {
     pub fn notice(&self, key: &GroupKey) -> Notice {
         let (namespace, name) = key;
         match self {
-            Self::Valid(_) => Notice::normal("Parsed", "ServiceGroup parsed successfully"),
+            Self::Valid(_) => Notice::normal(Reason::Parsed, "ServiceGroup parsed successfully"),
             Self::Invalid(_) | Self::Overlaps { .. } => {
-                Notice::warning("ParseFailed", self.fault(namespace).unwrap_or_default())
+                Notice::warning(Reason::ParseFailed, self.fault(namespace).unwrap_or_default())
             }
             Self::OutOfScope { install, kind } => Notice::warning(
-                "ServiceGroupOutOfScope",
+                Reason::ServiceGroupOutOfScope,
                 format!(
                     "Ignored: ServiceGroups are read only from the PureLB install namespace, and {namespace} is not it. \
                      This group is {kind}, so its pool is not allocatable. Move it: kubectl get servicegroup {name} -n {namespace} -o yaml | \
@@ -172,7 +172,7 @@ mod tests {
         let told: Vec<_> = told
             .iter()
             .map(|(key, verdict)| verdict.notice(key))
-            .map(|notice| (notice.kind, notice.reason, notice.message))
+            .map(|notice| (notice.kind, notice.reason.name(), notice.message))
             .collect();
         let expected = [
             (

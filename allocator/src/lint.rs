@@ -4,11 +4,9 @@
 //! expect: an address from another group than the one meant. So the author is told, once, in one event.
 
 use crds::annotations::{self as keys, Unread, WRITTEN_BY_AUTHORS};
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use k8s_openapi::api::core::v1::Service;
 
-/// Reason of the event.
-pub const REASON: &str = "AnnotationIgnored";
 /// How many remarks an event has at most, and how many bytes of a key or value it repeats.
 const MOST: usize = 5;
 const MOST_TEXT: usize = 80;
@@ -32,7 +30,7 @@ pub fn annotations(service: &Service) -> Option<Notice> {
     if more > 0 {
         remarks.push(format!("and {more} more"));
     }
-    (!remarks.is_empty()).then(|| Notice::warning(REASON, remarks.join("; ")))
+    (!remarks.is_empty()).then(|| Notice::warning(Reason::AnnotationIgnored, remarks.join("; ")))
 }
 
 /// What is to be told about the class of a Service that is not ours.
@@ -53,7 +51,7 @@ pub fn class(service: &Service) -> Option<Notice> {
              changed: delete the Service and create it again",
             cut(class)
         );
-        Notice::warning(REASON, message)
+        Notice::warning(Reason::AnnotationIgnored, message)
     })
 }
 

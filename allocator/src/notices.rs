@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crds::conflict::Mac;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::service::{annotation, ingress};
 use crds::{Family, ServiceKey, annotations};
 use daemon::WriteError;
@@ -15,9 +15,6 @@ use crate::decide::Grant;
 use crate::refusal::Refusal;
 use crate::request::Request;
 use crate::strangers::Excess;
-
-/// Reason of what is said about `externalTrafficPolicy: Local`.
-pub const LOCAL_OVERRIDE: &str = "LocalOverride";
 
 /// What a Service's author is told when it has what it was granted.
 pub fn granted(service: &Service, request: &Request, grant: &Grant) -> Vec<Notice> {
@@ -31,7 +28,7 @@ pub fn granted(service: &Service, request: &Request, grant: &Grant) -> Vec<Notic
     let mut notices = Vec::new();
     if let Some(ambiguity) = &grant.ambiguity {
         let message = format!("{ambiguity}; allocated from \"default\" instead");
-        notices.push(Notice::warning("ConfigurationWarning", message));
+        notices.push(Notice::warning(Reason::ConfigurationWarning, message));
     }
     if added > 0 {
         let total = grant.addresses.len();
@@ -47,7 +44,7 @@ pub fn granted(service: &Service, request: &Request, grant: &Grant) -> Vec<Notic
         } else {
             format!("Incremental multi-pool: added {added} IPs (total {total}) from pool {pool}")
         };
-        notices.push(Notice::normal("AddressAssigned", message));
+        notices.push(Notice::normal(Reason::AddressAssigned, message));
     }
     let asked = |ip: &IpAddr| request.families.is_empty() || request.families.contains(&Family::of(*ip));
     let released = before.iter().filter(|ip| !grant.addresses.contains(ip) && !asked(ip));
@@ -57,13 +54,13 @@ pub fn granted(service: &Service, request: &Request, grant: &Grant) -> Vec<Notic
             "Released addresses no longer needed after IP family transition: [{}]",
             released.join(" ")
         );
-        notices.push(Notice::normal("AddressReleased", message));
+        notices.push(Notice::normal(Reason::AddressReleased, message));
     }
     let given_up = before.iter().filter(|ip| !grant.addresses.contains(ip) && asked(ip));
     let given_up: Vec<String> = given_up.map(ToString::to_string).collect();
     if request.re_evaluate && !given_up.is_empty() {
         let message = format!("Released [{}], decided about again", given_up.join(" "));
-        notices.push(Notice::normal("AddressReleased", message));
+        notices.push(Notice::normal(Reason::AddressReleased, message));
     }
     notices
 }
@@ -77,13 +74,13 @@ pub fn refused(service: &Service, refusal: &Refusal) -> Notice {
         _ => "Failed to allocate IP for",
     };
     let message = format!("{what} \"{}\": {refusal}", ServiceKey::of(service));
-    Notice::warning("AllocationFailed", message)
+    Notice::warning(Reason::AllocationFailed, message)
 }
 
 /// It gets a part of what it asks for.
 pub fn incomplete(shortfall: &Refusal) -> Notice {
     Notice::warning(
-        "AllocationIncomplete",
+        Reason::AllocationIncomplete,
         format!("Only a part of what was asked for: {shortfall}"),
     )
 }
@@ -110,27 +107,27 @@ pub fn conflict(ip: IpAddr, why: &Refusal, instead: &[IpAddr]) -> Notice {
         ),
         why => format!("{ip} is another Service's too, which keeps it: {why}; {way_out}"),
     };
-    Notice::warning("AddressConflict", message)
+    Notice::warning(Reason::AddressConflict, message)
 }
 
 /// Some addresses of a group are given to no Service.
 pub fn left_out(what: String) -> Notice {
-    Notice::normal("AddressesLeftOut", what)
+    Notice::normal(Reason::AddressesLeftOut, what)
 }
 
 /// A remote group has addresses of the nodes' own subnets.
 pub fn near(what: String) -> Notice {
-    Notice::warning("RemoteInSubnet", what)
+    Notice::warning(Reason::RemoteInSubnet, what)
 }
 
 /// A group's addresses are routed, and no routing daemon is known of.
 pub fn unrouted(what: String) -> Notice {
-    Notice::normal("NoRoutingDaemon", what)
+    Notice::normal(Reason::NoRoutingDaemon, what)
 }
 
 /// Services keep addresses outside of a group's ranges.
 pub fn outside(what: String) -> Notice {
-    Notice::warning("AddressesOutside", what)
+    Notice::warning(Reason::AddressesOutside, what)
 }
 
 /// Hosts outside the cluster have addresses that Services keep.
@@ -153,12 +150,12 @@ pub fn unheeded(ip: IpAddr, mac: Mac, node: &str, excess: Excess) -> Notice {
          Take the address off that host, or out of the pool; where a router answers for all (proxy ARP), set detectConflicts: \
          false in the LBNodeAgent"
     );
-    Notice::warning("AddressConflict", message)
+    Notice::warning(Reason::AddressConflict, message)
 }
 
 /// Another controller writes into its status. `ours` are the addresses that it was given.
 pub fn overwritten(others: &[String], ours: &[IpAddr]) -> Notice {
-    Notice::warning("StatusOverwritten", condition::overwritten(others, ours))
+    Notice::warning(Reason::StatusOverwritten, condition::overwritten(others, ours))
 }
 
 /// What its status has is not ours, though its class is.
@@ -169,7 +166,7 @@ pub fn foreign(others: &[String]) -> Notice {
          address, see \"Coming from\" in the docs",
         condition::some(others)
     );
-    Notice::warning("StatusOverwritten", message)
+    Notice::warning(Reason::StatusOverwritten, message)
 }
 
 /// Its Pods were ready, and most agents hear nothing of the node.
@@ -180,17 +177,20 @@ pub fn pods_marked(death: &Death, pods: usize) -> Notice {
         "{by} of {of} agents hear nothing of node {node}, so {pods} of it that were ready are marked not ready (condition Ready, reason \
          NodeDead), and Services send them nothing. When the node is back its kubelet marks them ready again by itself"
     );
-    Notice::warning("PodsMarkedNotReady", message)
+    Notice::warning(Reason::PodsMarkedNotReady, message)
 }
 
 /// It is of another type now, and what it had is given back.
 pub fn released(type_: &str) -> Notice {
-    Notice::normal("AddressReleased", format!("Service is Type {type_}, not LoadBalancer"))
+    Notice::normal(
+        Reason::AddressReleased,
+        format!("Service is Type {type_}, not LoadBalancer"),
+    )
 }
 
 /// It is being deleted, and what it had goes back to where it came from first.
 pub fn leaving() -> Notice {
-    Notice::normal("AddressReleased", "Service is being deleted")
+    Notice::normal(Reason::AddressReleased, "Service is being deleted")
 }
 
 /// What it has of a group cannot be given back: the group was rejected, and may yet become good, or it is gone. `finalizer` is
@@ -207,7 +207,7 @@ pub fn unreleasable(group: &str, is_rejected: bool, finalizer: &str) -> Notice {
              this Service needs its address no more: free it there by hand"
         )
     };
-    Notice::warning("ReleaseFailed", message)
+    Notice::warning(Reason::ReleaseFailed, message)
 }
 
 /// A provider did not take back what it gave. `is_deleted`: the Service waits for that.
@@ -218,13 +218,13 @@ pub fn not_released(refusal: &Refusal, is_deleted: bool) -> Notice {
         ""
     };
     let message = format!("Failed to give addresses back, will try again{stays}: {refusal}");
-    Notice::warning("ReleaseFailed", message)
+    Notice::warning(Reason::ReleaseFailed, message)
 }
 
 /// `externalTrafficPolicy: Local` becomes `Cluster`.
 pub fn local_overridden() -> Notice {
     Notice::warning(
-        LOCAL_OVERRIDE,
+        Reason::LocalOverride,
         "ExternalTrafficPolicy Local not supported on local Interfaces, setting to Cluster: Pods see a node's address as the \
          client's. With the annotation purelb.io/allow-local it stays Local, and only Pods on the announcing node are reached",
     )
@@ -233,14 +233,11 @@ pub fn local_overridden() -> Notice {
 /// `externalTrafficPolicy: Local` stays, as its author insists.
 pub fn local_allowed() -> Notice {
     Notice::normal(
-        LOCAL_OVERRIDE,
+        Reason::LocalOverride,
         "ExternalTrafficPolicy override annotation found, will allow Local policy. Incoming traffic will NOT be \
          forwarded inter-node: only Pods on the announcing node are reached.",
     )
 }
-
-/// The reason of the event about a Service that could not be written.
-pub const NOT_WRITTEN: &str = "NotWritten";
 
 /// The API server refuses what is written about a Service.
 pub fn not_written(error: &WriteError) -> Notice {
@@ -248,11 +245,8 @@ pub fn not_written(error: &WriteError) -> Notice {
         "The allocator cannot write its decision about this Service, so its addresses do not change: {error}. It is tried again at least \
          once a minute. Look for the admission policy, webhook or role that refuses it"
     );
-    Notice::warning(NOT_WRITTEN, message)
+    Notice::warning(Reason::NotWritten, message)
 }
-
-/// The reason of the event about addresses that nobody announces.
-pub const NOT_ANNOUNCED: &str = "NotAnnounced";
 
 /// Whether a reason why nobody announces an address is told by that event: nodes tell of the others themselves.
 pub fn is_told_here(reason: &str) -> bool {
@@ -264,7 +258,7 @@ pub fn not_announced(silences: &[(IpAddr, &str, &str)]) -> Notice {
     let sentences = silences
         .iter()
         .map(|(ip, _, why)| format!("{ip} is not announced: {why}"));
-    Notice::warning(NOT_ANNOUNCED, sentences.collect::<Vec<_>>().join(". "))
+    Notice::warning(Reason::NotAnnounced, sentences.collect::<Vec<_>>().join(". "))
 }
 
 #[cfg(test)]
@@ -302,7 +296,9 @@ mod tests {
     /// What a Service that asks for IPv4 is told when it had these addresses and has those.
     fn told(before: &[&str], grant: &Grant) -> Vec<(Kind, &'static str, String)> {
         let notices = granted(&service(before), &request("web", "g", &[Family::V4]), grant);
-        let parts = notices.into_iter().map(|said| (said.kind, said.reason, said.message));
+        let parts = notices
+            .into_iter()
+            .map(|said| (said.kind, said.reason.name(), said.message));
         parts.collect()
     }
 
@@ -361,7 +357,10 @@ mod tests {
             ..request("web", "g", &[Family::V4])
         };
         let moved = granted(&service(one), &asked, &grant(&["10.0.1.1"], false));
-        let moved: Vec<_> = moved.into_iter().map(|said| (said.reason, said.message)).collect();
+        let moved: Vec<_> = moved
+            .into_iter()
+            .map(|said| (said.reason.name(), said.message))
+            .collect();
         assert_eq!(moved.len(), 2);
         assert_eq!(
             moved[1],
@@ -468,7 +467,7 @@ mod tests {
                 "ExternalTrafficPolicy override annotation found, will allow Local policy. ",
             ),
         ] {
-            assert_eq!((notice.kind, notice.reason), (kind, reason), "{message}");
+            assert_eq!((notice.kind, notice.reason.name()), (kind, reason), "{message}");
             assert!(notice.message.starts_with(message), "{}", notice.message);
         }
     }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::record::Announced;
 use crds::service::{annotation, is_load_balancer, is_traffic_local};
 use crds::{Family, ServiceKey, annotations};
@@ -106,13 +106,13 @@ fn ask(service: &Service, spec: &ServiceSpec, key: ServiceKey) -> Result<Request
     let deprecated = spec.load_balancer_ip.as_deref().filter(|text| !text.is_empty());
     if wanted.is_none() && deprecated.is_some() {
         remarks.push(Notice::normal(
-            "DeprecationWarning",
+            Reason::DeprecationWarning,
             "Service.Spec.LoadBalancerIP is deprecated, please use the \"purelb.io/addresses\" annotation instead",
         ));
     }
     if (wanted.is_some() || deprecated.is_some()) && group.is_some() {
         remarks.push(Notice::normal(
-            "ConfigurationWarning",
+            Reason::ConfigurationWarning,
             "Both the addresses annotation and the service-group annotation were provided. service-group will be ignored.",
         ));
     }
@@ -296,13 +296,13 @@ mod tests {
     fn the_annotation_wins_over_the_deprecated_field_and_both_are_remarked_on() {
         let request = wants(&service(&json!({}), &json!({"loadBalancerIP": "10.0.0.9"})));
         assert_eq!(request.pinned, ["10.0.0.9".parse::<IpAddr>().unwrap()]);
-        assert_eq!(request.remarks[0].reason, "DeprecationWarning");
+        assert_eq!(request.remarks[0].reason.name(), "DeprecationWarning");
         let request = wants(&service(
             &json!({"purelb.io/addresses": "10.0.0.1", "purelb.io/service-group": "g"}),
             &json!({"loadBalancerIP": "10.0.0.9"}),
         ));
         assert_eq!(request.pinned, ["10.0.0.1".parse::<IpAddr>().unwrap()]);
-        assert_eq!(request.remarks[0].reason, "ConfigurationWarning");
+        assert_eq!(request.remarks[0].reason.name(), "ConfigurationWarning");
     }
 
     #[test]

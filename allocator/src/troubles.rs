@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::lbnode::{ESTABLISHED, LBNodeStatus, MOST_PROBLEM, RENEW_SECONDS, RoutingDaemon, Session};
 
 use crate::sentence::{self, sentence, sentence_of};
@@ -72,13 +72,13 @@ enum Kind {
 impl Kind {
     const ALL: [Self; 5] = [Self::Alone, Self::Silent, Self::Problem, Self::Daemon, Self::Session];
 
-    const fn reasons(self) -> (&'static str, &'static str) {
+    const fn reasons(self) -> (Reason, Reason) {
         match self {
-            Self::Alone => ("HearsNobody", "HearsOthers"),
-            Self::Silent => ("AgentSilent", "AgentBack"),
-            Self::Problem => ("NodeProblem", "NodeRight"),
-            Self::Daemon => ("RoutingDaemonSilent", "RoutingDaemonAnswers"),
-            Self::Session => ("BGPSessionDown", "BGPSessionsUp"),
+            Self::Alone => (Reason::HearsNobody, Reason::HearsOthers),
+            Self::Silent => (Reason::AgentSilent, Reason::AgentBack),
+            Self::Problem => (Reason::NodeProblem, Reason::NodeRight),
+            Self::Daemon => (Reason::RoutingDaemonSilent, Reason::RoutingDaemonAnswers),
+            Self::Session => (Reason::BGPSessionDown, Reason::BGPSessionsUp),
         }
     }
 
@@ -428,7 +428,7 @@ mod tests {
                     troubles
                         .look(s(now))
                         .into_iter()
-                        .map(|(node, said)| (now, node, said.reason)),
+                        .map(|(node, said)| (now, node, said.reason.name())),
                 );
                 due = troubles.next(s(now));
             }
@@ -604,7 +604,7 @@ mod tests {
         troubles.look(s(20));
         let [(_, silent)] = troubles.look(s(30)).try_into().unwrap();
         assert_eq!(
-            (silent.reason, silent.message.as_str()),
+            (silent.reason.name(), silent.message.as_str()),
             (
                 "RoutingDaemonSilent",
                 "BIRD on node a does not answer, so it is not known whether routers hear of the node's addresses: nobody listens there"

@@ -23,6 +23,7 @@ use allocator::decide::decide;
 use allocator::refusal::Refusal;
 use allocator::request::{self, Reading, Request};
 use crds::annotations::WRITTEN_BY_US;
+use crds::event::Reason;
 use crds::record::{self, Granted};
 use crds::service::{ingress, is_load_balancer, is_of_another_class};
 use crds::{Family, ServiceKey, conflict};
@@ -286,13 +287,13 @@ impl World {
                 {
                     let says = condition::ours(service).filter(|known| known.status == "False");
                     prop_assert!(
-                        notice.reason != "AllocationFailed"
+                        notice.reason != Reason::AllocationFailed
                             || says.is_none_or(|known| !notice.message.contains(&known.message)),
                         "told twice: {}",
                         notice.message
                     );
                     prop_assert!(
-                        notice.reason != "AddressAssigned" || !ingress(service).is_empty(),
+                        notice.reason != Reason::AddressAssigned || !ingress(service).is_empty(),
                         "told before it was so: {}",
                         notice.message
                     );
@@ -300,7 +301,7 @@ impl World {
                 self.told
                     .entry(uid)
                     .or_default()
-                    .push((notice.reason, notice.message.clone()));
+                    .push((notice.reason.name(), notice.message.clone()));
             }
             _ => {}
         }
@@ -605,7 +606,7 @@ impl World {
                 for effect in effects {
                     let waits = match &effect {
                         Effect::WriteService { service, .. } => Self::waits(&self.services()[service]),
-                        Effect::Tell(_, notice) => notice.reason == "AllocationFailed",
+                        Effect::Tell(_, notice) => notice.reason == Reason::AllocationFailed,
                         _ => false,
                     };
                     prop_assert!(is_first && waits, "at rest: {effect:?}");

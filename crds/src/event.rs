@@ -1,5 +1,7 @@
 //! Events as `kubectl describe` shows them.
 
+use std::fmt;
+
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
@@ -23,20 +25,107 @@ pub enum Kind {
     Warning,
 }
 
+impl Kind {
+    /// As the API has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Normal => "Normal",
+            Self::Warning => "Warning",
+        }
+    }
+}
+
+/// Declares the reasons with their names, which are those of the variants.
+macro_rules! reasons {
+    ($($name:ident)*) => {
+        /// Why there is an event: a word in `UpperCamelCase` for programs. What each says and who tells it is in [`crate::events`].
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[expect(missing_docs, reason = "their sentences are in `events`, from where the book has them")]
+        pub enum Reason {
+            $($name,)*
+        }
+
+        impl Reason {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// The word.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$name => stringify!($name),)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    AddressAssigned
+    AllocationFailed
+    AllocationIncomplete
+    AddressConflict
+    StatusOverwritten
+    AddressReleased
+    ReleaseFailed
+    DeprecationWarning
+    ConfigurationWarning
+    AnnotationIgnored
+    LocalOverride
+    AnnouncingLocal
+    AnnouncingNonLocal
+    AnnounceSlotSteal
+    NotWritten
+    NotAnnounced
+    AddressInUse
+    AnnouncementFailed
+    NotAdvertised
+    Advertised
+    Parsed
+    ParseFailed
+    AddressesLeftOut
+    RemoteInSubnet
+    NoRoutingDaemon
+    AddressesOutside
+    ServiceGroupOutOfScope
+    InvalidNodeSelector
+    ConfigIgnored
+    ConfigRight
+    ConfigError
+    LBNodeAgentOutOfScope
+    NoNodeSelected
+    HearsNobody
+    HearsOthers
+    AgentSilent
+    AgentBack
+    PodsMarkedNotReady
+    NodeProblem
+    NodeRight
+    BGPSessionDown
+    BGPSessionsUp
+    RoutingDaemonSilent
+    RoutingDaemonAnswers
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 /// One thing to tell the author of an object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Notice {
     /// Usual or not.
     pub kind: Kind,
-    /// A word in `UpperCamelCase` for programs.
-    pub reason: &'static str,
+    /// Why.
+    pub reason: Reason,
     /// A sentence for people. The API server refuses more than [`LONGEST`] bytes, so [`Notice::event`] cuts it there.
     pub message: String,
 }
 
 impl Notice {
     /// A notice of the usual.
-    pub fn normal(reason: &'static str, message: impl Into<String>) -> Self {
+    pub fn normal(reason: Reason, message: impl Into<String>) -> Self {
         Self {
             kind: Kind::Normal,
             reason,
@@ -45,7 +134,7 @@ impl Notice {
     }
 
     /// A notice that asks for attention.
-    pub fn warning(reason: &'static str, message: impl Into<String>) -> Self {
+    pub fn warning(reason: Reason, message: impl Into<String>) -> Self {
         Self {
             kind: Kind::Warning,
             reason,
@@ -70,16 +159,10 @@ impl Notice {
                 )),
                 ..ObjectMeta::default()
             },
-            action: Some(self.reason.into()),
-            reason: Some(self.reason.into()),
+            action: Some(self.reason.name().into()),
+            reason: Some(self.reason.name().into()),
             note: Some(cut(&self.message, LONGEST)),
-            type_: Some(
-                match self.kind {
-                    Kind::Normal => "Normal",
-                    Kind::Warning => "Warning",
-                }
-                .into(),
-            ),
+            type_: Some(self.kind.name().into()),
             event_time: Some(MicroTime(now)),
             regarding: Some(regarding),
             reporting_controller: Some(controller.into()),

@@ -8,6 +8,7 @@
 pub mod annotations;
 pub mod conflict;
 pub mod event;
+pub mod events;
 pub mod lbnode;
 pub mod lbnodeagent;
 pub mod manifest;

@@ -1,4 +1,4 @@
-//! Writes the CustomResourceDefinitions beside this crate's sources, and the reference among the docs: `make crds`.
+//! Writes the CustomResourceDefinitions beside this crate's sources, and the reference and the events among the docs: `make crds`.
 
 mod reference;
 
@@ -12,8 +12,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         std::fs::write(&path, crds::manifest::yaml(&definition)?)?;
         println!("{}", path.display());
     }
-    let path = here.join(reference::PAGE);
-    std::fs::write(&path, reference::page())?;
-    println!("{}", path.display());
+    for (path, page) in [
+        (reference::PAGE, reference::page()),
+        ("../docs/events.md", crds::events::page()),
+    ] {
+        let path = here.join(path);
+        std::fs::write(&path, page)?;
+        println!("{}", path.display());
+    }
     Ok(())
 }

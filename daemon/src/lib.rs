@@ -25,8 +25,8 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use alarms::Alarms;
 pub use http::{ClientMetrics, Listen, Ready, serve};
-pub use pace::{LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
-pub use report::{CONCURRENCY, Reporter};
+pub use pace::{CONCURRENCY, LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
+pub use report::Reporter;
 pub use watch::{Change, Keep, Key, Mirror, Selection, identity, version, watch};
 pub use write::{WriteError, send};
 

@@ -9,8 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
-use crate::report::CONCURRENCY;
 use crate::write::WriteError;
+
+/// Requests under way at once: enough to hide the API server's latency, few enough to leave it room. Each is a
+/// connection, with a quarter of a MiB of buffers.
+pub const CONCURRENCY: usize = 16;
 
 /// First pause after a failure.
 pub const SHORTEST: Duration = Duration::from_millis(500);

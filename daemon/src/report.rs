@@ -14,12 +14,8 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::pace::Pace;
+use crate::pace::{CONCURRENCY, Pace};
 use crate::write::{WriteError, send};
-
-/// Requests under way at once: enough to hide the API server's latency, few enough to leave it room. Each is a
-/// connection, with a quarter of a MiB of buffers.
-pub const CONCURRENCY: usize = 16;
 
 /// How many events wait at most, as while the API server is away; the oldest give way. One takes about a kilobyte.
 const MOST_WAITING: usize = 5_000;
@@ -156,6 +152,7 @@ async fn write(client: Client, event: Event) -> (Event, Result<(), WriteError>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crds::event::Reason;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::time::Duration;
 
@@ -218,7 +215,7 @@ mod tests {
         let dropped = Counter::default();
         let reporter = reporter(&server, &dropped);
         for number in 0..200 {
-            reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
+            reporter.tell(&object(), &Notice::normal(Reason::Parsed, format!("{number}")));
         }
         tokio::time::sleep(Duration::from_secs(3)).await;
         let refused = server.refused.load(Ordering::SeqCst);
@@ -238,7 +235,7 @@ mod tests {
         let dropped = Counter::default();
         let reporter = reporter(&server, &dropped);
         for number in 0..50 {
-            reporter.tell(&object(), &Notice::normal("Test", format!("{number}")));
+            reporter.tell(&object(), &Notice::normal(Reason::Parsed, format!("{number}")));
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
         server.is_well.store(true, Ordering::SeqCst);

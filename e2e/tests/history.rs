@@ -114,7 +114,8 @@ fn who_had_an_address_is_kept_over_restarts_and_costs_few_writes() -> Result<()>
         let again = [("PURELB_POD_NAME", "allocator")];
         let again = lab.start_replica("allocator-again", &again).await?;
         let both = [("default/s7".to_owned(), true), ("default/heir".to_owned(), false)];
-        wait_until("both are remembered", SOON, async || {
+        // Two thousand Services are read again first.
+        wait_until("both are remembered", 3 * SOON, async || {
             let known = holders(lab, &text).await?;
             let written = kept(lab, "taken").await?;
             ensure!(known == both && written == 1, "{known:?}, {written} taken");

@@ -20,7 +20,8 @@ const USERS: [&str; 3] = [
 ];
 
 /// Where they are registered.
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 5] = [
+    "allocator/src/ipam/calls.rs",
     "allocator/src/metrics.rs",
     "lbnodeagent/src/metrics.rs",
     "lbnodeagent/src/members/traffic.rs",

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 
 use crate::config::ConfigError;
 use crate::metrics::Cause;
@@ -35,11 +35,11 @@ impl fmt::Display for Came {
 /// came from there, where that is known.
 pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<(&str, Option<Came>)>) -> Vec<Notice> {
     let message = format!("Node {node} announcing {ip} on interface {interface}");
-    let mut notices = vec![Notice::normal("AnnouncingLocal", message)];
+    let mut notices = vec![Notice::normal(Reason::AnnouncingLocal, message)];
     if let Some((other, came)) = before {
         let how = came.map(|came| format!(" ({came})")).unwrap_or_default();
         let message = format!("Node {node} took announcement of {ip} from node {other}{how}");
-        notices.push(Notice::normal("AnnounceSlotSteal", message));
+        notices.push(Notice::normal(Reason::AnnounceSlotSteal, message));
     }
     notices
 }
@@ -47,13 +47,13 @@ pub fn local(node: &str, ip: IpAddr, interface: &str, before: Option<(&str, Opti
 /// A routed address is on this node's interface for them.
 pub fn routed(node: &str, ip: IpAddr, interface: &str) -> Notice {
     let message = format!("Announcing {ip} from node {node} interface {interface}");
-    Notice::normal("AnnouncingNonLocal", message)
+    Notice::normal(Reason::AnnouncingNonLocal, message)
 }
 
 /// The kernel did not take an address.
 pub fn failed(node: &str, ip: IpAddr, interface: &str, error: &str) -> Notice {
     let message = format!("Node {node} could not announce {ip} on interface {interface}: {error}");
-    Notice::warning(FAILED, message)
+    Notice::warning(Reason::AnnouncementFailed, message)
 }
 
 /// A host outside the cluster has an address that is announced here. `mac` is its Ethernet address.
@@ -62,17 +62,8 @@ pub fn shared(node: &str, ip: IpAddr, interface: &str, mac: &str) -> Notice {
         "{ip} is announced by node {node}, and the host {mac} answers for it too (interface {interface}): part of the \
          traffic goes there. Take the address off that host, or give the Service another"
     );
-    Notice::warning(ADDRESS_CONFLICT, message)
+    Notice::warning(Reason::AddressConflict, message)
 }
-
-/// The reason of events about an address that the kernel refuses.
-pub const FAILED: &str = "AnnouncementFailed";
-
-/// The reason of events about an address that a host outside the cluster has.
-pub const ADDRESS_CONFLICT: &str = "AddressConflict";
-
-/// Reason of the event about an address that nobody may announce.
-pub const ADDRESS_IN_USE: &str = "AddressInUse";
 
 /// An address of a Service is in use in the cluster, so that nobody announces it.
 pub fn in_use(ip: IpAddr, user: User) -> Notice {
@@ -86,16 +77,16 @@ pub fn in_use(ip: IpAddr, user: User) -> Notice {
         "{ip} is announced by no node: {user}. Take it out of the ServiceGroup's pool, or name another in the annotation \
          purelb.io/addresses"
     );
-    Notice::warning(ADDRESS_IN_USE, message)
+    Notice::warning(Reason::AddressInUse, message)
 }
 
 /// The reasons of events about what is wrong with an LBNodeAgent.
-pub const OF_CONFIGURATION: [&str; 3] = ["ConfigIgnored", "InvalidNodeSelector", "ConfigError"];
+pub const OF_CONFIGURATION: [Reason; 3] = [Reason::ConfigIgnored, Reason::InvalidNodeSelector, Reason::ConfigError];
 
 /// Nothing is wrong with an LBNodeAgent any more, as this node sees it.
 pub fn configured(node: &str) -> Notice {
     Notice::normal(
-        "ConfigRight",
+        Reason::ConfigRight,
         format!("node {node} finds nothing wrong with this any more"),
     )
 }
@@ -103,10 +94,10 @@ pub fn configured(node: &str) -> Notice {
 /// What is wrong with an LBNodeAgent, as this node sees it.
 pub fn misconfigured(node: &str, error: &ConfigError) -> Notice {
     match error {
-        ConfigError::Ignored(_) => Notice::warning("ConfigIgnored", format!("{error} on node {node}")),
-        ConfigError::Selector(_) => Notice::warning("InvalidNodeSelector", error.to_string()),
+        ConfigError::Ignored(_) => Notice::warning(Reason::ConfigIgnored, format!("{error} on node {node}")),
+        ConfigError::Selector(_) => Notice::warning(Reason::InvalidNodeSelector, error.to_string()),
         ConfigError::Pattern { .. } | ConfigError::Unmatched { .. } => Notice::warning(
-            "ConfigError",
+            Reason::ConfigError,
             format!(
                 "invalid configuration: node {node} goes on with what was last right, if anything, until this is fixed: {error}"
             ),
@@ -198,7 +189,7 @@ mod tests {
                  localInterface \"eth(\" is neither default nor a regular expression (error: unclosed group)",
             ),
         ] {
-            assert_eq!((notice.kind, notice.reason), (kind, reason), "{message}");
+            assert_eq!((notice.kind, notice.reason.name()), (kind, reason), "{message}");
             assert_eq!(notice.message, message);
         }
     }

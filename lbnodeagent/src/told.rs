@@ -2,11 +2,11 @@
 
 use std::collections::HashMap;
 
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 
 /// What was last said, by what it is about and the reason.
 #[derive(Debug, Default)]
-pub struct Told(HashMap<(String, String), Said>);
+pub struct Told(HashMap<(String, Reason), Said>);
 
 #[derive(Debug, PartialEq)]
 struct Said {
@@ -18,7 +18,7 @@ struct Said {
 impl Told {
     /// Whether a notice is news about an object with this uid; it is none from now on.
     pub fn is_news(&mut self, about: &str, uid: Option<&str>, notice: &Notice) -> bool {
-        let slot = (about.to_owned(), notice.reason.to_owned());
+        let slot = (about.to_owned(), notice.reason);
         let said = Said {
             uid: uid.map(ToOwned::to_owned),
             notice: notice.clone(),
@@ -31,8 +31,8 @@ impl Told {
     }
 
     /// Forgets what is not so any more, and returns what each was about.
-    pub fn retain(&mut self, is_so: impl Fn(&str, &str) -> bool) -> Vec<String> {
-        let over = self.0.extract_if(|(about, reason), _| !is_so(about, reason));
+    pub fn retain(&mut self, is_so: impl Fn(&str, Reason) -> bool) -> Vec<String> {
+        let over = self.0.extract_if(|(about, reason), _| !is_so(about, *reason));
         over.map(|((about, _), _)| about).collect()
     }
 
@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     fn notice(message: &str) -> Notice {
-        Notice::warning("AddressConflict", message.to_owned())
+        Notice::warning(Reason::AddressConflict, message.to_owned())
     }
 
     #[test]
@@ -68,7 +68,7 @@ mod tests {
         assert!(told.is_news("default/web 10.0.0.1", None, &notice("taken")));
         assert!(told.retain(|_, _| true).is_empty());
         assert_eq!(
-            told.retain(|_, reason| reason != "AddressConflict"),
+            told.retain(|_, reason| reason != Reason::AddressConflict),
             ["default/web 10.0.0.1"]
         );
         assert!(told.is_empty());

@@ -92,7 +92,7 @@ impl Controller {
         }
         let now = self.now.at;
         for (node, notice) in self.agents.troubles.look(now) {
-            tracing::info!(node, reason = notice.reason, message = %notice.message, "an event tells of a node");
+            tracing::info!(node, reason = %notice.reason, message = %notice.message, "an event tells of a node");
             self.tell_of_node(&node, notice);
         }
         if let Some(next) = self.agents.troubles.next(now) {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crds::ServiceKey;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 
 use super::external::Errand;
 use super::strangers::Unheeded;
@@ -150,7 +150,7 @@ impl Cases {
     }
 
     /// Forgets that a Service was told something for a reason, so that it is news again.
-    pub(super) fn forget_told(&mut self, key: &ServiceKey, reason: &str) {
+    pub(super) fn forget_told(&mut self, key: &ServiceKey, reason: Reason) {
         if !self.get(key).told.is_empty() {
             self.change(key, |case| case.told.retain(|notice| notice.reason != reason));
         }

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crds::ServiceKey;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::record::Granted;
 use crds::service::{RESERVED, allocated_from, ingress, reserved_in};
 use crds::servicegroup::{Group, Source};
@@ -111,7 +111,7 @@ pub(super) fn remarks<'a>(
         .iter()
         .any(|name| ledger.group(name).is_some_and(Group::is_elsewhere));
     let remarks = request.remarks.iter();
-    remarks.filter(move |remark| !(is_external && remark.reason == "ConfigurationWarning"))
+    remarks.filter(move |remark| !(is_external && remark.reason == Reason::ConfigurationWarning))
 }
 
 impl Controller {

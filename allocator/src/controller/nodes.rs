@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crds::ServiceKey;
+use crds::event::Reason;
 use crds::record::{self, Granted};
 use k8s_openapi::api::core::v1::Service;
 
@@ -75,7 +76,7 @@ impl Controller {
                 self.cases.change(key, |case| case.silent = None);
                 self.alarms.cancel(&Alarm::Silence(key.clone()));
             }
-            self.cases.forget_told(key, notices::NOT_ANNOUNCED);
+            self.cases.forget_told(key, Reason::NotAnnounced);
             return;
         }
         let notice = notices::not_announced(&silences);

@@ -1,5 +1,6 @@
 //! Writing Services: one PATCH at a time for each, many at once, and when they fail at the pace for writes.
 
+use crds::event::Reason;
 use crds::record;
 use crds::service::{annotation, ingress};
 use crds::{ServiceKey, annotations};
@@ -48,7 +49,7 @@ impl Controller {
                 }
                 if is_done {
                     self.assigned(key, &service.0);
-                    self.cases.forget_told(key, notices::NOT_WRITTEN);
+                    self.cases.forget_told(key, Reason::NotWritten);
                 }
                 let is_news = self.services.set(*service).is_some();
                 if is_news || again {
@@ -102,6 +103,6 @@ impl Controller {
             self.effects.tell(service, notice);
         }
         // A later refusal is news again; a part that is still missing is not.
-        self.cases.forget_told(key, "AllocationFailed");
+        self.cases.forget_told(key, Reason::AllocationFailed);
     }
 }

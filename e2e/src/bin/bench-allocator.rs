@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use crds::event::{ALLOCATOR, Notice};
+use crds::event::{ALLOCATOR, Notice, Reason};
 use crds::lbnode::{Interface, LBNodeSpec, LBNodeStatus};
 use crds::service::ingress;
 use crds::{LBNode, annotations};
@@ -274,7 +274,7 @@ async fn plain_patches(client: &Client, what: Plain) -> Result<Duration> {
             if what == Plain::PatchAndEvent {
                 let message = format!("Assigned {{Ingress:[{{IP:{ip} Hostname: Ports:[]}}]}} from pool default");
                 let regarding: ObjectReference = service.object_ref(&());
-                let event = Notice::normal("AddressAssigned", message).event(regarding, ALLOCATOR, "plain");
+                let event = Notice::normal(Reason::AddressAssigned, message).event(regarding, ALLOCATOR, "plain");
                 let events: Api<Event> = Api::namespaced((*client).clone(), "bench");
                 events.create(&PostParams::default(), &event).await?;
             }

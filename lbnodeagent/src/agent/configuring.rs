@@ -1,7 +1,7 @@
 //! How this node announces, and its dummy interface.
 
 use crds::LBNodeAgent;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use crds::lbnodeagent::LocalConfig;
 
 use super::{Agent, DummyKind, DummyLink, Effect, Snapshot};
@@ -62,7 +62,7 @@ impl Agent {
         };
         self.metrics.configured(wrong.is_some() || config.is_none());
         // What is right again, or gone, is told anew if it comes back.
-        let is_wrong = |title: &str, reason: &str| {
+        let is_wrong = |title: &str, reason: Reason| {
             let mut told = told.iter();
             told.any(|(agent, notice)| notice.reason == reason && config::title(agent) == title)
         };
@@ -106,7 +106,7 @@ impl Agent {
     /// Tells of an object what it has not been told, or not of late.
     pub(super) fn tell_once<K: kube::Resource<DynamicType = ()>>(&mut self, about: &str, object: &K, notice: &Notice) {
         if self.told.is_news(about, object.meta().uid.as_deref(), notice) {
-            tracing::warn!(about, reason = notice.reason, message = %notice.message, "an event warns of a configuration or an address");
+            tracing::warn!(about, reason = %notice.reason, message = %notice.message, "an event warns of a configuration or an address");
             self.tell(object, notice.clone());
         }
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crds::ServiceKey;
-use crds::event::Notice;
+use crds::event::{Notice, Reason};
 use smol_str::SmolStr;
 
 use super::{Agent, Effect, News};
@@ -47,10 +47,13 @@ impl Agent {
                 self.said_unadvertised.insert(slot.clone(), cause.name());
                 let why = cause.sentence(&daemon, *ip);
                 let message = format!("Node {node} advertises no route to {ip} on interface {interface}: {why}");
-                Notice::warning("NotAdvertised", message)
+                Notice::warning(Reason::NotAdvertised, message)
             } else {
                 self.said_unadvertised.remove(slot);
-                Notice::normal("Advertised", format!("Node {node} advertises a route to {ip} again"))
+                Notice::normal(
+                    Reason::Advertised,
+                    format!("Node {node} advertises a route to {ip} again"),
+                )
             };
             if let Some(service) = self.cluster.service(service) {
                 tracing::info!(service = %slot.0, vip = %ip, cause = name, "{}", notice.reason);

@@ -17,7 +17,7 @@ use crate::plan::{Placed, Plan, Reason, Verdict};
 use crate::scope::Scope;
 use crds::ServiceKey;
 use crds::conflict::Conflict;
-use crds::event::Notice;
+use crds::event::{Notice, Reason as Why};
 
 impl Agent {
     /// Tells neighbours and users what changed of the addresses that are looked at. `is_adopted`: the address was there when this
@@ -237,7 +237,7 @@ impl Agent {
 
     fn tell_conflict(&mut self, key: &ServiceKey, ip: IpAddr, interface: &str, mac: Mac) {
         let message = format!("{} (interface {interface})", self.conflict(mac).sentence(ip));
-        self.tell_of_address(key, ip, &Notice::warning(notices::ADDRESS_CONFLICT, message));
+        self.tell_of_address(key, ip, &Notice::warning(Why::AddressConflict, message));
     }
 
     /// Tells once of a stranger that has an address announced here, and again if it comes back.
@@ -263,8 +263,8 @@ impl Agent {
             let is_had = services.users(ip).any(|(key, _)| self::about(key, ip) == about);
             match plan.verdicts.get(&ip).filter(|_| is_had) {
                 Some(Verdict::Local(placed) | Verdict::Routed(placed)) => match reason {
-                    notices::FAILED => refused.contains_key(&ip),
-                    notices::ADDRESS_CONFLICT => {
+                    Why::AnnouncementFailed => refused.contains_key(&ip),
+                    Why::AddressConflict => {
                         matches!(findings.of(placed.address.link, ip), Some(Finding::Taken(_)))
                     }
                     _ => false,
