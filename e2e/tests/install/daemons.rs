@@ -32,7 +32,7 @@ fn the_charts_routing_daemons_run_in_their_images_and_agents_may_ask_them() -> R
             restarted(&lab, daemon).await.context(daemon)?;
             upstream.stop().await?;
             // What the agent says it has from the daemon, through a socket that both may open. No daemon runs on the other node.
-            wait_until(&format!("the agent asks {name}"), SOON, async || {
+            wait_until(&format!("the agent asks {name}"), 2 * SOON, async || {
                 let events = lab
                     .kubectl(["get", "events", "-n", "web", "-o", "custom-columns=:message"])
                     .await?;
