@@ -183,7 +183,7 @@ vm: kubernetes ## A node that is a virtual machine: the real dummy driver, IPVS,
 pictures: ## Draw the book's pictures, docs/pictures/*.svg
 	cargo run --quiet --locked --package pictures
 
-crds: ## Write crds/*.yaml and docs/reference.md from the Rust types, and install.yaml
+crds: ## Write crds/*.yaml, docs/reference.md and docs/events.md from the Rust types, and install.yaml
 	cargo run --quiet --locked --package crds
 	charts/render >install.yaml
 	charts/test --golden

@@ -45,7 +45,7 @@ use crate::controller::external::{Act, External};
 pub use crate::controller::reserved::{Named, named, of_network, of_node, of_service, of_slice};
 use crate::controller::slim::Packed;
 use crate::controller::turn::Outbox;
-pub use crate::controller::turn::{Effect, Input, Now, Part, Written};
+pub use crate::controller::turn::{Effect, Input, Part, Written};
 use crate::deaths::Deaths;
 use crate::decide::{Grant, Policy, decide, keep, traffic_policy};
 use crate::groups::{GroupKey, Verdict};
@@ -63,6 +63,7 @@ use crate::record::{Standing, order};
 use crate::refusal::Refusal;
 use crate::request::{self, Reading, Request};
 use crate::reserved::OfService;
+pub use daemon::Now;
 
 /// What the allocator is told at start.
 #[derive(Clone, Debug)]
@@ -169,10 +170,7 @@ impl Controller {
         Self {
             settings,
             metrics,
-            now: Now {
-                at: Duration::ZERO,
-                clock: Timestamp::UNIX_EPOCH,
-            },
+            now: Now::START,
             effects: Outbox::default(),
             alarms,
             services: Mirror::default(),

@@ -17,7 +17,6 @@ use crds::servicegroup::Source;
 use crds::{LBNodeAgent, ServiceGroup, ServiceKey};
 use daemon::{Ready, Reporter, WriteError};
 use k8s_openapi::api::core::v1::Service;
-use k8s_openapi::jiff::Timestamp;
 use kube::api::{GetParams, Patch, PatchParams};
 use kube::core::Request;
 use kube::{Client, Resource};
@@ -51,10 +50,7 @@ pub async fn run(client: Client, settings: Settings, metrics: &Metrics, ready: &
         };
         // What has piled up is decided about in one go.
         let piled_up = iter::from_fn(|| inputs.try_recv().ok());
-        let now = Now {
-            at: began.elapsed(),
-            clock: Timestamp::now(),
-        };
+        let now = Now::since(began);
         for effect in controller.turn(now, input.into_iter().chain(piled_up)) {
             world.act(effect);
         }

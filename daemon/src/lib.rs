@@ -4,6 +4,7 @@
 
 mod alarms;
 mod http;
+mod now;
 mod pace;
 mod report;
 mod review;
@@ -25,6 +26,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry};
 
 pub use alarms::Alarms;
 pub use http::{ClientMetrics, Listen, Ready, serve};
+pub use now::Now;
 pub use pace::{CONCURRENCY, LONGEST, LONGEST_AWAY, Pace, Pause, SHORTEST, Turn, Writes};
 pub use report::Reporter;
 pub use watch::{Change, Keep, Key, Mirror, Selection, identity, version, watch};

@@ -31,13 +31,13 @@ mod watching;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crds::event::Notice;
 use crds::lbnode::{LBNodeStatus, RoutingDaemon};
 use crds::{Family, ServiceKey};
 use daemon::Alarms;
-use k8s_openapi::jiff::Timestamp;
 use smol_str::SmolStr;
 
 use self::counting::Takeover;
@@ -65,6 +65,7 @@ use crate::scope::{Place, Scope};
 use crate::standby::{Assignment, Verdicts, Watched, Watches};
 use crate::steadiness::{Others, Steadiness};
 use crate::told::Told;
+pub use daemon::Now;
 
 /// What the agent is told at start.
 #[derive(Clone, Debug)]
@@ -102,15 +103,6 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 const LOOK_AT_ALL: Duration = Duration::from_mins(5);
 /// How soon after a change it is looked which addresses Services will get next.
 const AHEAD: Duration = Duration::from_millis(100);
-
-/// A moment: how long after the agent's start it is, and what time of day.
-#[derive(Clone, Copy, Debug)]
-pub struct Now {
-    /// Since the agent's start; never goes back.
-    pub at: Duration,
-    /// The time of day, for what people read.
-    pub clock: Timestamp,
-}
 
 /// What happens one at a time.
 #[derive(Debug)]
@@ -238,7 +230,7 @@ struct Wanted {
     told_when_missing: Vec<IpAddr>,
     suspects: Suspects,
     /// `None` while a process before this one knows better.
-    bypassed: Option<std::sync::Arc<bypass::Wanted>>,
+    bypassed: Option<Arc<bypass::Wanted>>,
     /// Local addresses held, for the neighbours.
     held: Held,
     /// Routed addresses held, for the routing daemon.
@@ -331,10 +323,7 @@ impl Agent {
             settings,
             metrics,
             generation,
-            now: Now {
-                at: Duration::ZERO,
-                clock: Timestamp::UNIX_EPOCH,
-            },
+            now: Now::START,
             stage: Stage::default(),
             effects: VecDeque::new(),
             due: Due::default(),

@@ -10,7 +10,6 @@ use anyhow::Context;
 use crds::event::LBNODEAGENT;
 use crds::lbnode::{LBNodeStatus, RoutingDaemon};
 use daemon::{Ready, Reporter, Selection};
-use k8s_openapi::jiff::Timestamp;
 use kube::Client;
 use kube::api::Api;
 use tokio::sync::{Notify, mpsc, watch};
@@ -253,10 +252,7 @@ struct World<'a> {
 
 impl World<'_> {
     fn now(&self) -> Now {
-        Now {
-            at: self.started.elapsed(),
-            clock: Timestamp::now(),
-        }
+        Now::since(self.started)
     }
 
     /// Starts to write what is said. The task ends with the last word, some time after this value has.
@@ -369,12 +365,7 @@ impl World<'_> {
             Effect::SendOn(news) => return Some(self.send_on(news).await),
             Effect::Apply(changes) => return Some(Outcome::Applied(self.kernel.apply(&changes).await)),
             Effect::Bypass(wanted) => _ = wishes.bypassed.send_replace(Some(wanted)),
-            Effect::Hold(news) => wishes.held.send_modify(|held| {
-                for ip in &news.gone {
-                    held.remove(ip);
-                }
-                held.extend(news.new.iter().map(|target| (target.ip, *target)));
-            }),
+            Effect::Hold(news) => wishes.held.send_modify(|held| news.apply(held)),
             Effect::Greet {
                 target,
                 repetition,

@@ -856,8 +856,7 @@ impl World {
             }
             Effect::Hold(news) => {
                 let held = &mut self.nodes[node].running.as_mut().unwrap().held;
-                held.retain(|ip, _| !news.gone.contains(ip));
-                held.extend(news.new.iter().map(|target| (target.ip, *target)));
+                news.apply(held);
             }
             Effect::Greet {
                 target,

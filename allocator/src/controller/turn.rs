@@ -1,14 +1,12 @@
 //! What goes into a turn of the controller, and what comes out.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use crds::event::Notice;
 use crds::{LBNodeAgent, LBNodeAgentStatus, ServiceGroup, ServiceGroupStatus, ServiceKey, Slim};
 use daemon::WriteError;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::ObjectReference;
-use k8s_openapi::jiff::Timestamp;
 use kube::Resource;
 use kube::runtime::watcher;
 use serde_json::Value;
@@ -21,15 +19,6 @@ use crate::history::{Place, Saved, Write};
 use crate::ipam::{Answer, Problem, Query, Return, Stats};
 use crate::nodes::Report;
 use crds::servicegroup::Source;
-
-/// When a turn is: how long after the controller's start, and at what time of day.
-#[derive(Clone, Copy, Debug)]
-pub struct Now {
-    /// Since the controller's start; never goes back. What is waited for is measured by it.
-    pub at: Duration,
-    /// The time of day, as it is written into objects.
-    pub clock: Timestamp,
-}
 
 /// Something that has happened.
 #[derive(Debug)]

@@ -244,8 +244,8 @@ fn run_with_provider(
     all
 }
 
-#[test]
-fn a_provider_is_asked_after_the_finalizer_is_there_and_given_back_before_it_goes() {
+/// A Service has just come whose group has a provider.
+fn server_with_a_provider() -> Server {
     let mut server = Server::default();
     server.put_group(
         "default",
@@ -253,6 +253,12 @@ fn a_provider_is_asked_after_the_finalizer_is_there_and_given_back_before_it_goe
     );
     server.run(MOMENT);
     server.put(&web(), service());
+    server
+}
+
+#[test]
+fn a_provider_is_asked_after_the_finalizer_is_there_and_given_back_before_it_goes() {
+    let mut server = server_with_a_provider();
     let given = || Answer {
         addresses: vec!["192.0.2.1".parse().unwrap()],
         missing: None,
@@ -299,13 +305,7 @@ fn a_provider_is_asked_after_the_finalizer_is_there_and_given_back_before_it_goe
 
 #[test]
 fn what_a_provider_has_for_a_service_that_is_gone_is_given_back() {
-    let mut server = Server::default();
-    server.put_group(
-        "default",
-        &json!({"external": {"provider": "book", "announce": "remote"}}),
-    );
-    server.run(MOMENT);
-    server.put(&web(), service());
+    let mut server = server_with_a_provider();
     let mut question = None;
     let until = server.time() + MINUTE;
     while let Some(effects) = server.turn(until) {

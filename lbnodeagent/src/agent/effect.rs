@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::ObjectReference;
 
 use crate::bypass::{self, Suspects};
 use crate::flows;
+use crate::greeting::Held;
 use crate::kernel::{Address, Applied, Change, DummyLink, KernelError, Snapshot};
 use crate::lbnode::Owner;
 use crate::members::{Meta, Peers};
@@ -33,6 +34,16 @@ impl<T> News<T> {
     /// Whether nothing has become of it.
     pub const fn is_empty(&self) -> bool {
         self.new.is_empty() && self.gone.is_empty()
+    }
+}
+
+impl News<Target> {
+    /// Takes it into what is held.
+    pub fn apply(self, held: &mut Held) {
+        for ip in &self.gone {
+            held.remove(ip);
+        }
+        held.extend(self.new.into_iter().map(|target| (target.ip, target)));
     }
 }
 
